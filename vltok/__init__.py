@@ -1,0 +1,33 @@
+"""vltok compresses the visual tokens of vision-language models: one call puts a method on a model, one call takes it off.
+
+    handle = vltok.apply(model, vltok.ToDRE(keep_ratio=0.1))
+    ...
+    handle.remove()
+
+Importing it loads torch only; transformers arrives with the model you hand in.
+"""
+
+from vltok import errors, nn
+from vltok.api import Handle, apply
+from vltok.method import Method
+from vltok.methods import DivPrune, FasterVLM, RandomTokens, StrideTokens, ToDRE
+from vltok.report import Report
+from vltok.serialization import load, save
+from vltok.version import __version__
+
+__all__ = [
+    "DivPrune",
+    "FasterVLM",
+    "Handle",
+    "Method",
+    "RandomTokens",
+    "Report",
+    "StrideTokens",
+    "ToDRE",
+    "__version__",
+    "apply",
+    "errors",
+    "load",
+    "nn",
+    "save",
+]

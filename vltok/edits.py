@@ -1,0 +1,113 @@
+"""The ledger of changes to a model: everything a method does to it is written here and undone in reverse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from vltok.errors import EditConflictError
+
+_ABSENT = object()
+
+
+@dataclass
+class _Edit:
+    undo: Callable[[], None]
+    is_in_place: Callable[[], bool] = lambda: True
+    what: str = ""
+
+
+class Edits:
+    """Hooks, swaps, added children and set attributes, undone in reverse order by one call.
+
+    Every change a method makes to a model goes through this object. `undo` checks first that nothing on top of these
+    changes would be torn out, and raises without touching the model if so.
+    """
+
+    def __init__(self) -> None:
+        self._edits: list[_Edit] = []
+        self._added: list[nn.Module] = []
+
+    def __len__(self) -> int:
+        return len(self._edits)
+
+    @property
+    def added_modules(self) -> tuple[nn.Module, ...]:
+        """Modules these edits brought into the model; their weights are what `vltok.save` writes."""
+        return tuple(self._added)
+
+    def before(self, module: nn.Module, hook: Callable[..., Any]) -> None:
+        """Call `hook(module, args, kwargs)` before the module's forward; it may return new (args, kwargs)."""
+        handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+        self._edits.append(_Edit(handle.remove))
+
+    def after(self, module: nn.Module, hook: Callable[..., Any], *, always: bool = False) -> None:
+        """Call `hook(module, args, kwargs, output)` after the module's forward; it may return a new output.
+
+        Args:
+            module: The module to watch.
+            hook: The hook.
+            always: Call it also when the forward raised.
+        """
+        handle = module.register_forward_hook(hook, with_kwargs=True, always_call=always)
+        self._edits.append(_Edit(handle.remove))
+
+    def swap(self, parent: nn.Module, name: str, module: nn.Module) -> None:
+        """Put `module` in the place of the child `parent.name`; it takes over the train / eval mode, and gives it back."""
+        old = parent.get_submodule(name)
+        module.train(old.training)
+        setattr(parent, name, module)
+        self._added.append(module)
+
+        def undo() -> None:
+            old.train(module.training)
+            setattr(parent, name, old)
+
+        self._edits.append(_Edit(undo, lambda: getattr(parent, name, None) is module, f"child {name!r}"))
+
+    def add_child(self, parent: nn.Module, name: str, module: nn.Module) -> None:
+        """Register `module` as a further child of `parent`.
+
+        Raises:
+            EditConflictError: If `parent` already has an attribute of that name.
+        """
+        if hasattr(parent, name):
+            raise EditConflictError(
+                f"{type(parent).__name__} already has {name!r}; remove the handle that added it first"
+            )
+        parent.add_module(name, module.train(parent.training))
+        self._added.append(module)
+        self._edits.append(
+            _Edit(lambda: delattr(parent, name), lambda: getattr(parent, name, None) is module, f"child {name!r}")
+        )
+
+    def set_attribute(self, target: object, name: str, value: Any) -> None:
+        """Set `target.name = value`; undone to the old value, or to no own attribute where there was none."""
+        old = vars(target).get(name, _ABSENT)
+        setattr(target, name, value)
+
+        def undo() -> None:
+            if old is _ABSENT:
+                delattr(target, name)
+            else:
+                setattr(target, name, old)
+
+        self._edits.append(_Edit(undo, lambda: getattr(target, name, _ABSENT) is value, f"attribute {name!r}"))
+
+    def undo(self) -> None:
+        """Take all changes back, last one first. Does nothing the second time.
+
+        Raises:
+            EditConflictError: If a later change sits on top of one of these; the model is left as it is.
+        """
+        for edit in self._edits:
+            if not edit.is_in_place():
+                raise EditConflictError(
+                    f"the {edit.what} was changed again after this handle was made; remove the later handle first"
+                )
+        while self._edits:
+            self._edits.pop().undo()
+        self._added.clear()

@@ -1,0 +1,47 @@
+"""LLaVA-1.5 and its kin: a CLIP or SigLIP tower, one row of the tower is one image."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from vltok.errors import UnsupportedInputError, UnsupportedModelError
+from vltok.families.base import VlmFamily
+from vltok.families.vision import Encoding, ImageTokens
+
+TOWERS = ("clip_vision_model", "siglip_vision_model")
+
+
+class Llava(VlmFamily):
+    name = "llava"
+    title = "LLaVA-1.5"
+    model_class = "LlavaModel"
+
+    def check(self, model: nn.Module) -> None:
+        super().check(model)
+        kind = model.config.vision_config.model_type
+        if kind not in TOWERS:
+            raise UnsupportedModelError(
+                f"a {self.title} model with a {kind!r} vision tower is not supported; supported are {', '.join(TOWERS)}"
+            )
+
+    def images(self, model: nn.Module, encoding: Encoding, runs: list[int]) -> list[ImageTokens]:
+        rows, length = encoding.features.shape[:2]
+        attention = self.token_attention(model, encoding)
+        return [
+            ImageTokens(length, encoding.keys[row], None if attention is None else attention[row], None, row * length)
+            for row in range(rows)
+        ]
+
+    def token_attention(self, model: nn.Module, encoding: Encoding) -> torch.Tensor | None:
+        """Attention for each projected token of a row, (R, N): -inf for [CLS] where the features keep it."""
+        attention = self.patch_attention(model, encoding)
+        if attention is None:
+            return None
+        prefix = encoding.features.shape[1] - attention.shape[1]
+        if prefix < 0:
+            raise UnsupportedInputError(
+                f"the projector returns {encoding.features.shape[1]} tokens for {attention.shape[1]} patches; attention "
+                "over patches can't be matched with them; choose a method that needs no vision attention"
+            )
+        return torch.nn.functional.pad(attention, (prefix, 0), value=-torch.inf)

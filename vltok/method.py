@@ -1,0 +1,105 @@
+"""Method, the base of everything that can be applied to a model, and Run, where a method leaves what it found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, TypeVar
+
+import torch
+
+from vltok.edits import Edits
+from vltok.errors import CheckpointError
+
+_METHODS: dict[str, type[Method]] = {}
+M = TypeVar("M", bound="type[Method]")
+
+
+class Run:
+    """What the attached methods computed in the last call of the model. Replaced call by call, never saved."""
+
+    def __init__(self) -> None:
+        self.losses: dict[str, torch.Tensor] = {}
+        self.results: dict[str, Any] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Run:
+        copy = Run()
+        memo[id(self)] = copy
+        return copy
+
+    def loss(self, name: str, value: torch.Tensor) -> None:
+        """Leave a loss term (a scalar with its graph) for `handle.loss()`."""
+        self.losses[name] = value
+
+    def report(self, name: str, value: Any) -> None:
+        """Leave a result for `handle.report()`."""
+        self.results[name] = value
+
+
+@dataclass(frozen=True)
+class Method:
+    """Base of all methods: a frozen dataclass of knobs with one verb, `attach`.
+
+    A method holds no weights and no state: weights live in modules it adds to the model, the state of a call in the
+    `Run` and in the family's engine. One instance can be applied to any number of models.
+    """
+
+    name: ClassVar[str] = ""
+    version: ClassVar[int] = 1
+    training_free: ClassVar[bool] = True
+
+    def attach(self, view: Any, edits: Edits, run: Run) -> None:
+        """Attach to a model seen through `view`, with every change in `edits` and every result in `run`."""
+        raise NotImplementedError(f"{type(self).__name__} must define attach()")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as plain data for a JSON file."""
+        return {"method": self.name, "version": self.version, **asdict(self)}
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any], writer: str = "an unknown version") -> Method:
+        """Build the method that `to_dict` described.
+
+        Args:
+            data: What `to_dict` returned, perhaps through JSON.
+            writer: The vltok version that wrote it, named in errors.
+
+        Raises:
+            CheckpointError: If the method, its version or one of the fields is not known here.
+        """
+        settings = dict(data)
+        name = settings.pop("method", None)
+        if name not in _METHODS:
+            raise CheckpointError(
+                f"unknown method {name!r} (written by vltok {writer}); this vltok knows {', '.join(sorted(_METHODS))}"
+            )
+        cls = _METHODS[name]
+        version = settings.pop("version", None)
+        if version != cls.version:
+            raise CheckpointError(
+                f"{name} was written in format {version!r} by vltok {writer}; this vltok reads format {cls.version}"
+            )
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(settings) - known):
+            raise CheckpointError(
+                f"unknown field {', '.join(map(repr, unknown))} of {name} (written by vltok {writer}); "
+                f"this vltok knows {', '.join(sorted(known))}"
+            )
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()})
+
+
+def register(name: str) -> Callable[[M], M]:
+    """Class decorator: make a method known under `name`, the word saved files use for it.
+
+    Raises:
+        ValueError: If the name is taken.
+    """
+
+    def decorate(cls: M) -> M:
+        if name in _METHODS:
+            raise ValueError(f"a method named {name!r} is already registered: {_METHODS[name].__name__}")
+        cls.name = name
+        _METHODS[name] = cls
+        return cls
+
+    return decorate

@@ -1,0 +1,9 @@
+"""The methods, one per file. Importing this package registers them all by name."""
+
+from vltok.methods.divprune import DivPrune
+from vltok.methods.fastervlm import FasterVLM
+from vltok.methods.random_tokens import RandomTokens
+from vltok.methods.stride import StrideTokens
+from vltok.methods.todre import ToDRE
+
+__all__ = ["DivPrune", "FasterVLM", "RandomTokens", "StrideTokens", "ToDRE"]

@@ -1,0 +1,78 @@
+"""Report: what the last prompt cost and what was kept of its images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True)
+class RelevanceRecord:
+    """Stage 2 at one decoder layer, for one sample.
+
+    Attributes:
+        layer: The layer looked at, counted from 1; a drop takes effect in the layers after it.
+        alpha_tv: Share of the text tokens' attention that lies on visual tokens.
+        alpha_vt: Share of the visual tokens' attention that lies on text tokens.
+        dropped: Whether all visual tokens left after this layer.
+    """
+
+    layer: int
+    alpha_tv: float
+    alpha_vt: float
+    dropped: bool
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the attached pruning methods did at the last prompt with images.
+
+    Attributes:
+        visual_tokens: Visual tokens of each image of each sample before pruning.
+        kept_tokens: Visual tokens kept of each image of each sample at the entry of the language model.
+        keep_indices: Which ones, ascending positions within the image, (K,) each.
+        tokens_per_layer: Tokens each decoder layer worked on, (B, layers), int64, padding excluded.
+        kv_entries: Entries in each layer's KV cache after the prompt, fill-up included; empty without a cache.
+        kv_bytes: Bytes of the whole KV cache after the prompt.
+        relevance: Stage 2 at each candidate layer, for each sample.
+    """
+
+    visual_tokens: list[list[int]] = field(default_factory=list)
+    kept_tokens: list[list[int]] = field(default_factory=list)
+    keep_indices: list[list[torch.Tensor]] = field(default_factory=list)
+    tokens_per_layer: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.int64))
+    kv_entries: list[int] = field(default_factory=list)
+    kv_bytes: int = 0
+    relevance: list[list[RelevanceRecord]] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        if not self.visual_tokens:
+            return "no prompt with images since the method was attached"
+        lines = []
+        for row, (before, after) in enumerate(zip(self.visual_tokens, self.kept_tokens, strict=True)):
+            images = ", ".join(f"{n} -> {k}" for n, k in zip(before, after, strict=True)) or "no image"
+            lines.append(f"sample {row}: visual tokens {images}; tokens per decoder layer {self._layers(row)}")
+            for record in self.relevance[row] if self.relevance else ():
+                verdict = "dropped from the next layer on" if record.dropped else "kept"
+                lines.append(
+                    f"  layer {record.layer}: text to visual {record.alpha_tv:.3f}, visual to text {record.alpha_vt:.3f}; "
+                    f"visual tokens {verdict}"
+                )
+        if self.kv_entries:
+            lines.append(f"KV cache: {_runs(self.kv_entries)} entries per layer, {self.kv_bytes / 2**20:.2f} MiB")
+        return "\n".join(lines)
+
+    def _layers(self, row: int) -> str:
+        return _runs(self.tokens_per_layer[row].tolist())
+
+
+def _runs(values: list[int]) -> str:
+    """Write [5, 5, 3] as "5 (x2), 3"."""
+    words: list[str] = []
+    start = 0
+    for end in range(1, len(values) + 1):
+        if end == len(values) or values[end] != values[start]:
+            words.append(f"{values[start]} (x{end - start})" if end - start > 1 else str(values[start]))
+            start = end
+    return ", ".join(words)

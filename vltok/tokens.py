@@ -1,0 +1,35 @@
+"""Pure helpers on token sequences: how many to keep, how to pick rows and how to put them back."""
+
+from __future__ import annotations
+
+import torch
+
+
+def keep_count(num_tokens: int, keep_ratio: float | None = None, num_keep: int | None = None) -> int:
+    """Say how many of `num_tokens` visual tokens a budget keeps.
+
+    Args:
+        num_tokens: Visual tokens of one image, N.
+        keep_ratio: Share to keep, in (0, 1]; rounded half to even, at least one token.
+        num_keep: Count to keep, in 1..N. Exactly one of the two is given.
+
+    Returns:
+        The count, in 1..N.
+
+    Raises:
+        ValueError: If `num_keep` is larger than `num_tokens`.
+    """
+    if num_keep is None:
+        return max(1, round(keep_ratio * num_tokens))
+    if num_keep > num_tokens:
+        raise ValueError(
+            f"num_keep={num_keep} is more than the {num_tokens} visual tokens of an image; "
+            f"give at most {num_tokens}, or a keep_ratio, which fits images of any size"
+        )
+    return num_keep
+
+
+def gather_tokens(tokens: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Pick rows of each sample: tokens (B, N, ...), indices (B, K) -> (B, K, ...)."""
+    index = indices.reshape(*indices.shape, *[1] * (tokens.dim() - 2))
+    return tokens.gather(1, index.expand(*indices.shape, *tokens.shape[2:]))

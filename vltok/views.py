@@ -1,0 +1,88 @@
+"""What a method may ask of a model: protocols without an implementation.
+
+A family (vltok/families) implements them for one kind of model; a method (vltok/methods) uses them and nothing else of the model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import torch
+
+if TYPE_CHECKING:
+    from vltok.edits import Edits
+    from vltok.method import Run
+
+AttentionKind = Literal["cls", "received"]
+
+
+@dataclass(frozen=True)
+class AttentionRequest:
+    """Which attention of the vision tower a selector wants to see.
+
+    Attributes:
+        kind: "cls" is the attention of the [CLS] query over the patches; "received" is the mean over all queries of the
+            attention a patch receives. Both are means over the heads and are not renormalised.
+        layer: Layer of the vision tower, counted as a Python index (-1 is the last one).
+    """
+
+    kind: AttentionKind
+    layer: int = -1
+
+
+@dataclass(frozen=True)
+class VisualTokens:
+    """The visual tokens of B images of N tokens each, as they enter the language model.
+
+    Attributes:
+        embeddings: Projected embeddings, (B, N, D), in the model's dtype.
+        image_keys: A number made from each image's pixels alone, (B,), int64; the same picture has the same number in any
+            batch. Seeds whatever a selector wants to be random.
+        attention: The requested attention, (B, N), float32, -inf where a token stands for no patch (such as the newline
+            tokens of AnyRes layouts). None if nothing was requested.
+        is_overview: True for tokens of the whole picture, (B, N), bool; False for those of AnyRes crops.
+    """
+
+    embeddings: torch.Tensor
+    image_keys: torch.Tensor
+    attention: torch.Tensor | None
+    is_overview: torch.Tensor
+
+
+class TokenSelector(Protocol):
+    """What `LanguageView.on_visual_tokens` needs of a method. `vltok.methods.selector.Selector` is its base class."""
+
+    keep_ratio: float | None
+    num_keep: int | None
+    positions: Literal["keep", "reindex"]
+
+    def attention_request(self, has_cls: bool) -> AttentionRequest | None: ...
+
+    def select(self, visual: VisualTokens, num_keep: int) -> torch.Tensor: ...
+
+
+class RelevanceJudge(Protocol):
+    """What `LanguageView.on_decoder_layers` needs of a method: where to look, and what to conclude.
+
+    `candidate_layers` counts decoder layers: l means that the layers after the l-th may run without visual tokens.
+    `judge` gets, for the l-th layer, what share of its attention each row puts on visual and on text tokens (mass, (B, S, 2),
+    float32, mean over heads) and which rows are visual, (B, S), and text after the first visual token, (B, S). It returns
+    the two ratios and the decision, (B,) each.
+    """
+
+    def candidate_layers(self, num_layers: int) -> tuple[int, ...]: ...
+
+    def judge(
+        self, mass: torch.Tensor, is_visual: torch.Tensor, is_text: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
+
+
+class LanguageView(Protocol):
+    """A vision-language model as a pruning method sees it."""
+
+    def on_visual_tokens(self, edits: Edits, run: Run, selector: TokenSelector) -> None:
+        """Let `selector` choose which visual tokens of every image enter the language model."""
+
+    def on_decoder_layers(self, edits: Edits, run: Run, judge: RelevanceJudge) -> None:
+        """Let `judge` decide, per sample, after which decoder layer all visual tokens leave."""
