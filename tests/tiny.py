@@ -1,4 +1,8 @@
-"""Tiny, randomly initialised models of the real classes with their real processors, all made offline from configs."""
+"""Tiny, randomly initialised models of the real classes with their real processors, all made offline from configs.
+
+Every class is the one of transformers; only sizes, weights and vocabulary are made up: four decoder layers with
+grouped-query heads, a word-level tokenizer of forty words, and pictures of noise. Nothing here can read or see.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +19,10 @@ from transformers import PreTrainedTokenizerFast
 
 WORDS = [f"w{i}" for i in range(40)]
 SPECIALS = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
-TEXT = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4}
-TEXT |= {
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 2048,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+TEXT = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4}
+TEXT |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048, **IDS}
+TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
 
 
 def tokenizer(specials: Sequence[str] = SPECIALS, **extra: Any) -> PreTrainedTokenizerFast:
@@ -46,14 +46,16 @@ def picture(seed: int, size: tuple[int, int] = (56, 56)) -> Image.Image:
 def sharpen(model: nn.Module, seed: int = 0) -> nn.Module:
     """Draw weights large enough that attention is peaked and each token matters; flat weights hide mistakes."""
     generator = torch.Generator().manual_seed(seed)
+    tables = {id(table.weight) for table in model.modules() if isinstance(table, nn.Embedding)}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if "norm" in name or parameter.dim() < 2:
-                parameter.copy_(1 + 0.1 * noise if name.endswith("weight") else 0.1 * noise)
+            if "norm" in name or "lambda" in name or parameter.dim() < 2:
+                is_scale = name.endswith("weight") or "lambda" in name
+                parameter.copy_(1 + 0.1 * noise if is_scale else 0.1 * noise)
             else:
-                fan_in = parameter[0].numel() if "embed" not in name else 1
-                parameter.copy_(noise * 1.5 / fan_in**0.5)
+                is_table = id(parameter) in tables or parameter.shape[0] == 1  # embeddings, also of positions
+                parameter.copy_(noise * 1.5 / (1 if is_table else parameter[0].numel() ** 0.5))
     return model.eval()
 
 
@@ -66,8 +68,10 @@ class TinyFamily:
         build: Makes a model, given the attention implementation.
         processor: Makes the processor.
         image: What a prompt writes for an image.
-        size: Size of a picture (width, height); `other_size` a second one, where the family allows several.
+        size: Size of a picture, (width, height).
+        other_size: A second size; where the family lets the size decide, its pictures have another number of tokens.
         has_cls: Whether the vision tower has a [CLS] token.
+        tokens: Visual tokens of a picture of `size` and of one of `other_size`.
     """
 
     name: str
@@ -77,17 +81,23 @@ class TinyFamily:
     size: tuple[int, int]
     other_size: tuple[int, int]
     has_cls: bool
+    tokens: tuple[int, int]
 
     def model(self, attention: str = "sdpa", dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
-        """A model with sharp weights, in eval mode."""
-        return sharpen(self.build(attention), seed).to(dtype)
+        """A model with sharp weights, in eval mode, that never generates padding or placeholders."""
+        model = sharpen(self.build(attention), seed).to(dtype)
+        # Trained models don't write placeholders; a random one would, and transformers would look for the image.
+        placeholders = {getattr(model.config, f"{kind}_token_id", 0) for kind in ("image", "video")}
+        model.generation_config.suppress_tokens = sorted({0, 1, 3} | placeholders)
+        return model
 
     def inputs(self, prompts: Sequence[str], images: Sequence[Image.Image] = (), padding_side: str = "left") -> Any:
         """Process prompts in which "<image>" stands for an image of `images`."""
         processor = self.processor()
-        processor.tokenizer.padding_side = padding_side
         text = [prompt.replace("<image>", self.image) for prompt in prompts]
-        return processor(text=text, images=list(images) or None, padding=True, return_tensors="pt")
+        return processor(
+            text=text, images=list(images) or None, padding=True, padding_side=padding_side, return_tensors="pt"
+        )
 
 
 def _llava(attention: str, tower: str = "clip") -> nn.Module:
@@ -99,10 +109,10 @@ def _llava(attention: str, tower: str = "clip") -> nn.Module:
         SiglipVisionConfig,
     )
 
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
-    vision = (CLIPVisionConfig if tower == "clip" else SiglipVisionConfig)(**sizes, image_size=56, patch_size=14)
     config = LlavaConfig(
-        vision_config=vision,
+        vision_config=(CLIPVisionConfig if tower == "clip" else SiglipVisionConfig)(
+            **TOWER, image_size=56, patch_size=14
+        ),
         text_config=LlamaConfig(**TEXT),
         image_token_index=4,
         vision_feature_select_strategy="default" if tower == "clip" else "full",
@@ -124,7 +134,105 @@ def _llava_processor(tower: str = "clip") -> Any:
     )
 
 
-LLAVA = TinyFamily("llava", _llava, _llava_processor, "<image>", (56, 56), (80, 50), True)
+PINPOINTS = [[42, 84], [84, 42], [84, 84]]  # (height, width): two or four crops of 42 x 42, nine patches each
+
+
+def _llava_next(attention: str) -> nn.Module:
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
+
+    config = LlavaNextConfig(
+        vision_config=CLIPVisionConfig(**TOWER, image_size=42, patch_size=14),
+        text_config=LlamaConfig(**TEXT),
+        image_token_index=4,
+        image_grid_pinpoints=PINPOINTS,
+        vision_feature_layer=-2,
+        attn_implementation=attention,
+    )
+    return LlavaNextForConditionalGeneration(config)
+
+
+def _llava_next_processor() -> Any:
+    from transformers import LlavaNextImageProcessor, LlavaNextProcessor
+
+    return LlavaNextProcessor(
+        image_processor=LlavaNextImageProcessor(
+            size={"shortest_edge": 42}, crop_size={"height": 42, "width": 42}, image_grid_pinpoints=PINPOINTS
+        ),
+        tokenizer=tokenizer(),
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+
+
+QWEN_SPECIALS = [*SPECIALS[:4], "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
+QWEN_PATCHES = {"patch_size": 4, "temporal_patch_size": 2}
+
+
+def _qwen2_5_vl(attention: str) -> nn.Module:
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    tower = {"hidden_size": 32, "intermediate_size": 48, "depth": 3, "num_heads": 2, "out_hidden_size": 64}
+    # Windows of 2 x 2 visual tokens in the first two layers, the whole picture in the last one.
+    windows = {"spatial_merge_size": 2, "window_size": 16, "fullatt_block_indexes": [2]}
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+    config = Qwen2_5_VLConfig(
+        vision_config={**tower, **windows, **QWEN_PATCHES},
+        text_config={**TEXT, "rope_parameters": rope},
+        image_token_id=4,
+        video_token_id=5,
+        vision_start_token_id=6,
+        vision_end_token_id=7,
+        attn_implementation=attention,
+        **IDS,
+    )
+    return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def _qwen2_5_vl_processor() -> Any:
+    from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
+
+    size = {"shortest_edge": 64, "longest_edge": 4096}
+    return Qwen2_5_VLProcessor(
+        image_processor=Qwen2VLImageProcessor(size=size, merge_size=2, **QWEN_PATCHES),
+        tokenizer=tokenizer(QWEN_SPECIALS),
+        video_processor=Qwen2VLVideoProcessor(size=size, merge_size=2, **QWEN_PATCHES),
+    )
+
+
+INTERNVL_SPECIALS = [*SPECIALS[:4], "<IMG_CONTEXT>", "<img>", "</img>", "<video>"]
+
+
+def _internvl(attention: str) -> nn.Module:
+    from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig, Qwen2Config
+
+    config = InternVLConfig(
+        vision_config=InternVLVisionConfig(
+            **TOWER, image_size=56, patch_size=7, use_qk_norm=True, norm_type="rms_norm"
+        ),
+        text_config=Qwen2Config(**TEXT),
+        image_token_id=4,
+        image_seq_length=16,
+        tie_word_embeddings=False,
+        attn_implementation=attention,
+    )
+    return InternVLForConditionalGeneration(config)
+
+
+def _internvl_processor() -> Any:
+    from transformers import GotOcr2ImageProcessor, InternVLProcessor, InternVLVideoProcessor
+
+    size = {"height": 56, "width": 56}
+    special = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
+    return InternVLProcessor(
+        image_processor=GotOcr2ImageProcessor(size=size, max_patches=4),
+        tokenizer=tokenizer(INTERNVL_SPECIALS, extra_special_tokens={**special, "video_token": "<video>"}),
+        video_processor=InternVLVideoProcessor(size=size),
+        image_seq_length=16,
+    )
+
+
+LLAVA = TinyFamily("llava", _llava, _llava_processor, "<image>", (56, 56), (80, 50), True, (16, 16))
 LLAVA_SIGLIP = TinyFamily(
     "llava",
     functools.partial(_llava, tower="siglip"),
@@ -133,4 +241,20 @@ LLAVA_SIGLIP = TinyFamily(
     (56, 56),
     (80, 50),
     False,
+    (16, 16),
 )
+# 84 x 50: a thumbnail, four crops of which a strip above and below is cut off, and four newlines. 42 x 84: two crops.
+LLAVA_NEXT = TinyFamily("llava_next", _llava_next, _llava_next_processor, "<image>", (84, 50), (42, 84), True, (37, 33))
+QWEN2_5_VL = TinyFamily(
+    "qwen2_5_vl",
+    _qwen2_5_vl,
+    _qwen2_5_vl_processor,
+    "<|vision_start|><|image_pad|><|vision_end|>",
+    (32, 24),
+    (24, 40),
+    False,
+    (12, 15),
+)
+# 112 x 56: two tiles and a thumbnail of 16 tokens each. 56 x 56: a single tile.
+INTERNVL = TinyFamily("internvl", _internvl, _internvl_processor, "<IMG_CONTEXT>", (112, 56), (56, 56), True, (48, 16))
+ALL = [LLAVA, LLAVA_SIGLIP, LLAVA_NEXT, QWEN2_5_VL, INTERNVL]
