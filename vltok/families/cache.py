@@ -35,8 +35,12 @@ class PrunedCache:
 
     @staticmethod
     def of(cache: object | None) -> PrunedCache | None:
-        """Return the record of a cache, or None if nothing was pruned from it."""
-        return getattr(cache, _ATTRIBUTE, None)
+        """Return the record of a cache, or None if nothing was pruned from it (or it was emptied since)."""
+        record = getattr(cache, _ATTRIBUTE, None)
+        if record is not None and cache.get_seq_length() == 0:
+            delattr(cache, _ATTRIBUTE)
+            return None
+        return record
 
     def keep_on(self, cache: object) -> None:
         """Write this record on the cache."""
@@ -53,7 +57,7 @@ class PrunedCache:
             UnsupportedInputError: If the cache no longer fits the record.
         """
         removed = self.entries[0] - held
-        if held == 0 or removed < 0 or held < self.prompt_length:
+        if removed < 0 or held < self.prompt_length:
             raise UnsupportedInputError(
                 f"the KV cache holds {held} entries where {self.entries[0]} were expected (at least {self.prompt_length} "
                 "of the pruned prompt); a pruned cache can only be extended, or cropped back to its prompt"

@@ -122,11 +122,10 @@ class PruningEngine:
         encoded = kwargs.get("mm_encoder_outputs") or {}
         if kwargs.get("pixel_values_videos") is not None or encoded.get("video") is not None:
             raise UnsupportedInputError("visual tokens of videos can't be pruned yet; remove the handle to run videos")
-        cache = kwargs.get("past_key_values")
-        record = PrunedCache.of(cache)
+        record = PrunedCache.of(kwargs.get("past_key_values"))
         if kwargs.get("pixel_values") is not None or encoded.get("image") is not None:
             self.call = self._open_prompt(module, kwargs, encoded.get("image"))
-        elif record is not None and cache.get_seq_length() > 0:
+        elif record is not None:
             self.call = _continue(kwargs, record)
         return (), kwargs
 

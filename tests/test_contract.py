@@ -1,0 +1,327 @@
+"""What `apply` promises, checked for every method on every family."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import pytest
+import torch
+from matrix import FAMILIES, METHODS
+from tiny import TinyFamily, picture
+
+import vltok
+
+TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
+PROMPTS = ["w1 <image> w2 w3", "w4 <image> w5 w6 w7 <image> w8 w9 w1", "w3 w4"]
+ALONE = [0, 1, 1]  # the row each picture belongs to
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request) -> TinyFamily:
+    return FAMILIES[request.param]
+
+
+@pytest.fixture(params=METHODS)
+def method(request) -> vltok.Method:
+    return METHODS[request.param]()
+
+
+@functools.lru_cache
+def shared_model(family: TinyFamily, attention: str = "sdpa") -> torch.nn.Module:
+    """A model that tests may attach to but must leave as they found it."""
+    return family.model(attention)
+
+
+@pytest.fixture
+def model(family) -> torch.nn.Module:
+    return shared_model(family)
+
+
+@functools.lru_cache
+def pictures(family: TinyFamily):
+    return [picture(0, family.size), picture(1, family.other_size), picture(2, family.size)]
+
+
+@functools.lru_cache
+def batch(family: TinyFamily, side: str = "left"):
+    return family.inputs(PROMPTS, pictures(family), padding_side=side)
+
+
+@functools.lru_cache
+def single(family: TinyFamily, row: int):
+    return family.inputs([PROMPTS[row]], [p for p, owner in zip(pictures(family), ALONE, strict=True) if owner == row])
+
+
+@torch.no_grad()
+def logits(model, inputs, **options):
+    return model(**inputs, **options).logits
+
+
+@torch.no_grad()
+def generate(model, inputs, **options):
+    # A random model may write the image placeholder, which transformers then takes for an image.
+    placeholder = [model.config.image_token_id]
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "suppress_tokens": placeholder} | options
+    tokens = model.generate(**inputs, **options)
+    return tokens[:, inputs["input_ids"].shape[1] :]
+
+
+def fingerprint(model) -> dict[str, object]:
+    """Everything of a model that a method could leave behind."""
+    modules = dict(model.named_modules())
+    return {
+        "children": list(modules),
+        "classes": [type(module) for module in modules.values()],
+        "attributes": {name: sorted(vars(module)) for name, module in modules.items()},
+        "hooks": {
+            name: [len(getattr(module, kind)) for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")]
+            for name, module in modules.items()
+        },
+        "modes": [module.training for module in modules.values()],
+        "config": model.config.to_dict(),
+        "generation_config": model.generation_config.to_dict(),
+    }
+
+
+def test_remove_restores_the_model_bit_for_bit(family, method, model):
+    inputs = batch(family)
+    before = generate(model, inputs), logits(model, inputs)  # first, as transformers adds hooks of its own lazily
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    mark = fingerprint(model)
+    handle = vltok.apply(model, method)
+    assert list(model.state_dict()) == list(state), "a training-free method must not add weights"
+    generate(model, inputs)
+    handle.remove()
+    handle.remove()
+    assert fingerprint(model) == mark
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in state.items())
+    assert torch.equal(generate(model, inputs), before[0])
+    assert torch.equal(logits(model, inputs), before[1])
+
+
+def test_pruning_changes_the_answer_and_shortens_the_sequence(family, method, model):
+    inputs = batch(family)
+    before = logits(model, inputs)
+    with vltok.apply(model, method) as handle:
+        after = logits(model, inputs)
+        report = handle.report(file=None)
+    assert before.shape == after.shape
+    real = inputs["attention_mask"].bool()
+    assert not torch.allclose(before[real], after[real], atol=1e-3)
+    assert (report.tokens_per_layer[:, -1] < real.sum(1))[:2].all()
+
+
+def test_handle_is_a_context_manager_that_detaches_on_an_exception(family, method, model):
+    mark = fingerprint(model)
+    with pytest.raises(KeyError), vltok.apply(model, method) as handle:
+        raise KeyError
+    assert not handle.is_attached
+    assert fingerprint(model) == mark
+
+
+def test_a_failure_half_way_leaves_the_model_as_it_was(family, method, model):
+    class Broken(vltok.Method):
+        def attach(self, view, edits, run):
+            edits.set_attribute(model, "stray", 1)
+            raise RuntimeError("half-way")
+
+    mark = fingerprint(model)
+    with pytest.raises(RuntimeError, match="half-way"):
+        vltok.apply(model, [method, Broken()])
+    assert fingerprint(model) == mark
+
+
+def test_a_second_pruning_handle_is_refused_and_changes_nothing(family, method, model):
+    with vltok.apply(model, method):
+        mark = fingerprint(model)
+        with pytest.raises(ValueError, match="already pruned"):
+            vltok.apply(model, method)
+        assert fingerprint(model) == mark
+
+
+def test_a_deepcopy_runs_on_its_own_weights(family, method, model):
+    inputs = batch(family)
+    original = copy.deepcopy(model)
+    handle = vltok.apply(original, method)
+    expected = logits(original, inputs)
+    twin = copy.deepcopy(original)
+    assert torch.equal(logits(twin, inputs), expected)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.mul_(0.9)
+    changed = logits(twin, inputs)
+    assert torch.equal(logits(original, inputs), expected)
+    handle.remove()
+    fresh = copy.deepcopy(original)
+    fresh.load_state_dict(twin.state_dict())
+    with vltok.apply(fresh, method):
+        assert torch.equal(logits(fresh, inputs), changed)
+    assert torch.equal(logits(twin, inputs), changed), "removing the original's handle must not reach its copy"
+
+
+def test_two_models_with_different_settings_coexist(family, method, model):
+    inputs = batch(family)
+    other = copy.deepcopy(model)
+    with vltok.apply(model, method):
+        expected = logits(model, inputs)
+    with vltok.apply(model, method), vltok.apply(other, vltok.StrideTokens(num_keep=2)):
+        strided = logits(other, inputs)
+        assert torch.equal(logits(model, inputs), expected)
+        assert torch.equal(logits(other, inputs), strided)
+
+
+def test_text_only_prompts_pass_through_unchanged(family, method, model):
+    inputs = family.inputs(["w1 w2 w3", "w4"])
+    expected = generate(model, inputs), logits(model, inputs)
+    with vltok.apply(model, method):
+        assert torch.equal(generate(model, inputs), expected[0])
+        assert torch.equal(logits(model, inputs), expected[1])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_row_of_a_padded_batch_equals_the_row_alone(family, method, model, side):
+    inputs = batch(family, side)
+    real = inputs["attention_mask"].bool()
+    with vltok.apply(model, method) as handle:
+        together = logits(model, inputs)
+        report = handle.report(file=None)
+        for row in range(len(PROMPTS)):
+            alone = logits(model, single(family, row))
+            torch.testing.assert_close(together[row][real[row]], alone[0], **TOLERANCE)
+            if row in ALONE:
+                mine = handle.report(file=None)
+                assert mine.kept_tokens == [report.kept_tokens[row]]
+                for a, b in zip(mine.keep_indices[0], report.keep_indices[row], strict=True):
+                    assert torch.equal(a, b)
+                assert torch.equal(mine.tokens_per_layer[0], report.tokens_per_layer[row])
+
+
+def test_generation_of_a_row_does_not_depend_on_the_batch(family, method, model):
+    with vltok.apply(model, method):
+        together = generate(model, batch(family))
+        for row in range(len(PROMPTS)):
+            assert torch.equal(together[row], generate(model, single(family, row))[0])
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}], ids=str)
+def test_generation_with_and_without_a_cache_agrees(family, method, model, options):
+    with vltok.apply(model, method):
+        cached = generate(model, batch(family), use_cache=True, **options)
+        assert torch.equal(cached, generate(model, batch(family), use_cache=False, **options))
+
+
+def test_sampling_follows_the_seed(family, method, model):
+    options = {"do_sample": True, "num_return_sequences": 2}
+    with vltok.apply(model, method):
+        torch.manual_seed(0)
+        first = generate(model, batch(family), **options)
+        torch.manual_seed(0)
+        assert torch.equal(generate(model, batch(family), **options), first)
+    assert first.shape == (2 * len(PROMPTS), 5)
+
+
+def test_eager_and_sdpa_agree(family, method, model):
+    inputs, eager = batch(family), shared_model(family, "eager")
+    assert model.config._attn_implementation == "sdpa" and eager.config._attn_implementation == "eager"
+    with vltok.apply(model, method), vltok.apply(eager, method):
+        torch.testing.assert_close(logits(eager, inputs), logits(model, inputs), **TOLERANCE)
+
+
+def test_bfloat16_generates_and_keeps_the_budget(family, method, model):
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    with vltok.apply(half, method) as handle, vltok.apply(model, method) as reference:
+        inputs = batch(family)
+        pixels = {"pixel_values": inputs["pixel_values"].to(torch.bfloat16)}
+        assert generate(half, {**inputs, **pixels}).shape == (len(PROMPTS), 5)
+        logits(model, inputs)
+        assert handle.report(file=None).kept_tokens == reference.report(file=None).kept_tokens
+
+
+def test_labels_give_the_loss_of_the_kept_sequence_and_gradients(family, method, model):
+    inputs = batch(family, "right")
+    trained = copy.deepcopy(model).train()
+    placeholder = inputs["input_ids"] == model.config.image_token_id
+    labels = inputs["input_ids"].masked_fill(placeholder | ~inputs["attention_mask"].bool(), -100)
+    with vltok.apply(trained, method):
+        output = trained(**inputs, labels=labels)
+        output.loss.backward()
+    assert output.logits.shape[:2] == inputs["input_ids"].shape
+    # Each labelled token is predicted from the last kept token before it, which is where the logits stand.
+    scores, target = output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    expected = torch.nn.functional.cross_entropy(scores[target != -100], target[target != -100])
+    torch.testing.assert_close(output.loss, expected)
+    missing = [
+        name for name, p in trained.named_parameters() if "layers" in name and "language" in name and p.grad is None
+    ]
+    assert not missing
+    tower = [p.grad for name, p in trained.named_parameters() if "patch_embed" in name and p.grad is not None]
+    assert tower and all(grad.abs().sum() > 0 for grad in tower)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(family, method, model):
+    inputs = batch(family, "right")
+    grads = []
+    for reentrant in (None, False, True):
+        trained = copy.deepcopy(model).train()
+        if reentrant is not None:
+            trained.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
+            trained.enable_input_require_grads()
+        with vltok.apply(trained, method):
+            trained(**inputs, labels=inputs["input_ids"], use_cache=False).loss.backward()
+        grads.append({name: p.grad for name, p in trained.named_parameters() if p.grad is not None})
+    for checkpointed in grads[1:]:
+        assert checkpointed.keys() == grads[0].keys()
+        for name, grad in grads[0].items():
+            torch.testing.assert_close(checkpointed[name], grad, rtol=1e-3, atol=1e-5)
+
+
+def test_hidden_states_come_back_at_the_length_of_the_prompt(family, method, model):
+    inputs = batch(family)
+    with vltok.apply(model, method), torch.no_grad():
+        states = model(**inputs, output_hidden_states=True).hidden_states
+    assert len(states) == model.config.get_text_config().num_hidden_layers + 1
+    assert all(state.shape[:2] == inputs["input_ids"].shape for state in states)
+
+
+def test_report_tells_what_the_cache_holds(family, method, model):
+    inputs = batch(family)
+    with vltok.apply(model, method) as handle, torch.no_grad():
+        cache = model(**inputs, use_cache=True).past_key_values
+        report = handle.report(file=None)
+    keys = [layer.keys for layer in cache.layers]
+    assert report.kv_entries == [key.shape[-2] for key in keys]
+    assert report.kv_bytes == sum(2 * key.numel() * key.element_size() for key in keys)
+    assert report.tokens_per_layer.max(0).values.tolist() == report.kv_entries
+    placeholders = (inputs["input_ids"] == model.config.image_token_id).sum(1).tolist()
+    assert [sum(row) for row in report.visual_tokens] == placeholders
+    for row, kept in zip(report.visual_tokens, report.kept_tokens, strict=True):
+        budgets = {"keep_ratio": method.keep_ratio, "num_keep": method.num_keep}
+        if budgets == {"keep_ratio": None, "num_keep": None}:
+            assert kept == row
+        else:
+            assert kept == [vltok.tokens.keep_count(n, **budgets) for n in row]
+
+
+def test_saving_the_base_model_is_unaffected(family, method, model, tmp_path):
+    with vltok.apply(model, method):
+        model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert again.config.to_dict().keys() == model.config.to_dict().keys()
+    assert torch.equal(logits(again, batch(family)), logits(model, batch(family)))
+
+
+def test_a_saved_method_comes_back_equal(family, method, model, tmp_path):
+    with vltok.apply(model, method) as handle:
+        expected = logits(model, batch(family))
+        vltok.save(handle, tmp_path)
+    with vltok.load(model, tmp_path) as handle:
+        assert handle.methods == (method,)
+        assert torch.equal(logits(model, batch(family)), expected)
+
+
+def test_methods_are_frozen_hashable_and_printable(method):
+    assert hash(method) == hash(copy.deepcopy(method))
+    with pytest.raises(AttributeError):
+        method.keep_ratio = 1.0
+    assert repr(method).startswith(type(method).__name__)
