@@ -1,0 +1,241 @@
+"""Bad input: each gets an error that says what came and what to do, and the model stays as it was."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from tiny import LLAVA, LLAVA_SIGLIP, TEXT, picture
+from torch import nn
+from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+from unchanged import unchanged
+
+import vltok
+from vltok.errors import UnsupportedInputError, UnsupportedModelError
+
+SELECTORS = [vltok.ToDRE, vltok.DivPrune, vltok.FasterVLM, vltok.RandomTokens, vltok.StrideTokens]
+VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def inputs() -> Any:
+    return LLAVA.inputs(["w1 <image> w2 w3"], [picture(0)])  # 16 visual tokens
+
+
+@pytest.fixture(scope="module")
+def model(inputs) -> nn.Module:
+    model = LLAVA.model()
+    model(**inputs)  # transformers hooks itself in at the first call
+    return model
+
+
+# Budgets
+
+
+@pytest.mark.parametrize("selector", SELECTORS)
+@pytest.mark.parametrize(
+    ("budget", "error", "message"),
+    [
+        ({"keep_ratio": 0}, ValueError, r"\(0, 1\], got 0"),
+        ({"keep_ratio": -0.1}, ValueError, r"\(0, 1\], got -0\.1"),
+        ({"keep_ratio": 1.5}, ValueError, r"\(0, 1\], got 1\.5"),
+        ({"keep_ratio": math.nan}, ValueError, r"\(0, 1\], got nan"),
+        ({"keep_ratio": math.inf}, ValueError, r"\(0, 1\], got inf"),
+        ({"keep_ratio": "x"}, TypeError, r"\(0, 1\], got 'x'"),
+        ({"keep_ratio": "0.5"}, TypeError, r"\(0, 1\], got '0\.5'"),
+        ({"keep_ratio": True}, TypeError, r"\(0, 1\], got True"),
+        ({"num_keep": 0}, ValueError, "at least 1, got 0"),
+        ({"num_keep": -3}, ValueError, "at least 1, got -3"),
+        ({"num_keep": 2.0}, TypeError, r"integer of at least 1, got 2\.0"),
+        ({"num_keep": True}, TypeError, "integer of at least 1, got True"),
+        ({"keep_ratio": 0.5, "num_keep": 3}, ValueError, r"exactly one .* got keep_ratio=0\.5 and num_keep=3"),
+        ({}, ValueError, "exactly one of keep_ratio and num_keep, got neither"),
+    ],
+    ids=repr,
+)
+def test_a_budget_out_of_range_is_refused_when_the_method_is_made(selector, budget, error, message):
+    with pytest.raises(error, match=message):
+        selector(**budget)
+
+
+@pytest.mark.parametrize("selector", SELECTORS)
+@pytest.mark.parametrize(
+    ("budget", "count"),
+    [({"keep_ratio": 1}, 16), ({"keep_ratio": 1e-9}, 1), ({"num_keep": 1}, 1), ({"num_keep": 16}, 16)],
+    ids=repr,
+)
+def test_the_ends_of_the_range_are_allowed(selector, budget, count, model, inputs):
+    with unchanged(model), vltok.apply(model, selector(**budget)) as handle, torch.no_grad():
+        model(**inputs)
+        kept = handle.report(file=None).kept_tokens
+    assert kept == [[count]]
+
+
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_a_count_above_the_visual_tokens_of_the_image_is_refused_at_the_call(selector, model, inputs):
+    with unchanged(model), vltok.apply(model, selector(num_keep=17)) as handle:
+        with pytest.raises(ValueError, match=r"num_keep=17 is more than the 16 visual tokens.*give at most 16"):
+            model(**inputs)
+        with pytest.raises(ValueError, match="num_keep=17"):
+            model.generate(**inputs, max_new_tokens=2)
+        handle.remove()
+
+
+def test_a_refused_call_leaves_a_model_that_answers_the_next_one(model, inputs):
+    text = LLAVA.inputs(["w1 w2"])
+    with torch.no_grad():
+        expected = model(**text).logits
+        with vltok.apply(model, vltok.StrideTokens(num_keep=17)):
+            with pytest.raises(ValueError, match="num_keep=17"):
+                model(**inputs)
+            assert torch.equal(model(**text).logits, expected)
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: vltok.ToDRE(0.5, strategy="max_min"), ValueError, "'max_sum', 'k_center', got 'max_min'"),
+        (lambda: vltok.ToDRE(0.5, pivot=3), ValueError, "'random', got 3"),
+        (lambda: vltok.ToDRE(0.5, depth=1), ValueError, r"in \(0, 1\), or several, got 1"),
+        (lambda: vltok.ToDRE(0.5, depth=()), ValueError, r"or several, got \(\)"),
+        (lambda: vltok.ToDRE(0.5, tau=1.5), ValueError, r"in 0\.\.1, got 1\.5"),
+        (lambda: vltok.ToDRE(0.5, tau=math.nan), ValueError, r"in 0\.\.1, got nan"),
+        (lambda: vltok.ToDRE(0.5, stages=(2, 1)), ValueError, r"\(1, 2\), got \(2, 1\)"),
+        (lambda: vltok.ToDRE(0.5, relevance=None), TypeError, "True or False, got None"),
+        (lambda: vltok.ToDRE(0.5, relevance=False, stages=(2,)), ValueError, "relevance=False leaves out stage 2"),
+        (lambda: vltok.StrideTokens(0.5, positions="grid"), ValueError, '"keep" or "reindex", got \'grid\''),
+        (lambda: vltok.FasterVLM(0.5, score="text"), ValueError, "\"received\", got 'text'"),
+        (lambda: vltok.RandomTokens(0.5, seed=0.5), TypeError, r"integer, got 0\.5"),
+    ],
+)
+def test_a_setting_out_of_range_is_refused_when_the_method_is_made(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+# What is not a model, not a method, or not a model with visual tokens
+
+
+@pytest.mark.parametrize(
+    ("thing", "name"), [("llava-hf/llava-1.5-7b-hf", "str"), (None, "NoneType"), (LlamaForCausalLM, "type")], ids=repr
+)
+def test_what_is_no_module_is_refused(thing, name):
+    with pytest.raises(TypeError, match=rf"apply\(\) takes a model \(torch\.nn\.Module\), got {name}"):
+        vltok.apply(thing, vltok.ToDRE(keep_ratio=0.5))
+
+
+@pytest.mark.parametrize("thing", ["todre", 0.1, None, {"keep_ratio": 0.1}], ids=repr)
+def test_what_is_no_method_is_refused(model, thing):
+    with (
+        unchanged(model),
+        pytest.raises(TypeError, match=r"apply\(\) takes methods such as vltok\.ToDRE\(keep_ratio=0\.1\)"),
+    ):
+        vltok.apply(model, thing)
+
+
+def test_a_class_in_the_place_of_an_instance_is_pointed_out(model):
+    with unchanged(model), pytest.raises(TypeError, match="make an instance of it"):
+        vltok.apply(model, vltok.ToDRE)
+    with unchanged(model), pytest.raises(TypeError, match="make an instance of it"):
+        vltok.apply(model, [vltok.StrideTokens(num_keep=2), vltok.ToDRE])
+
+
+def test_no_method_at_all_is_refused(model):
+    with unchanged(model), pytest.raises(ValueError, match="at least one method, got none"):
+        vltok.apply(model, [])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: LlamaForCausalLM(LlamaConfig(**TEXT)),
+        lambda: CLIPModel(
+            CLIPConfig(vision_config=VISION | {"image_size": 28}, text_config=VISION | {"vocab_size": 16})
+        ),
+        lambda: CLIPVisionModel(CLIPVisionConfig(**VISION, image_size=28)),
+        lambda: nn.Linear(2, 2),
+    ],
+    ids=["text model", "CLIP", "vision tower", "plain module"],
+)
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_a_model_without_visual_tokens_in_a_language_model_is_refused(make, selector):
+    stranger = make()
+    message = rf"{type(stranger).__name__} has no visual tokens .*\(llava, llava_next, qwen2_5_vl, internvl\)"
+    with unchanged(stranger), pytest.raises(UnsupportedModelError, match=message):
+        vltok.apply(stranger, selector(keep_ratio=0.5))
+
+
+def test_cls_attention_of_a_tower_without_cls_is_refused():
+    siglip = LLAVA_SIGLIP.model()
+    for method in (vltok.ToDRE(0.5, pivot="cls"), vltok.FasterVLM(0.5, score="cls")):
+        with unchanged(siglip), pytest.raises(UnsupportedModelError, match=r"has no \[CLS\] token"):
+            vltok.apply(siglip, method)
+
+
+def test_two_selectors_are_refused_and_the_first_is_taken_off_again(model):
+    with unchanged(model), pytest.raises(ValueError, match="StrideTokens already selects visual tokens"):
+        vltok.apply(model, [vltok.StrideTokens(num_keep=2), vltok.ToDRE(keep_ratio=0.5)])
+
+
+# Inputs that can't be answered rightly
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_visual_tokens_that_are_not_finite_are_refused(selector, bad, model, inputs):
+    broken = {**inputs, "pixel_values": torch.full_like(inputs["pixel_values"], bad)}
+    with unchanged(model), vltok.apply(model, selector(keep_ratio=0.5)):
+        with pytest.raises(UnsupportedInputError, match="visual tokens contain NaN or infinity"):
+            model(**broken)
+        with torch.no_grad():
+            assert model(**inputs).logits.isfinite().all()
+
+
+def test_images_on_top_of_a_filled_cache_are_refused(model, inputs):
+    with torch.no_grad():
+        cache = model(**LLAVA.inputs(["w1 w2"]), use_cache=True).past_key_values
+        with (
+            vltok.apply(model, vltok.StrideTokens(num_keep=2)),
+            pytest.raises(UnsupportedInputError, match="filled KV cache"),
+        ):
+            model(**{**inputs, "attention_mask": None}, past_key_values=cache)
+
+
+def test_a_static_cache_is_refused(model, inputs):
+    with (
+        vltok.apply(model, vltok.StrideTokens(num_keep=2)),
+        pytest.raises(UnsupportedInputError, match="use the default dynamic cache"),
+    ):
+        model.generate(**inputs, max_new_tokens=2, cache_implementation="static")
+
+
+def test_a_pruned_cache_does_not_go_back_into_generate(model, inputs):
+    with vltok.apply(model, vltok.StrideTokens(num_keep=2)), torch.no_grad():
+        options = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, "eos_token_id": None}
+        first = model.generate(**inputs, **options)
+        second = torch.cat([first.sequences, torch.tensor([[10, 11]])], dim=1)
+        with pytest.raises(UnsupportedInputError, match="fresh cache"):
+            model.generate(input_ids=second, past_key_values=first.past_key_values, max_new_tokens=2)
+
+
+def test_an_attention_mask_that_hides_placeholders_is_refused(model, inputs):
+    mask = inputs["attention_mask"].clone()
+    mask[0, (inputs["input_ids"][0] == 4).nonzero()[0]] = 0
+    with (
+        vltok.apply(model, vltok.StrideTokens(num_keep=2)),
+        pytest.raises(UnsupportedInputError, match="hides image placeholders"),
+    ):
+        model(**{**inputs, "attention_mask": mask})
+
+
+def test_a_sliding_window_decoder_is_refused(model):
+    windowed = copy.deepcopy(model)
+    windowed.model.language_model.config.sliding_window = 8
+    with unchanged(windowed), pytest.raises(UnsupportedModelError, match="sliding-window"):
+        vltok.apply(windowed, vltok.StrideTokens(num_keep=2))

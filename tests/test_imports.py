@@ -1,0 +1,114 @@
+"""Who may import whom, read from the source; and what `import vltok` loads, seen in a fresh interpreter."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted((ROOT / "vltok").rglob("*.py"))
+
+# A part of the package is a file or a folder right under vltok/; these are the parts it may import besides itself.
+MAY_IMPORT = {
+    "__init__": {"api", "errors", "method", "methods", "nn", "report", "serialization", "version"},
+    "api": {"edits", "errors", "families", "method", "report"},
+    "serialization": {"api", "errors", "method", "version"},
+    "families": {"attention", "edits", "errors", "method", "report", "tokens", "views"},
+    "methods": {"attention", "edits", "errors", "kernels", "method", "tokens", "views"},
+    "nn": {"methods", "tokens"},
+    "views": {"edits", "method"},
+    "method": {"edits", "errors"},
+    "edits": {"errors"},
+    "kernels": {"attention", "errors", "tokens"},
+    "attention": set(),
+    "errors": set(),
+    "report": set(),
+    "tokens": set(),
+    "version": set(),
+}
+# All else but the standard library that a part may import: everything outside families is pure tensor code.
+LIBRARIES = {
+    "families": {"torch", "transformers", "timm"},
+    "serialization": {"torch", "safetensors"},
+    "kernels": {"torch", "triton"},
+}
+
+
+def part_of(file: Path) -> str:
+    """The part of the package that a file belongs to."""
+    return file.relative_to(ROOT / "vltok").parts[0].removesuffix(".py")
+
+
+def imports(source: str) -> Iterator[str]:
+    """Every module a source names in an import, at the top or inside a function; `from a import b` gives a.b."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names)
+
+
+def forbidden(part: str, source: str) -> list[str]:
+    """The imports of a source that a file of this part may not have."""
+    found = []
+    for name in imports(source):
+        library, _, rest = name.partition(".")
+        if library == "vltok":
+            allowed = MAY_IMPORT[part] | {part}
+            found += [name] if rest.partition(".")[0] not in allowed and name != "vltok.__version__" else []
+        elif library not in LIBRARIES.get(part, {"torch"}) | sys.stdlib_module_names:
+            found.append(name)
+    return found
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_imports_follow_the_dependency_direction(file):
+    part = part_of(file)
+    assert part in MAY_IMPORT, f"say in MAY_IMPORT what {part} may import"
+    assert forbidden(part, file.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    ("part", "source"),
+    [
+        ("methods", "from vltok.families import view"),
+        ("methods", "from vltok import families"),
+        ("families", "def f():\n    import vltok.methods.todre"),
+        ("methods", "import transformers"),
+        ("kernels", "from timm.layers import Mlp"),
+        ("views", "import transformers.masking_utils as m"),
+        ("tokens", "from vltok.method import Run"),
+        ("nn", "from transformers import AutoModel"),
+        ("attention", "import vltok"),
+        ("edits", "from vltok.api import apply"),
+        ("api", "from eval.canvas import data"),
+        ("families", "import tests.tiny"),
+        ("api", "import examples.prune_llava"),
+        ("methods", "from . import selector"),
+        ("api", "import PIL.Image"),
+    ],
+)
+def test_a_forbidden_import_is_seen(part, source):
+    assert len(forbidden(part, source)) == 1
+
+
+def loaded_after(statement: str) -> set[str]:
+    """Names of the modules a fresh interpreter has loaded after a statement."""
+    code = f"{statement}\nimport json, sys\nprint(json.dumps(sorted(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(json.loads(run.stdout.splitlines()[-1]))
+
+
+def test_importing_vltok_loads_torch_and_nothing_else():
+    loaded = loaded_after("import vltok")
+    libraries = {name.partition(".")[0] for name in loaded - loaded_after("import torch")}
+    assert "torch" in loaded
+    assert libraries - sys.stdlib_module_names == {"vltok"}
+    assert not {"transformers", "timm", "PIL", "safetensors", "triton", "matplotlib"} & loaded
+    assert not any(name.startswith("vltok.families.") for name in loaded)
