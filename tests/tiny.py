@@ -258,3 +258,9 @@ QWEN2_5_VL = TinyFamily(
 # 112 x 56: two tiles and a thumbnail of 16 tokens each. 56 x 56: a single tile.
 INTERNVL = TinyFamily("internvl", _internvl, _internvl_processor, "<IMG_CONTEXT>", (112, 56), (56, 56), True, (48, 16))
 ALL = [LLAVA, LLAVA_SIGLIP, LLAVA_NEXT, QWEN2_5_VL, INTERNVL]
+
+
+@functools.lru_cache
+def shared_model(family: TinyFamily, attention: str = "sdpa") -> nn.Module:
+    """A model that many tests share: they may attach to it but must leave it as they found it."""
+    return family.model(attention)

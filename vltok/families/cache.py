@@ -17,7 +17,7 @@ class PrunedCache:
 
     Attributes:
         length: Tokens the caller has fed in so far, the logical length.
-        next_position: Position of the next token where the caller gives none, (B,) or (axes, B).
+        next_position: Position of the next token where the caller gives none, (B,).
         shift: How far re-indexed positions lie behind the caller's, (B,), or None if positions are kept.
         prompt_length: Entries of the first layer after the prefill; a cache can't be cropped below it.
         real: For each group of layers, which entries hold kept tokens, (B, P), or None if all do.
@@ -67,12 +67,12 @@ class PrunedCache:
             self.next_position = self.next_position - removed
             self.entries = [entries - removed for entries in self.entries]
             self.real = [None if real is None else real[:, :-removed] for real in self.real]
-        rows = self.next_position.shape[-1]
+        rows = len(self.next_position)
         if batch != rows:
             if batch % rows:
                 raise UnsupportedInputError(f"the pruned KV cache was filled for {rows} rows, but {batch} rows came")
             repeat = batch // rows
-            self.next_position = self.next_position.repeat_interleave(repeat, -1)
+            self.next_position = self.next_position.repeat_interleave(repeat)
             self.shift = None if self.shift is None else self.shift.repeat_interleave(repeat)
             self.real = [None if real is None else real.repeat_interleave(repeat, 0) for real in self.real]
 

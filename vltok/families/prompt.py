@@ -34,7 +34,7 @@ class Prompt:
         group: For each decoder layer, the layout it works on.
         dropped: Rows whose visual tokens have left the decoder, (B,), bool, on the CPU.
         decisions: For each decoder layer looked at (from 0): both ratios and the decision, (3, B), on the CPU.
-        next_position: Position of the next token, (B,) or (axes, B).
+        next_position: Position of the next token, (B,).
         shift: How far re-indexed positions lie behind the caller's, (B,).
         masks: Attention masks of the layouts made inside the decoder.
         picked: Kept positions within each image, for each row.
@@ -119,7 +119,7 @@ class Prompt:
         position_ids = position_ids.to(keep.device)
         position_ids = position_ids.expand(*position_ids.shape[:-2], *keep.shape)
         left_out = (self.visual.to(keep.device) & ~keep).cumsum(1)  # visual tokens dropped up to here
-        self.next_position = position_ids[..., -1] + 1
+        self.next_position = next_position(position_ids)
         if reindex:
             position_ids = position_ids - left_out
             self.shift = left_out[:, -1]
@@ -193,6 +193,15 @@ class Prompt:
                 "the encoded images passed in are not the ones this model encoded last while the method was attached; "
                 "pass pixel_values"
             )
+
+
+def next_position(position_ids: torch.Tensor) -> torch.Tensor:
+    """Where text goes on after tokens at (B, T) or (axes, B, T): (B,).
+
+    On several axes that is behind the farthest of them, as an image at the end reaches further on one than on another.
+    The first of four axes is no rotary position.
+    """
+    return position_ids[..., -1] + 1 if position_ids.dim() == 2 else position_ids[-3:].amax((0, -1)) + 1
 
 
 def _owners(lengths: list[int], room: list[int]) -> list[int] | None:

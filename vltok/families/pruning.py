@@ -24,7 +24,7 @@ from vltok.edits import Edits
 from vltok.errors import UnsupportedInputError, UnsupportedModelError
 from vltok.families.base import VlmFamily
 from vltok.families.cache import PrunedCache
-from vltok.families.prompt import Prompt
+from vltok.families.prompt import Prompt, next_position
 from vltok.families.vision import VisionRecorder
 from vltok.method import Run
 from vltok.views import RelevanceJudge, TokenSelector
@@ -267,10 +267,9 @@ def _continue(kwargs: dict, record: PrunedCache) -> Continuation:
     record.follow(kwargs["past_key_values"].get_seq_length(), batch)
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
     fits = mask is None or (mask.dim() == 2 and mask.shape[1] == record.length + count)
-    if fits and positions is not None and count > 1:
+    if fits and positions is not None:
         expected = record.next_position if record.shift is None else record.next_position + record.shift
-        last_axis = positions.reshape(-1, *positions.shape[-2:])[-1]
-        fits = bool((last_axis[:, 0] == expected.reshape(-1, batch)[-1]).all())
+        fits = bool((next_position(positions[..., :1]) == expected.to(positions.device) + 1).all())
     if not fits:
         raise UnsupportedInputError(
             f"{count} tokens came for a pruned KV cache that stands for {record.length} tokens, but attention_mask or "
