@@ -1,0 +1,116 @@
+"""Every example runs from end to end on a tiny model saved in a folder, is short, and says what it lacks."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import transformers
+from tiny import LLAVA, QWEN2_5_VL, TinyFamily, picture
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+CHAT = "{% for part in messages[0].content %}{{ part.text if part.type == 'text' else %r }} {% endfor %}"
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch):
+    def refuse(*args: object) -> None:
+        raise AssertionError(f"an example reached for the network: {args}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys) -> Callable[..., str]:
+    """Run an example as a script and return what it printed."""
+
+    def run(name: str, *arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def image(tmp_path) -> Path:
+    path = tmp_path / "picture.png"
+    picture(0).save(path)
+    return path
+
+
+def saved(family: TinyFamily, folder: Path, with_template: bool = True) -> Path:
+    """A folder as a hub name stands for: weights, config, tokenizer, processor, chat template."""
+    processor = family.processor()
+    if with_template:
+        processor.chat_template = CHAT.replace("%r", repr(family.image))
+    processor.save_pretrained(folder)
+    family.model().save_pretrained(folder)
+    return folder
+
+
+def test_every_example_is_at_most_40_lines_and_is_run_here():
+    here = Path(__file__).read_text(encoding="utf-8")
+    files = sorted(EXAMPLES.glob("*.py"))
+    assert files
+    for file in files:
+        assert len(file.read_text(encoding="utf-8").splitlines()) <= 40
+        assert f'run("{file.name}"' in here
+
+
+@pytest.mark.parametrize("with_template", [True, False])
+def test_prune_llava_prints_both_answers_and_the_report(run, image, tmp_path, with_template):
+    folder = saved(LLAVA, tmp_path / "model", with_template)
+    printed = run("prune_llava.py", image, "w1 w2", "--model", folder, "--keep-ratio", 0.25)
+    assert "visual tokens 16 -> 4" in printed
+    assert "entries per layer" in printed
+    answers = {line.partition(": ")[0]: line.partition(": ")[2] for line in printed.splitlines()}
+    assert set(answers["all visual tokens"].split()) <= {f"w{i}" for i in range(40)}
+    assert answers["all visual tokens"] != answers["keep_ratio=0.25"]
+
+
+def test_prune_llava_takes_other_families(run, image, tmp_path):
+    folder = saved(QWEN2_5_VL, tmp_path / "model")
+    printed = run("prune_llava.py", image, "w1 w2", "--model", folder)
+    before, after = re.search(r"visual tokens (\d+) -> (\d+)", printed).groups()
+    assert int(after) == max(1, round(0.1 * int(before)))
+
+
+@pytest.mark.parametrize("model", ["somebody/a-model-nobody-has", "an/empty/folder", "only-a-processor"])
+def test_prune_llava_says_what_is_needed_when_the_weights_are_missing(run, image, tmp_path, monkeypatch, model):
+    monkeypatch.chdir(tmp_path)
+    Path("an/empty/folder").mkdir(parents=True)
+    LLAVA.processor().save_pretrained("only-a-processor")
+    LLAVA.model().config.save_pretrained("only-a-processor")
+    with pytest.raises(SystemExit) as stopped:
+        run("prune_llava.py", image, "w1 w2", "--model", model)
+    first_line = str(stopped.value.code).splitlines()[0]
+    assert first_line.startswith(f"{model} is not here")
+    assert "with --model" in first_line
+    assert "with --download" in first_line
+    assert stopped.value.__suppress_context__, "a traceback is no message"
+
+
+def test_prune_llava_names_a_missing_picture(run, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run("prune_llava.py", tmp_path / "no.png", "w1 w2", "--model", "nothing")
+    assert "there is no picture" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["--download"]], ids=["by default", "when asked"])
+def test_prune_llava_downloads_only_when_asked(run, image, monkeypatch, arguments):
+    asked = []
+
+    def load(name: str, *, dtype: str, local_files_only: bool) -> None:
+        asked.append((name, local_files_only))
+        raise OSError
+
+    monkeypatch.setattr(transformers.AutoModelForImageTextToText, "from_pretrained", load)
+    with pytest.raises(SystemExit):
+        run("prune_llava.py", image, "w1 w2", *arguments)
+    assert asked == [("llava-hf/llava-1.5-7b-hf", not arguments)]
