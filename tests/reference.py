@@ -1,8 +1,8 @@
 """A slow reference for pruned models: one prompt at a time, no cache, no hooks, nothing of vltok.
 
-The prompt is put together with the model's own public parts (embedding table, image encoder, rotary positions) and run through
-the decoder layers in a plain loop. A token that is gone is simply not there; a token that stage 2 dropped is there but hidden
-from every query by an explicit mask in the later layers.
+The prompt is put together with the model's own public parts (embedding table, image encoder, rotary positions) and run
+through the decoder layers in a plain loop. A token that is gone is simply not there; a token that stage 2 dropped is
+there but hidden from every query by an explicit mask in the later layers.
 """
 
 from __future__ import annotations
@@ -101,7 +101,9 @@ def logits(
         Logits of the kept tokens, (P, V), and where these are in the prompt, (P,).
     """
     where = kept(row, picks)
-    positions = torch.arange(len(where)).expand(row.positions[..., where].shape) if reindex else row.positions[..., where]
+    positions = (
+        torch.arange(len(where)).expand(row.positions[..., where].shape) if reindex else row.positions[..., where]
+    )
     hidden = row.embeds[where].unsqueeze(0)
     rotary = row.lm.rotary_emb(hidden, positions.unsqueeze(-2))
     causal = torch.ones(len(where), len(where), dtype=torch.bool).tril()

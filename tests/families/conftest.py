@@ -1,0 +1,21 @@
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(params=tiny.ALL, ids=lambda family: f"{family.name}-{'cls' if family.has_cls else 'no-cls'}")
+def family(request) -> tiny.TinyFamily:
+    return request.param
+
+
+@pytest.fixture
+def model(family) -> torch.nn.Module:
+    return tiny.shared_model(family)

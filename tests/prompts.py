@@ -1,0 +1,48 @@
+"""Prompts with one, several and no images that the tests of all families share."""
+
+from __future__ import annotations
+
+import reference
+import torch
+from tiny import TinyFamily, picture
+
+PROMPTS = {  # the text, and for each image whether it has the family's size (0) or its other size (1)
+    "text around": ("w1 w2 <image> w3 w4", [0]),
+    "image first": ("<image> w5 w6", [1]),
+    "image last": ("w7 <image>", [1]),
+    "two images": ("w4 <image> w5 w6 w7 w8 <image> w9", [1, 0]),
+    "adjacent images": ("w1 <image><image> w2 <image> w3", [0, 1, 0]),
+    "text only": ("w3 w4", []),
+}
+BATCH = ["two images", "text around", "image first", "text only"]
+
+
+def pictures(family: TinyFamily, name: str):
+    sizes = PROMPTS[name][1]
+    return [picture(seed, (family.size, family.other_size)[size]) for seed, size in enumerate(sizes)]
+
+
+def single(family: TinyFamily, name: str):
+    """The inputs of one prompt."""
+    return family.inputs([PROMPTS[name][0]], pictures(family, name))
+
+
+def batch(family: TinyFamily, side: str = "left", names: list[str] = BATCH):
+    """The inputs of several prompts, padded on one side."""
+    images = [image for name in names for image in pictures(family, name)]
+    return family.inputs([PROMPTS[name][0] for name in names], images, padding_side=side)
+
+
+def row(model: torch.nn.Module, family: TinyFamily, name: str) -> reference.Row:
+    """The same prompt for the reference."""
+    return reference.read(model, family, PROMPTS[name][0], pictures(family, name))
+
+
+def rows(model: torch.nn.Module, family: TinyFamily, names: list[str] = BATCH) -> list[reference.Row]:
+    return [row(model, family, name) for name in names]
+
+
+def generate(model: torch.nn.Module, inputs, steps: int = 5, **options) -> torch.Tensor:
+    """The words a model adds, (B, steps)."""
+    options = {"max_new_tokens": steps, "do_sample": False, "eos_token_id": None} | options
+    return model.generate(**inputs, **options)[:, -steps:]
