@@ -1,0 +1,1 @@
+"""Evaluation scripts: they use vltok's public names only."""

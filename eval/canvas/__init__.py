@@ -1,0 +1,1 @@
+"""Canvas VQA: questions about real handwritten digits on real photo crops, and a tiny LLaVA trained to answer them."""

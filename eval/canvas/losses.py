@@ -1,0 +1,119 @@
+"""What the tiny LLaVA is trained on: dense targets for the tower, words for the projected patches, answers for the language model."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import LlavaForConditionalGeneration
+
+from eval.canvas.batches import IGNORE, NUM_VISUAL, Batch
+from eval.canvas.data import KINDS, MAX_ITEMS
+
+
+class Heads(nn.Module):
+    """Linear readouts that exist only during training.
+
+    On the patch features the projector reads: whether an item shows, its label, quadrant and centre, and whether its centre is here.
+    On the tower's pooled CLS: which labels are present, and how many items.
+    """
+
+    def __init__(self, width: int, num_labels: int) -> None:
+        super().__init__()
+        self.is_item = nn.Linear(width, 1)
+        self.label = nn.Linear(width, num_labels)
+        self.quadrant = nn.Linear(width, 4)
+        self.centre = nn.Linear(width, 2)
+        self.is_centre = nn.Linear(width, 1)
+        self.present = nn.Linear(width, num_labels)
+        self.count = nn.Linear(width, MAX_ITEMS)
+
+
+def tower_features(model: LlavaForConditionalGeneration, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Patch features that the projector reads, (B, N, C), and the pooled CLS of the last layer, (B, C).
+
+    Crops are embedded at their true positions: the tower's position numbers and picture size are lent to them for the call.
+    """
+    embeddings = model.model.vision_tower.embeddings
+    positions, size = embeddings.position_ids, embeddings.image_size
+    embeddings.position_ids = F.pad(batch.patch_index + 1, (1, 0))  # CLS has position 0
+    embeddings.image_size = batch.pixels.shape[-1]
+    try:
+        output = model.model.vision_tower(batch.pixels, output_hidden_states=True)
+    finally:
+        embeddings.position_ids, embeddings.image_size = positions, size
+    return output.hidden_states[model.config.vision_feature_layer][:, 1:], output.pooler_output
+
+
+def tower_loss(heads: Heads, patches: torch.Tensor, cls: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict]:
+    """Dense loss on the patches plus presence and count on CLS, and their accuracies."""
+    shown = batch.patch_quadrant != IGNORE
+    sure = batch.patch_label != IGNORE
+    is_item = F.binary_cross_entropy_with_logits(heads.is_item(patches[sure])[..., 0], shown[sure].float())
+    logits = heads.label(patches[shown])
+    label = F.cross_entropy(logits, batch.patch_label[shown])
+    quadrant = F.cross_entropy(heads.quadrant(patches[shown]), batch.patch_quadrant[shown])
+    centre = F.smooth_l1_loss(heads.centre(patches), batch.patch_centre, beta=0.1)
+    is_centre = F.binary_cross_entropy_with_logits(
+        heads.is_centre(patches)[..., 0], batch.patch_is_centre, pos_weight=torch.tensor(10.0)
+    )
+    present = F.binary_cross_entropy_with_logits(heads.present(cls), batch.present)
+    count_logits = heads.count(cls)
+    counted = batch.count != IGNORE  # crops are not
+    count = F.cross_entropy(count_logits[counted], batch.count[counted]) if counted.any() else torch.zeros(())
+    with torch.no_grad():
+        figures = {
+            "label": label.item(),
+            "quadrant": quadrant.item(),
+            "centre": centre.item(),
+            "is_centre": is_centre.item(),
+            "present": present.item(),
+            "count": count.item(),
+            "is_item": is_item.item(),
+            "label_acc": (logits.argmax(-1) == batch.patch_label[shown]).float().mean().item(),
+            "present_acc": ((heads.present(cls) > 0).float() == batch.present).float().mean().item(),
+            "count_acc": (count_logits.argmax(-1) == batch.count).float().mean().item(),
+        }
+    return label + is_item + 0.5 * quadrant + 2 * centre + 0.5 * is_centre + present + 0.2 * count, figures
+
+
+def alignment_loss(
+    projected: torch.Tensor, embedding: torch.Tensor, batch: Batch, label_ids: torch.Tensor, quadrant_ids: torch.Tensor
+) -> torch.Tensor:
+    """Projected patches that show an item should score, against the word embeddings, its name and its quadrant word highest.
+
+    Args:
+        projected: Projector output, (B, N, D). embedding: Word embeddings, (V, D).
+        label_ids: Token id per label. quadrant_ids: Token ids of the four quadrant words.
+    """
+    shown = batch.patch_quadrant != IGNORE
+    tokens = F.rms_norm(projected[shown], projected.shape[-1:])
+    scores = (tokens @ embedding.T).log_softmax(-1)
+    name = scores.gather(1, label_ids[batch.patch_label[shown]][:, None])
+    place = scores.gather(1, quadrant_ids[batch.patch_quadrant[shown]][:, None])
+    return -(name + place).mean() / 2
+
+
+def answer_loss(
+    model: LlavaForConditionalGeneration, projected: torch.Tensor, batch: Batch
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy of the answers (and, lightly, of the </s> after them), and the per-kind hits.
+
+    Returns:
+        The loss, and (2, kinds): answers right and answers asked per kind.
+    """
+    decoder = model.model.language_model
+    words = decoder.embed_tokens(batch.input_ids)
+    embeds = torch.cat([words[:, :1], projected, words[:, 1 + NUM_VISUAL :]], dim=1)
+    hidden = decoder(
+        inputs_embeds=embeds,
+        attention_mask=batch.attention_mask(),
+        position_ids=batch.position_ids,
+        use_cache=False,
+    ).last_hidden_state
+    scored = batch.target != IGNORE
+    logits, target, kind = model.lm_head(hidden[scored]), batch.target[scored], batch.kind[scored]
+    losses = F.cross_entropy(logits, target, reduction="none")
+    is_answer = kind != IGNORE
+    loss = losses[is_answer].mean() + 0.1 * losses[~is_answer].mean()
+    hits = (logits.argmax(-1) == target) & is_answer
+    per_kind = torch.stack([torch.stack([hits[kind == k].sum(), (kind == k).sum()]) for k in range(len(KINDS))], dim=1)
+    return loss, per_kind

@@ -1,0 +1,110 @@
+"""Canvas VQA pictures: accuracy against the visual tokens kept, and which patches each method kept."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.ticker import FixedLocator, NullLocator
+
+from eval.canvas.data import GRID, KINDS, PATCH
+
+STYLES = {
+    "ToDRE, stage 1": ("#c1272d", "o", "-"),
+    "ToDRE, stages 1+2": ("#c1272d", "o", "--"),
+    "DivPrune": ("#0000a7", "s", "-"),
+    "FasterVLM": ("#008176", "D", "-"),
+    "stride": ("#eeaa22", "^", "-"),
+    "random": ("#777777", "v", "-"),
+}
+
+
+def plot_accuracy(rows: Sequence[dict[str, object]], path: Path) -> None:
+    """One panel per question type: a line per method with 95 % intervals, the unpruned model and the wrong-image control."""
+    figure, axes = plt.subplots(1, len(KINDS), figsize=(15, 4.4), sharey=True, layout="constrained")
+    named = {row["method"]: row for row in rows if row["keep_ratio"] == 1.0}
+    for axis, kind in zip(axes, KINDS, strict=True):
+        for name, (colour, marker, line) in STYLES.items():
+            points = sorted((row for row in rows if row["method"] == name), key=lambda row: row["visual_tokens"])
+            if not points or points[0][f"{kind}_accuracy"] is None:
+                continue
+            accuracy = 100 * np.array([row[f"{kind}_accuracy"] for row in points])
+            low = 100 * np.array([row[f"{kind}_low"] for row in points])
+            high = 100 * np.array([row[f"{kind}_high"] for row in points])
+            axis.errorbar(
+                [row["visual_tokens"] for row in points],
+                accuracy,
+                yerr=np.maximum(0, [accuracy - low, high - accuracy]),
+                label=name,
+                color=colour,
+                marker=marker,
+                linestyle=line,
+                markersize=5,
+                capsize=2,
+                linewidth=1.4,
+                elinewidth=0.7,
+            )
+        for name, style in (("unpruned", "--"), ("unpruned, wrong image", ":")):
+            if name in named and named[name][f"{kind}_accuracy"] is not None:
+                axis.axhline(100 * named[name][f"{kind}_accuracy"], color="black", linestyle=style, linewidth=1, label=name)
+        ticks = sorted({round(row["visual_tokens"]) for row in rows})
+        axis.set_xscale("log")
+        axis.xaxis.set_major_locator(FixedLocator(ticks))
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.set_xticklabels([str(tick) for tick in ticks])
+        axis.set_title(kind)
+        axis.set_xlabel("visual tokens kept")
+        axis.set_ylim(0, 102)
+        axis.grid(alpha=0.25)
+    axes[0].set_ylabel("accuracy, %")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def plot_kept(images: Sequence[np.ndarray], kept: dict[str, list[list[int]]], path: Path, title: str) -> None:
+    """A row per picture: the picture, then what each method kept of it.
+
+    Args:
+        images: Pictures, (128, 128, 3) uint8.
+        kept: Method name to kept grid positions of each picture.
+        path: Where the PNG goes.
+        title: Above everything.
+    """
+    columns = ["picture", *kept]
+    figure, axes = plt.subplots(
+        len(images), len(columns), figsize=(2.05 * len(columns), 2.05 * len(images) + 0.6), layout="constrained", squeeze=False
+    )
+    for row, image in enumerate(images):
+        for axis, name in zip(axes[row], columns, strict=True):
+            axis.imshow(image if name == "picture" else _dim_dropped(image, kept[name][row]), interpolation="nearest")
+            axis.set_xticks([])
+            axis.set_yticks([])
+            if name != "picture":
+                _outline(axis, kept[name][row])
+            if row == 0:
+                axis.set_title(name, fontsize=11)
+    figure.suptitle(title, fontsize=12)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _dim_dropped(image: np.ndarray, positions: Sequence[int]) -> np.ndarray:
+    """The picture with every dropped patch faded to a light grey."""
+    mask = np.zeros(GRID * GRID, bool)
+    mask[list(positions)] = True
+    pixels = mask.reshape(GRID, GRID).repeat(PATCH, 0).repeat(PATCH, 1)[..., None]
+    faded = 205 + (image.mean(axis=2, keepdims=True) - 128) * 0.18
+    return np.where(pixels, image, faded).clip(0, 255).astype(np.uint8)
+
+
+def _outline(axis: plt.Axes, positions: Sequence[int]) -> None:
+    """A thin frame around each kept patch."""
+    for position in positions:
+        row, column = divmod(position, GRID)
+        corner = (column * PATCH - 0.5, row * PATCH - 0.5)
+        axis.add_patch(plt.Rectangle(corner, PATCH, PATCH, fill=False, edgecolor="#c1272d", linewidth=0.7))

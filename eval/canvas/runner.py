@@ -1,0 +1,193 @@
+"""Run canvas questions through `model.generate` with and without a pruning method, and time the prefill."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from transformers import BatchFeature, LlavaForConditionalGeneration, ProcessorMixin
+
+import vltok
+from eval.canvas.data import KINDS, Canvases, Question
+
+MAX_NEW_TOKENS = 2  # the answer and </s>
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table: a method at one keep ratio, or the unpruned model when `method` is None.
+
+    `wrong_image` pairs every question with another question's picture: what the words alone give.
+    """
+
+    name: str
+    keep_ratio: float
+    method: vltok.Method | None = None
+    wrong_image: bool = False
+
+
+@dataclass
+class Result:
+    """What one case gave, summed over all questions."""
+
+    case: Case
+    hits: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
+    asked: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
+    visual_tokens: int = 0  # of all questions, at the entry of the language model
+    layer_tokens: float = 0.0  # of all questions, mean over the decoder's layers
+    kv_bytes: int = 0  # of all questions, after the prefill
+    prefill_ratio: float = float("nan")
+
+    @property
+    def total(self) -> int:
+        """Questions asked."""
+        return sum(self.asked.values())
+
+    def accuracy(self, kind: str) -> float:
+        """Share of right answers, 0..1; NaN where nothing was asked."""
+        return self.hits[kind] / self.asked[kind] if self.asked[kind] else float("nan")
+
+
+def cases(keep_ratios: Sequence[float], seed: int) -> list[Case]:
+    """The unpruned model, the wrong-image control, then every method at every keep ratio."""
+    makers: dict[str, Callable[[float], vltok.Method]] = {
+        "ToDRE, stage 1": lambda ratio: vltok.ToDRE(keep_ratio=ratio, relevance=False),
+        "ToDRE, stages 1+2": lambda ratio: vltok.ToDRE(keep_ratio=ratio),
+        "DivPrune": lambda ratio: vltok.DivPrune(keep_ratio=ratio),
+        "FasterVLM": lambda ratio: vltok.FasterVLM(keep_ratio=ratio),
+        "stride": lambda ratio: vltok.StrideTokens(keep_ratio=ratio),
+        "random": lambda ratio: vltok.RandomTokens(keep_ratio=ratio, seed=seed),
+    }
+    fixed = [Case("unpruned", 1.0), Case("unpruned, wrong image", 1.0, wrong_image=True)]
+    return fixed + [Case(name, ratio, make(ratio)) for ratio in keep_ratios for name, make in makers.items()]
+
+
+def draw_questions(canvases: Canvases, count: int) -> list[Question]:
+    """The questions of canvases 0, 1, ... until there are at least `count`; a canvas is asked all of its questions."""
+    questions: list[Question] = []
+    index = 0
+    while len(questions) < count:
+        questions += canvases.questions(index)
+        index += 1
+    return questions
+
+
+def encode(
+    processor: ProcessorMixin, canvases: Canvases, questions: Sequence[Question], batch_size: int, wrong_image: bool
+) -> list[BatchFeature]:
+    """Processor outputs of all questions in batches, in order, padded on the left."""
+    numbers = sorted({question.canvas for question in questions})
+    shown = dict(zip(numbers, numbers[1:] + numbers[:1] if wrong_image else numbers, strict=True))
+    batches = []
+    for start in range(0, len(questions), batch_size):
+        batch = questions[start : start + batch_size]
+        batches.append(
+            processor(
+                images=[canvases.canvas(shown[question.canvas]).image for question in batch],
+                text=[f"<image> {question.text}" for question in batch],
+                return_tensors="pt",
+                padding=True,
+                input_data_format="channels_last",
+            )
+        )
+    return batches
+
+
+@torch.inference_mode()
+def evaluate(
+    model: LlavaForConditionalGeneration,
+    processor: ProcessorMixin,
+    case: Case,
+    batches: Iterable[BatchFeature],
+    questions: Sequence[Question],
+    advance: Callable[[int], None] = lambda count: None,
+) -> Result:
+    """Answer all questions by greedy generation and count what it cost.
+
+    Args:
+        model: In eval mode; the case's method is put on it and taken off again.
+        processor: Decodes the answers.
+        case: What to run.
+        batches: As made by `encode` for these questions.
+        questions: In the order of the batches.
+        advance: Called with the number of questions after each batch.
+    """
+    result = Result(case)
+    num_layers = model.config.text_config.num_hidden_layers
+    cache_bytes: list[int] = []
+
+    def note_cache(module: torch.nn.Module, args: tuple, output: object) -> None:
+        cache_bytes.append(sum(layer.keys.nbytes + layer.values.nbytes for layer in output.past_key_values.layers))
+
+    hook = model.register_forward_hook(note_cache)
+    asked = iter(questions)
+    try:
+        with vltok.apply(model, case.method) if case.method is not None else nullcontext() as handle:
+            for batch in batches:
+                inputs = batch.to(model.device, model.dtype)
+                cache_bytes.clear()
+                output = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
+                answers = output[:, inputs["input_ids"].shape[1]]
+                words = processor.tokenizer.convert_ids_to_tokens(answers.tolist())
+                for word in words:
+                    question = next(asked)
+                    result.asked[question.kind] += 1
+                    result.hits[question.kind] += word == question.answer
+                result.kv_bytes += cache_bytes[0]  # the first forward is the prefill
+                if handle is None:
+                    result.layer_tokens += float(inputs["attention_mask"].sum())
+                    result.visual_tokens += int((inputs["input_ids"] == model.config.image_token_id).sum())
+                else:
+                    report = handle.report(file=None)
+                    result.layer_tokens += float(report.tokens_per_layer.sum()) / num_layers
+                    result.visual_tokens += sum(sum(kept) for kept in report.kept_tokens)
+                advance(len(words))
+    finally:
+        hook.remove()
+    return result
+
+
+@torch.inference_mode()
+def time_prefill(
+    model: LlavaForConditionalGeneration,
+    pruned: Sequence[Case],
+    batch: BatchFeature,
+    rounds: int,
+    advance: Callable[[int], None] = lambda count: None,
+) -> list[float]:
+    """Prefill time of each case as a ratio to the unpruned model, the picture's encoding included.
+
+    Each ratio is of two neighbouring runs in this process; the median over `rounds` is returned.
+    """
+    inputs = batch.to(model.device, model.dtype)
+
+    def seconds() -> float:
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        model(**inputs, use_cache=True, logits_to_keep=1)
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    seconds()
+    ratios: list[list[float]] = [[] for _ in pruned]
+    for _ in range(rounds):
+        for case, found in zip(pruned, ratios, strict=True):
+            plain = seconds()
+            with vltok.apply(model, case.method):
+                found.append(seconds() / plain)
+            advance(1)
+    return [statistics.median(found) for found in ratios]
+
+
+@torch.inference_mode()
+def kept_patches(
+    model: LlavaForConditionalGeneration, case: Case, batch: BatchFeature
+) -> list[list[int]]:
+    """Which patches of each single-image prompt a case keeps, as positions in the patch grid."""
+    with vltok.apply(model, case.method) as handle:
+        model(**batch.to(model.device, model.dtype), use_cache=True, logits_to_keep=1)
+        return [images[0].tolist() for images in handle.report(file=None).keep_indices]

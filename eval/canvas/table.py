@@ -1,0 +1,89 @@
+"""Canvas VQA results as one table, as JSON and as CSV."""
+
+import csv
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.table import Table
+
+from eval.canvas.data import KINDS
+from eval.canvas.runner import Result
+
+
+def wilson(hits: int, asked: int) -> tuple[float, float]:
+    """95 % interval of a share by Wilson's score, as (low, high) in 0..1; (nan, nan) where nothing was asked."""
+    if asked == 0:
+        return math.nan, math.nan
+    z = 1.959964
+    share = hits / asked
+    middle = (share + z * z / (2 * asked)) / (1 + z * z / asked)
+    half = z / (1 + z * z / asked) * math.sqrt(share * (1 - share) / asked + z * z / (4 * asked * asked))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def records(results: Sequence[Result]) -> list[dict[str, object]]:
+    """One flat record per case. Shares of the unpruned accuracy relate to the first result."""
+    reference = results[0]
+    rows = []
+    for result in results:
+        row: dict[str, object] = {"method": result.case.name, "keep_ratio": result.case.keep_ratio}
+        for kind in KINDS:
+            low, high = wilson(result.hits[kind], result.asked[kind])
+            base = reference.accuracy(kind)
+            row[f"{kind}_questions"] = result.asked[kind]
+            row[f"{kind}_accuracy"] = _number(result.accuracy(kind))
+            row[f"{kind}_low"], row[f"{kind}_high"] = _number(low), _number(high)
+            row[f"{kind}_of_unpruned"] = _number(result.accuracy(kind) / base if base else math.nan)
+        row["visual_tokens"] = _number(result.visual_tokens / result.total)
+        row["tokens_per_layer"] = _number(result.layer_tokens / result.total)
+        row["kv_bytes"] = _number(result.kv_bytes / result.total)
+        row["prefill_ratio"] = _number(result.prefill_ratio)
+        rows.append(row)
+    return rows
+
+
+def write(rows: Sequence[dict[str, object]], settings: dict[str, object], folder: Path) -> None:
+    """Write results.json (settings and rows) and results.csv (rows)."""
+    (folder / "results.json").write_text(json.dumps({"settings": settings, "results": list(rows)}, indent=1) + "\n")
+    with (folder / "results.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def render(rows: Sequence[dict[str, object]]) -> Table:
+    """The table for people: accuracy in per cent with its 95 % interval, and below it the share of the unpruned accuracy."""
+    asked = ", ".join(f"{rows[0][f'{kind}_questions']} {kind}" for kind in KINDS)
+    table = Table(
+        title=f"Canvas VQA, test split: accuracy in % (95 % interval), share of the unpruned accuracy. Questions: {asked}",
+        caption="tokens, KV cache: mean per question; tokens/layer counts text, mean over layers; "
+        "prefill: time as a ratio to unpruned, picture encoding included",
+    )
+    table.add_column("keep", justify="right")
+    table.add_column("method", no_wrap=True)
+    for kind in KINDS:
+        table.add_column(kind, justify="right", no_wrap=True)
+        table.add_column("of full", justify="right", no_wrap=True)
+    for name in ("visual tokens", "tokens/ layer", "KV KiB", "prefill"):
+        table.add_column(name, justify="right")
+    for k, row in enumerate(rows):
+        cells = [f"{100 * row['keep_ratio']:g} %", str(row["method"])]
+        for kind in KINDS:
+            low, high = row[f"{kind}_low"], row[f"{kind}_high"]
+            cells.append(
+                "-" if low is None else f"{100 * row[f'{kind}_accuracy']:.1f} ({100 * low:.0f}-{100 * high:.0f})"
+            )
+            share = row[f"{kind}_of_unpruned"]
+            cells.append("-" if share is None else f"{100 * share:.0f} %")
+        cells += [f"{row['visual_tokens']:.0f}", f"{row['tokens_per_layer']:.0f}", f"{row['kv_bytes'] / 1024:.0f}"]
+        cells.append("-" if row["prefill_ratio"] is None else f"{row['prefill_ratio']:.2f}x")
+        last = k + 1 == len(rows) or rows[k + 1]["keep_ratio"] != row["keep_ratio"]
+        table.add_row(*cells, end_section=last)
+    return table
+
+
+def _number(value: float) -> float | None:
+    """Six significant digits; None for NaN, which JSON does not know."""
+    return None if math.isnan(value) else float(f"{value:.6g}")
