@@ -1,0 +1,57 @@
+"""The README's Python runs, on a tiny model in the place of the large one; its commands name what exists."""
+
+from __future__ import annotations
+
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+import transformers
+from tiny import LLAVA, picture
+
+import vltok
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def test_the_python_of_the_readme_runs_from_top_to_bottom(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(transformers.AutoModelForImageTextToText, "from_pretrained", lambda name, dtype: LLAVA.model())
+    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", lambda name: LLAVA.processor())
+    picture(0, (80, 50)).save("kitchen.jpg")
+    scope: dict[str, object] = {"__name__": "readme"}
+    assert len(blocks("python")) >= 4
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), scope)
+    assert "visual tokens 16 -> 2" in capsys.readouterr().out
+    assert scope["kept"].shape == (2, 58, 1024)
+    assert torch.equal(scope["indices"].sort(dim=1).values, scope["indices"])
+    vltok.apply(scope["model"], vltok.StrideTokens(num_keep=1)).remove()  # refused if a snippet left its handle on
+
+
+def test_every_module_the_readme_runs_exists():
+    modules = set(re.findall(r"python -m ((?:eval|vltok)[\w.]*)", README))
+    assert {"eval.canvas", "eval.overhead", "eval.selection"} <= modules
+    assert [name for name in modules if find_spec(name) is None] == []
+
+
+def test_every_file_the_readme_links_to_exists():
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_both_commands_are_single_lines_and_the_second_is_what_ci_runs():
+    setups = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("python3 -m venv ")]
+    assert [line.split(" && ")[-1] for line in setups] == [
+        ".venv/bin/python -m eval.canvas",
+        ".venv/bin/python -m pytest",
+    ]
+    pattern = re.search(r"grep -m 1 '([^']+)' README\.md", (ROOT / ".ci" / "run").read_text(encoding="utf-8")).group(1)
+    assert [line for line in README.splitlines() if re.search(pattern, line)] == setups[1:]
