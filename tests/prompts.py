@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import reference
 import torch
 from tiny import TinyFamily, picture
+
+import vltok
+from vltok.methods.selector import Selector
+from vltok.views import AttentionRequest, VisualTokens
 
 PROMPTS = {  # the text, and for each image whether it has the family's size (0) or its other size (1)
     "text around": ("w1 w2 <image> w3 w4", [0]),
@@ -46,3 +52,27 @@ def generate(model: torch.nn.Module, inputs, steps: int = 5, **options) -> torch
     """The words a model adds, (B, steps)."""
     options = {"max_new_tokens": steps, "do_sample": False, "eos_token_id": None} | options
     return model.generate(**inputs, **options)[:, -steps:]
+
+
+@dataclass(frozen=True)
+class Probe(Selector):
+    """Shows what a selector is given, and keeps the first tokens of every image."""
+
+    kind: str = "none"
+    layer: int = -1
+    seen: list[VisualTokens] = field(default_factory=list, compare=False)
+
+    def attention_request(self, has_cls: bool) -> AttentionRequest | None:
+        return None if self.kind == "none" else AttentionRequest(self.kind, self.layer)
+
+    def select(self, visual: VisualTokens, num_keep: int) -> torch.Tensor:
+        self.seen.append(visual)
+        return torch.arange(num_keep).expand(len(visual.embeddings), -1)
+
+
+def probe(model: torch.nn.Module, inputs, kind: str = "none", layer: int = -1) -> list[VisualTokens]:
+    """What a selector is given for these inputs: one VisualTokens for each length that images have."""
+    method = Probe(num_keep=1, kind=kind, layer=layer)
+    with vltok.apply(model, method):
+        model(**inputs)
+    return method.seen

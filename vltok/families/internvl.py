@@ -10,6 +10,8 @@ from vltok.families.vision import Encoding, ImageTokens
 
 
 class InternVL(VlmFamily):
+    """How InternVL is put together."""
+
     name = "internvl"
     title = "InternVL"
     model_class = "InternVLModel"

@@ -1,4 +1,4 @@
-"""LLaVA-NeXT: a thumbnail and AnyRes crops of each picture, laid out as one map with a newline token after every row."""
+"""LLaVA-NeXT: a thumbnail and AnyRes crops of each picture, laid out as one map with a newline after every row."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from vltok.families.vision import Encoding, ImageTokens, VisionRecorder
 
 
 class LlavaNext(Llava):
+    """How LLaVA-NeXT is put together."""
+
     name = "llava_next"
     title = "LLaVA-NeXT"
     model_class = "LlavaNextModel"

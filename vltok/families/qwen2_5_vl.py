@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from copy import deepcopy
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from vltok.views import AttentionRequest
 
 
 class Qwen2_5_VL(VlmFamily):
+    """How Qwen2.5-VL is put together."""
+
     name = "qwen2_5_vl"
     title = "Qwen2.5-VL"
     model_class = "Qwen2_5_VLModel"
@@ -54,15 +57,18 @@ class Qwen2_5_VL(VlmFamily):
         """Attention received by each visual token, (tokens,): the mean over its patches, out of the window order."""
         if encoding.attention is None:
             return None
-        visual = model.visual
+        visual, grid = model.visual, encoding.extras["grid_thw"]
         order, _ = get_vision_window_index(
-            encoding.extras["grid_thw"],
+            grid,
             spatial_merge_size=visual.spatial_merge_size,
             window_size=visual.window_size,
             patch_size=visual.patch_size,
         )
         merged = encoding.attention.view(-1, visual.spatial_merge_size**2).mean(1)
-        return merged[torch.argsort(order.to(merged.device))]
+        tokens = merged[torch.argsort(order.to(merged.device))]
+        patches = grid.prod(-1)  # of each image: the queries that the mean is taken over
+        queries = patches.repeat_interleave(patches // visual.spatial_merge_size**2)
+        return tokens / queries.to(tokens.device)
 
 
 class _Watch:
@@ -83,7 +89,7 @@ class _Watch:
 
 
 class _WatchReceived:
-    """Records the attention every patch receives, window by window."""
+    """Records the attention every patch receives from all queries together, window by window."""
 
     def __init__(self, recorder: VisionRecorder) -> None:
         self.recorder = recorder
@@ -104,9 +110,11 @@ class _WatchReceived:
         rotate = sys.modules[type(module).__module__].apply_rotary_pos_emb_vision
         query, key = rotate(query, key, *kwargs["position_embeddings"])
         bounds = (args[1] if len(args) > 1 else kwargs["cu_seqlens"]).tolist()
+        # A mean over the queries of each window would rank patches in the small windows at the edges above all others.
         parts = [
-            received_attention(query[a:b].flatten(1)[None], key[a:b].flatten(1)[None], heads, module.scaling)[0]
-            for a, b in zip(bounds, bounds[1:], strict=False)
+            (b - a)
+            * received_attention(query[a:b].flatten(1)[None], key[a:b].flatten(1)[None], heads, module.scaling)[0]
+            for a, b in pairwise(bounds)
         ]
         self._qkv = None
         self.recorder.encoding.attention = torch.cat(parts)
