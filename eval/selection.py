@@ -1,0 +1,221 @@
+"""How long picking tokens takes, as ratios to the matrix products that it can't do without.
+
+    python -m eval.selection
+    python -m eval.selection --device cuda --json selection.json
+
+Every number is the ratio of two medians measured in turns in one process, on one CPU thread unless told otherwise. On
+one CPU thread the clock is that thread's own CPU time, so that other programs on the machine don't count.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from vltok.methods.diversity import cpu_multiplies_bfloat16, gram_is_cheaper
+from vltok.methods.divprune import select_max_min
+from vltok.methods.todre import select_diverse
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Case:
+    """B images of N tokens of D numbers, k of which are kept."""
+
+    images: int
+    length: int
+    width: int
+    keep: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """Ratios of one case; below 1 the first is faster.
+
+    Attributes:
+        case: The sizes.
+        dtype: Of the tokens.
+        route: Whether select_diverse made one Gram product or one product per pick.
+        milliseconds: Medians by name; for orientation, they hold for this machine at this hour only.
+        to_gram: select_diverse to one Gram product X X^T at the tokens' dtype.
+        to_rows: select_diverse to k matrix-vector products at the tokens' dtype.
+        to_cheaper: The larger of the two, select_diverse to the cheaper product.
+        to_published: select_diverse to the published max-min formulation.
+        divprune_to_published: DivPrune's picks, which both compute, here and in the published formulation.
+    """
+
+    case: Case
+    dtype: str
+    route: str
+    milliseconds: dict[str, float]
+    to_gram: float
+    to_rows: float
+    to_cheaper: float
+    to_published: float
+    divprune_to_published: float
+
+
+def published_max_min(tokens: torch.Tensor, num_keep: int) -> torch.Tensor:
+    """DivPrune as released: all in the tokens' dtype, and every step takes the minimum over all picked rows anew."""
+    unit = tokens / tokens.norm(dim=-1, keepdim=True)
+    distance = 1 - unit @ unit.T
+    picks = torch.empty(num_keep, dtype=torch.int64, device=tokens.device)
+    for step in range(num_keep):
+        if step == 0:
+            nearest = distance.topk(2, dim=0, largest=False).values[1]
+        else:
+            nearest = distance.index_select(0, picks[:step]).amin(0)
+        picks[step] = nearest.argmax()
+    return picks
+
+
+def medians(functions: dict[str, Callable[[], Any]], device: str, seconds: float) -> dict[str, float]:
+    """Run functions in turns, each until it has used up its seconds or ran 60 times; median milliseconds of each.
+
+    The first run of a function only warms up, unless it alone used up the time.
+    """
+    own_time = device == "cpu" and torch.get_num_threads() == 1
+    clock = time.thread_time if own_time else time.perf_counter
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    left = list(functions)
+    while left:
+        for name in left:
+            wait()
+            start = clock()
+            functions[name]()
+            wait()
+            times[name].append(clock() - start)
+        left = [name for name in left if sum(times[name]) < seconds and len(times[name]) < 60]
+    return {name: statistics.median(taken[1:] or taken) * 1e3 for name, taken in times.items()}
+
+
+def tokens_of(case: Case, dtype: torch.dtype, device: str) -> torch.Tensor:
+    """Random tokens with what visual tokens have: a common direction and unequal norms."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (case.images, case.length, case.width)
+    tokens = torch.randn(shape, generator=generator) + 0.5 * torch.randn(1, 1, case.width, generator=generator)
+    return (tokens * torch.rand(*shape[:2], 1, generator=generator).add(0.5)).to(device, dtype)
+
+
+def measure(case: Case, dtype: str, device: str, seconds: float) -> Result:
+    """Measure one case."""
+    tokens = tokens_of(case, DTYPES[dtype], device)
+    pivot = torch.zeros(case.images, dtype=torch.int64, device=device)
+    functions = {
+        "select_diverse": lambda: select_diverse(tokens, case.keep, pivot),
+        "gram": lambda: [x @ x.T for x in tokens],
+        "rows": lambda: [torch.mv(x, x[i]) for x in tokens for i in range(case.keep)],
+        "divprune": lambda: select_max_min(tokens, case.keep),
+        "published": lambda: [published_max_min(x, case.keep) for x in tokens],
+    }
+    took = medians(functions, device, seconds)
+    ours = took["select_diverse"]
+    return Result(
+        case=case,
+        dtype=dtype,
+        route="gram" if gram_is_cheaper(tokens, case.keep - 1) else "rows",
+        milliseconds={name: round(value, 3) for name, value in took.items()},
+        to_gram=ours / took["gram"],
+        to_rows=ours / took["rows"],
+        to_cheaper=ours / min(took["gram"], took["rows"]),
+        to_published=ours / took["published"],
+        divprune_to_published=took["divprune"] / took["published"],
+    )
+
+
+def cases(quick: bool) -> list[Case]:
+    """The sizes: LLaVA-1.5 (576 tokens) and LLaVA-NeXT (2880), small and 7B-wide, at 25, 10 and 5 % and 8 tokens."""
+    if quick:
+        return [Case(1, 576, 1024, 58), Case(8, 576, 1024, 58), Case(1, 2880, 4096, 288)]
+    sizes = [(length, width) for length in (576, 2880) for width in (1024, 4096)]
+    alone = [Case(1, n, d, k) for n, d in sizes for k in (8, round(0.05 * n), round(0.1 * n), n // 4)]
+    batches = [Case(8, n, d, round(0.1 * n)) for n, d in sizes[:3]] + [Case(8, n, d, 8) for n, d in sizes[:3]]
+    return [Case(1, 256, 256, 13), Case(1, 256, 256, 64), *alone, *batches]
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What the numbers were measured on."""
+    features = torch.cpu.get_capabilities()
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else features.get("cpu_name", "CPU"),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "cpu_vectors": torch.backends.cpu.get_cpu_capability(),
+        "amx_bf16": bool(features.get("amx_bf16")),
+        "avx512_bf16": bool(features.get("avx512_bf16")),
+        "bfloat16_units_used": device == "cuda" or cpu_multiplies_bfloat16(),
+    }
+
+
+def show(results: list[Result], about: dict[str, Any]) -> None:
+    """Print the tables."""
+    console = Console(width=130)
+    table = Table(title="select_diverse, max-sum (time ratios: below 1 it is the faster one)")
+    for name in (
+        "B",
+        "N",
+        "D",
+        "k",
+        "dtype",
+        "route",
+        "ms",
+        "/ Gram",
+        "/ k rows",
+        "/ cheaper",
+        "/ published",
+        "DivPrune / published",
+    ):
+        table.add_column(name, justify="right")
+    for r in results:
+        sizes = [str(value) for value in asdict(r.case).values()]
+        ratios = (r.to_gram, r.to_rows, r.to_cheaper, r.to_published, r.divprune_to_published)
+        took = f"{r.milliseconds['select_diverse']:.2f}"
+        table.add_row(*sizes, r.dtype, r.route, took, *(f"{ratio:.2f}" for ratio in ratios))
+    console.print(table)
+
+    speed = Table(title="bfloat16 tokens: how many times as fast as the same tokens in float32")
+    for name in ("B", "N", "D", "k", "times"):
+        speed.add_column(name, justify="right")
+    by_case: dict[Case, dict[str, float]] = {}
+    for r in results:
+        by_case.setdefault(r.case, {})[r.dtype] = r.milliseconds["select_diverse"]
+    for case, took in by_case.items():
+        speed.add_row(*(str(value) for value in asdict(case).values()), f"{took['float32'] / took['bfloat16']:.2f}")
+    console.print(speed)
+    console.print(", ".join(f"{name}: {value}" for name, value in about.items()))
+
+
+def main(
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    threads: Annotated[int, typer.Option(help="CPU threads")] = 1,
+    seconds: Annotated[float, typer.Option(help="time for each function in each case")] = 1.5,
+    quick: Annotated[bool, typer.Option(help="three sizes only")] = False,
+    json_path: Annotated[Path | None, typer.Option("--json", help="write everything to this file")] = None,
+) -> None:
+    """Measure select_diverse and DivPrune against matrix products and the published max-min formulation."""
+    if device not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"device must be cpu or cuda, got {device}")
+    torch.set_num_threads(threads)
+    work = [(case, dtype) for case in cases(quick) for dtype in DTYPES]
+    results = [measure(case, dtype, device, seconds) for case, dtype in track(work, "measuring", transient=True)]
+    about = machine(device)
+    show(results, about)
+    if json_path is not None:
+        json_path.write_text(json.dumps({"machine": about, "results": [asdict(r) for r in results]}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
