@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -51,6 +53,14 @@ def batch(family: TinyFamily, side: str = "left"):
 @functools.lru_cache
 def single(family: TinyFamily, row: int):
     return family.inputs([PROMPTS[row]], [p for p, owner in zip(pictures(family), ALONE, strict=True) if owner == row])
+
+
+@functools.lru_cache
+def saved_files(family: TinyFamily) -> dict[str, bytes]:
+    """What save_pretrained writes of the untouched model."""
+    with tempfile.TemporaryDirectory() as folder:
+        shared_model(family).save_pretrained(folder)
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
 @torch.no_grad()
@@ -306,9 +316,7 @@ def test_report_tells_what_the_cache_holds(family, method, model):
 def test_saving_the_base_model_is_unaffected(family, method, model, tmp_path):
     with vltok.apply(model, method):
         model.save_pretrained(tmp_path)
-    again = type(model).from_pretrained(tmp_path)
-    assert again.config.to_dict().keys() == model.config.to_dict().keys()
-    assert torch.equal(logits(again, batch(family)), logits(model, batch(family)))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == saved_files(family)
 
 
 def test_a_saved_method_comes_back_equal(family, method, model, tmp_path):

@@ -31,7 +31,9 @@ class Selector(Method):
 
     def __post_init__(self) -> None:
         if (self.keep_ratio is None) == (self.num_keep is None):
-            given = "neither" if self.keep_ratio is None else f"keep_ratio={self.keep_ratio} and num_keep={self.num_keep}"
+            given = (
+                "neither" if self.keep_ratio is None else f"keep_ratio={self.keep_ratio} and num_keep={self.num_keep}"
+            )
             raise ValueError(f"{type(self).__name__} takes exactly one of keep_ratio and num_keep, got {given}")
         check_budget(self.keep_ratio, self.num_keep)
         if self.positions not in ("keep", "reindex"):
