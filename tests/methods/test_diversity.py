@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from pathlib import Path
 
 import pytest
@@ -279,6 +280,32 @@ def test_only_bfloat16_tokens_use_bfloat16_units_and_the_setting_is_put_back(set
         matmul.fp32_precision = "none"
     exact = {"none", "ieee"} - ({"none"} if setting == "bf16" else set())
     assert set(seen) <= ({"bf16"} if dtype == torch.bfloat16 else exact)
+
+
+def test_threads_do_not_put_back_each_other_s_setting(monkeypatch):
+    monkeypatch.setattr(diversity, "cpu_multiplies_bfloat16", lambda: True)
+    matmul, entered, left, seen = torch.backends.mkldnn.matmul, threading.Event(), threading.Event(), []
+
+    def half() -> None:
+        with diversity.float32_products(torch.ones(1, dtype=torch.bfloat16), matrix_units=True):
+            entered.set()
+            left.wait(0.3)  # time for the other to come in, were it not kept out
+        left.set()
+
+    def single() -> None:
+        entered.wait(10)
+        with diversity.float32_products(torch.ones(1)):
+            seen.append(matmul.fp32_precision)
+            left.wait(10)
+
+    threads = [threading.Thread(target=half), threading.Thread(target=single)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    setting, matmul.fp32_precision = matmul.fp32_precision, "none"
+    assert setting == "none"
+    assert seen in (["none"], ["ieee"])
 
 
 def test_the_route_follows_the_size():

@@ -8,6 +8,7 @@ the similarity of exactly these values; tokens normalised beforehand would first
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -17,6 +18,7 @@ from typing import Literal
 import torch
 
 GRAM_ENTRIES = 2**28  # entries of the Gram matrices held at a time: 1 GiB of float32
+_PRECISION_LOCK = threading.RLock()
 
 
 @torch.no_grad()
@@ -119,7 +121,7 @@ class CosineRows:
             self._gram = torch.empty(batch, length, length, **floats)
             with float32_products(tokens, matrix_units=True):
                 for x, out in zip(tokens, self._gram, strict=True):
-                    _gram(_exact(x), out)
+                    _write_gram(_exact(x), out)
             self._source = self._gram.view(-1, length)
             diagonal = self._gram.diagonal(dim1=1, dim2=2)
             self.squared_norms = diagonal.clone()
@@ -157,7 +159,7 @@ class CosineRows:
         return torch.stack(nearest).argmin(1)
 
 
-def _gram(x: torch.Tensor, out: torch.Tensor) -> None:
+def _write_gram(x: torch.Tensor, out: torch.Tensor) -> None:
     """Write X X^T into `out`, (N, N)."""
     length, width = x.shape
     on_cpu = x.device.type == "cpu"
@@ -177,7 +179,7 @@ def _times_row(x: torch.Tensor, column: torch.Tensor, out: torch.Tensor) -> None
     """Write X times one of its rows, (D, 1), into `out`, (N, 1)."""
     _multiply(x, column, out)
     if x.device.type == "cpu" and len(x) % 4:
-        _multiply(x[-4:], column, out[-4:])  # the rows a BLAS kernel leaves to its slower end; see _gram
+        _multiply(x[-4:], column, out[-4:])  # the rows a BLAS kernel leaves to its slower end; see _write_gram
 
 
 def _multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
@@ -195,10 +197,11 @@ def _exact(tokens: torch.Tensor) -> torch.Tensor:
 
 
 def takes_half_products(tokens: torch.Tensor) -> bool:
-    """Whether the device multiplies these tokens in their own half precision with a float32 result (CUDA does)."""
-    return (
-        tokens.device.type == "cuda" and torch.version.hip is None and tokens.dtype in (torch.bfloat16, torch.float16)
-    )
+    """Whether the device multiplies these tokens in their own half precision with a float32 result."""
+    if tokens.device.type != "cuda" or torch.version.hip is not None:
+        return False
+    half = tokens.dtype in (torch.bfloat16, torch.float16)
+    return half and torch.cuda.get_device_capability(tokens.device) >= (8, 0)
 
 
 @cache
@@ -218,7 +221,7 @@ def gram_is_cheaper(tokens: torch.Tensor, num_rows: int) -> bool:
     """
     length, width = tokens.shape[1:]
     if tokens.device.type == "cpu":
-        if length <= 16 or width % 4:  # products with a row would break ties wrongly; see _gram
+        if length <= 16 or width % 4:  # products with a row would break ties wrongly; see _write_gram
             return True
         fixed = 1e5
         if tokens.dtype == torch.bfloat16 and cpu_multiplies_bfloat16():
@@ -236,16 +239,16 @@ def float32_products(tokens: torch.Tensor, matrix_units: bool = False) -> Iterat
     """Make matrix products inside exact to float32, whatever autocast and the precision settings say.
 
     With `matrix_units`, float32 products on a CPU that has bfloat16 units may use them if the tokens are bfloat16,
-    which loses nothing. The setting is PyTorch's, for the whole process, and is put back on leaving: float32 products
-    that another thread starts in the meantime are made at the same precision.
+    which loses nothing. The setting is PyTorch's, for the whole process, and is put back on leaving. Threads that come
+    here wait for each other; float32 products that a thread makes elsewhere in the meantime have the same precision.
     """
     kind = tokens.device.type
     units = matrix_units and kind == "cpu" and tokens.dtype == torch.bfloat16 and cpu_multiplies_bfloat16()
     wanted = "bf16" if units else "ieee"
     matmul = {"cpu": torch.backends.mkldnn.matmul, "cuda": torch.backends.cuda.matmul}.get(kind)
-    before = matmul.fp32_precision if matmul is not None else wanted
-    change = before != wanted and {before, wanted} != {"none", "ieee"}  # unset means ieee
-    with torch.autocast(kind, enabled=False):
+    with _PRECISION_LOCK, torch.autocast(kind, enabled=False):
+        before = matmul.fp32_precision if matmul is not None else wanted
+        change = before != wanted and {before, wanted} != {"none", "ieee"}  # unset means ieee
         if change:
             matmul.fp32_precision = wanted
         try:
