@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import reference
@@ -91,6 +92,38 @@ def test_padded_batches_with_rows_that_drop_and_rows_that_do_not(family, side, a
         seen = ~whole.visual[where] if drops else slice(None)
         mine = pruned[index][inputs.attention_mask[index].bool()]
         torch.testing.assert_close(mine[where][seen], expected[seen], **CLOSE)
+
+
+def test_rows_of_a_batch_that_drop_after_different_layers(family, model):
+    inputs = batch(family)
+    with vltok.apply(model, vltok.ToDRE(keep_ratio=0.3, depth=(0.25, 0.5, 0.75), tau=0.0)) as handle:
+        model(**inputs)
+        records = handle.report(file=None).relevance
+    alphas = torch.tensor([[max(r.alpha_tv, r.alpha_vt) for r in row] or [1.0] * 3 for row in records])  # (B, 3)
+
+    def drops(layers: tuple[int, ...], tau: float) -> list[int | None]:
+        return [next((layer for layer in layers if row[layer - 1] < tau), None) for row in alphas.tolist()]
+
+    options = itertools.product([(1, 2, 3), (1, 2), (2, 3), (1, 3)], alphas.flatten().tolist())
+    layers, tau = max(options, key=lambda option: len(set(drops(*option))))
+    drop_after = drops(layers, tau)
+    assert len(set(drop_after)) >= 3, "two rows must drop after different layers, and one (of text alone) never"
+    method = vltok.ToDRE(keep_ratio=0.3, depth=tuple(layer / 4 for layer in layers), tau=tau)
+    with vltok.apply(model, method) as handle:
+        output = model(**inputs, use_cache=True)
+        report = handle.report(file=None)
+        words = torch.full((len(drop_after), 2), 9)
+        mask = torch.cat([inputs.attention_mask, torch.ones_like(words)], dim=1)
+        after = model(input_ids=words, attention_mask=mask, past_key_values=output.past_key_values).logits
+    for index, (whole, layer) in enumerate(zip(rows(model, family), drop_after, strict=True)):
+        longer = reference.extend(whole, model, [9, 9])
+        expected, where = reference.logits(longer, report.keep_indices[index], hidden_after=layer)
+        torch.testing.assert_close(after[index], expected[-2:], **CLOSE)
+        seen = ~whole.visual[where[:-2]] if layer else slice(None)
+        mine = output.logits[index][inputs.attention_mask[index].bool()]
+        torch.testing.assert_close(mine[where[:-2]][seen], expected[:-2][seen], **CLOSE)
+        text, kept = int((~whole.visual).sum()), len(where) - 2
+        assert report.tokens_per_layer[index].tolist() == [kept] * (layer or 4) + [text] * (4 - (layer or 4))
 
 
 def test_relevance_ratios_equal_those_of_materialised_attention(family, model):
