@@ -8,7 +8,7 @@ import tiny
 
 import vltok
 
-# tau=1 lets stage 2 drop wherever a text token attends to anything but visual tokens: the path is exercised for certain.
+# With tau=1 stage 2 drops wherever text attends to anything but visual tokens: its path is taken for certain.
 METHODS: dict[str, Callable[[], vltok.Method]] = {
     "todre": lambda: vltok.ToDRE(keep_ratio=0.3, tau=1.0, depth=0.5),
     "todre-stage-1": lambda: vltok.ToDRE(keep_ratio=0.3, relevance=False),

@@ -1,4 +1,4 @@
-"""vltok compresses the visual tokens of vision-language models: one call puts a method on a model, one call takes it off.
+"""vltok compresses the visual tokens of vision-language models: one call puts a method on, one call takes it off.
 
     handle = vltok.apply(model, vltok.ToDRE(keep_ratio=0.1))
     ...

@@ -51,7 +51,7 @@ class Handle:
         """
         self._edits.undo()
 
-    def report(self, file: TextIO | None | object = _STDOUT) -> Report:
+    def report(self, file: TextIO | object | None = _STDOUT) -> Report:
         """Print and return what the methods did at the last prompt with images.
 
         Args:
@@ -81,13 +81,12 @@ def apply(model: nn.Module, method: Method | Iterable[Method], *, processor: Any
     """Put one or several methods on a model, in place.
 
     Args:
-        model: A Hugging Face vision-language model (see the README for the families), bare, with its head, or wrapped.
+        model: A Hugging Face vision-language model of a supported family: bare, with its head, or wrapped.
         method: The method, or several, applied in order.
         processor: The model's processor, for methods that change how many placeholders an image gets.
 
     Returns:
-        The handle that reports and removes. Everything checked fails before the model is touched, and a failure half-way
-        undoes itself.
+        The handle that reports and removes. If anything fails, the model is left as it was.
 
     Raises:
         TypeError: If `model` is not a module or `method` not a Method.

@@ -15,9 +15,13 @@ _ABSENT = object()
 
 @dataclass
 class _Edit:
+    """One change: how to undo it, and for a named part how to see that it is still the last one made there."""
+
     undo: Callable[[], None]
+    owner: object = None
+    kind: str = ""
+    name: str = ""
     is_in_place: Callable[[], bool] = lambda: True
-    what: str = ""
 
 
 class Edits:
@@ -56,7 +60,7 @@ class Edits:
         self._edits.append(_Edit(handle.remove))
 
     def swap(self, parent: nn.Module, name: str, module: nn.Module) -> None:
-        """Put `module` in the place of the child `parent.name`; it takes over the train / eval mode, and gives it back."""
+        """Put `module` in the place of the child `parent.name`; train or eval mode goes with the place."""
         old = parent.get_submodule(name)
         module.train(old.training)
         setattr(parent, name, module)
@@ -66,7 +70,7 @@ class Edits:
             old.train(module.training)
             setattr(parent, name, old)
 
-        self._edits.append(_Edit(undo, lambda: getattr(parent, name, None) is module, f"child {name!r}"))
+        self._edits.append(_Edit(undo, parent, "child", name, lambda: getattr(parent, name, None) is module))
 
     def add_child(self, parent: nn.Module, name: str, module: nn.Module) -> None:
         """Register `module` as a further child of `parent`.
@@ -81,7 +85,7 @@ class Edits:
         parent.add_module(name, module.train(parent.training))
         self._added.append(module)
         self._edits.append(
-            _Edit(lambda: delattr(parent, name), lambda: getattr(parent, name, None) is module, f"child {name!r}")
+            _Edit(lambda: delattr(parent, name), parent, "child", name, lambda: getattr(parent, name, None) is module)
         )
 
     def set_attribute(self, target: object, name: str, value: Any) -> None:
@@ -95,7 +99,7 @@ class Edits:
             else:
                 setattr(target, name, old)
 
-        self._edits.append(_Edit(undo, lambda: getattr(target, name, _ABSENT) is value, f"attribute {name!r}"))
+        self._edits.append(_Edit(undo, target, "attribute", name, lambda: getattr(target, name, _ABSENT) is value))
 
     def undo(self) -> None:
         """Take all changes back, last one first. Does nothing the second time.
@@ -103,10 +107,12 @@ class Edits:
         Raises:
             EditConflictError: If a later change sits on top of one of these; the model is left as it is.
         """
-        for edit in self._edits:
+        # Of several changes to one part only the last can be seen; the others lie under it, as they should.
+        for edit in {(id(edit.owner), edit.name): edit for edit in self._edits}.values():
             if not edit.is_in_place():
                 raise EditConflictError(
-                    f"the {edit.what} was changed again after this handle was made; remove the later handle first"
+                    f"the {edit.kind} {edit.name!r} of {type(edit.owner).__name__} was changed again after this handle "
+                    "was made; remove the later handle first"
                 )
         while self._edits:
             self._edits.pop().undo()

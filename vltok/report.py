@@ -52,19 +52,15 @@ class Report:
         lines = []
         for row, (before, after) in enumerate(zip(self.visual_tokens, self.kept_tokens, strict=True)):
             images = ", ".join(f"{n} -> {k}" for n, k in zip(before, after, strict=True)) or "no image"
-            lines.append(f"sample {row}: visual tokens {images}; tokens per decoder layer {self._layers(row)}")
+            layers = _runs(self.tokens_per_layer[row].tolist())
+            lines.append(f"sample {row}: visual tokens {images}; tokens per decoder layer {layers}")
             for record in self.relevance[row] if self.relevance else ():
                 verdict = "dropped from the next layer on" if record.dropped else "kept"
-                lines.append(
-                    f"  layer {record.layer}: text to visual {record.alpha_tv:.3f}, visual to text {record.alpha_vt:.3f}; "
-                    f"visual tokens {verdict}"
-                )
+                ratios = f"text to visual {record.alpha_tv:.3f}, visual to text {record.alpha_vt:.3f}"
+                lines.append(f"  layer {record.layer}: {ratios}; visual tokens {verdict}")
         if self.kv_entries:
             lines.append(f"KV cache: {_runs(self.kv_entries)} entries per layer, {self.kv_bytes / 2**20:.2f} MiB")
         return "\n".join(lines)
-
-    def _layers(self, row: int) -> str:
-        return _runs(self.tokens_per_layer[row].tolist())
 
 
 def _runs(values: list[int]) -> str:

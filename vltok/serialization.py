@@ -39,6 +39,7 @@ def save(handle: Handle, folder: str | Path) -> None:
         "methods": [method.to_dict() for method in handle.methods],
     }
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / WEIGHTS_FILE).unlink(missing_ok=True)
     if weights := added_state_dict(handle):
         from safetensors.torch import save_file
 
@@ -101,6 +102,9 @@ def _read(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} has unknown fields {', '.join(sorted(unknown))} (written by vltok {config['vltok_version']})"
         )
+    methods = config["methods"]
+    if not isinstance(methods, list) or not all(isinstance(settings, dict) for settings in methods):
+        raise CheckpointError(f'{path}: "methods" must be a list of settings, one per method, got {methods!r}')
     return config
 
 
@@ -108,9 +112,13 @@ def _load_weights(handle: Handle, path: Path) -> None:
     expected = added_state_dict(handle)
     if not expected and not path.exists():
         return
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    found = load_file(path) if path.exists() else {}
+    try:
+        found = load_file(path) if path.exists() else {}
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
     if found.keys() != expected.keys():
         raise CheckpointError(
             f"{path} doesn't fit: missing {sorted(expected.keys() - found.keys())}, "

@@ -1,6 +1,6 @@
 """What a method may ask of a model: protocols without an implementation.
 
-A family (vltok/families) implements them for one kind of model; a method (vltok/methods) uses them and nothing else of the model.
+A family (vltok/families) implements them for one kind of model; a method (vltok/methods) uses nothing else of it.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class VisualTokens:
 
     Attributes:
         embeddings: Projected embeddings, (B, N, D), in the model's dtype.
-        image_keys: A number made from each image's pixels alone, (B,), int64; the same picture has the same number in any
-            batch. Seeds whatever a selector wants to be random.
+        image_keys: A number made from each image's pixels alone, (B,), int64, the same in any batch. Seeds whatever a
+            selector wants to be random.
         attention: The requested attention, (B, N), float32, -inf where a token stands for no patch (such as the newline
             tokens of AnyRes layouts). None if nothing was requested.
         is_overview: True for tokens of the whole picture, (B, N), bool; False for those of AnyRes crops.
@@ -66,9 +66,9 @@ class RelevanceJudge(Protocol):
     """What `LanguageView.on_decoder_layers` needs of a method: where to look, and what to conclude.
 
     `candidate_layers` counts decoder layers: l means that the layers after the l-th may run without visual tokens.
-    `judge` gets, for the l-th layer, what share of its attention each row puts on visual and on text tokens (mass, (B, S, 2),
-    float32, mean over heads) and which rows are visual, (B, S), and text after the first visual token, (B, S). It returns
-    the two ratios and the decision, (B,) each.
+    `judge` gets, for the l-th layer, what share of its attention each row puts on visual and on text tokens (mass,
+    (B, S, 2), float32, mean over heads), and which rows are visual, (B, S), and text after the first visual token,
+    (B, S). It returns the two ratios and the decision, (B,) each.
     """
 
     def candidate_layers(self, num_layers: int) -> tuple[int, ...]: ...

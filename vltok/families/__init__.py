@@ -66,7 +66,7 @@ def view(model: nn.Module, processor: Any = None) -> VlmView:
 
     Raises:
         TypeError: If `model` is not an nn.Module.
-        UnsupportedModelError: If no part of it belongs to a known family, or this member of the family can't be handled.
+        UnsupportedModelError: If no part of it belongs to a known family, or this member can't be handled.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"apply() takes a model (torch.nn.Module), got {type(model).__name__}")
@@ -82,6 +82,6 @@ def view(model: nn.Module, processor: Any = None) -> VlmView:
                 return VlmView(family, module, processor)
     raise UnsupportedModelError(
         f"{type(model).__name__} has no visual tokens that vltok can reach: no part of it is one of the supported "
-        f"families ({', '.join(package.rpartition('.')[2] for package in FAMILIES)}); a vision tower or a text model alone "
-        "has no language model that visual tokens enter"
+        f"families ({', '.join(package.rpartition('.')[2] for package in FAMILIES)}); a vision tower or a text model "
+        "alone has no language model that visual tokens enter"
     )

@@ -59,8 +59,9 @@ class PrunedCache:
         removed = self.entries[0] - held
         if removed < 0 or held < self.prompt_length:
             raise UnsupportedInputError(
-                f"the KV cache holds {held} entries where {self.entries[0]} were expected (at least {self.prompt_length} "
-                "of the pruned prompt); a pruned cache can only be extended, or cropped back to its prompt"
+                f"the KV cache holds {held} entries where {self.entries[0]} were expected (at least the "
+                f"{self.prompt_length} of the pruned prompt); a pruned cache can only be extended, or cropped back to "
+                "its prompt"
             )
         if removed:
             self.length -= removed

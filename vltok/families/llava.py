@@ -13,6 +13,8 @@ TOWERS = ("clip_vision_model", "siglip_vision_model")
 
 
 class Llava(VlmFamily):
+    """LLaVA-1.5."""
+
     name = "llava"
     title = "LLaVA-1.5"
     model_class = "LlavaModel"
@@ -28,10 +30,8 @@ class Llava(VlmFamily):
     def images(self, model: nn.Module, encoding: Encoding, runs: list[int]) -> list[ImageTokens]:
         rows, length = encoding.features.shape[:2]
         attention = self.token_attention(model, encoding)
-        return [
-            ImageTokens(length, encoding.keys[row], None if attention is None else attention[row], None, row * length)
-            for row in range(rows)
-        ]
+        scores = [None] * rows if attention is None else attention
+        return [ImageTokens(length, encoding.keys[row], scores[row], None, row * length) for row in range(rows)]
 
     def token_attention(self, model: nn.Module, encoding: Encoding) -> torch.Tensor | None:
         """Attention for each projected token of a row, (R, N): -inf for [CLS] where the features keep it."""
@@ -41,7 +41,7 @@ class Llava(VlmFamily):
         prefix = encoding.features.shape[1] - attention.shape[1]
         if prefix < 0:
             raise UnsupportedInputError(
-                f"the projector returns {encoding.features.shape[1]} tokens for {attention.shape[1]} patches; attention "
-                "over patches can't be matched with them; choose a method that needs no vision attention"
+                f"the projector returns {encoding.features.shape[1]} tokens for {attention.shape[1]} patches; attention"
+                " over patches can't be matched with them; choose a method that needs no vision attention"
             )
         return torch.nn.functional.pad(attention, (prefix, 0), value=-torch.inf)

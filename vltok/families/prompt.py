@@ -182,8 +182,8 @@ class Prompt:
             if images and owners is not None and torch.equal(rows.repeat_interleave(repeat, 0), self.visual):
                 return images, owners, repeat
         raise UnsupportedInputError(
-            f"the prompts have {self.visual.sum(1).tolist()} image placeholders, which don't fit the images encoded last; "
-            "pass the pixel_values of these very prompts"
+            f"the prompts have {self.visual.sum(1).tolist()} image placeholders, which don't fit the images encoded "
+            "last; pass the pixel_values of these very prompts"
         )
 
     def _check_encoding(self, arrived: torch.Tensor, features: torch.Tensor, images: list[ImageTokens]) -> None:

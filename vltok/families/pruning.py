@@ -3,7 +3,7 @@
 One engine sits on one model. Its hooks are bound methods, so a deepcopy of the model gets an engine of its own.
 
 Stage 1 packs the kept positions of every row to the left before the language model; stage 2 packs once more between two
-decoder layers; afterwards every hidden state goes back to the positions of the prompt, so logits and labels stay aligned.
+decoder layers; afterwards every hidden state goes back to the positions of the prompt: logits and labels stay aligned.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Decided:
 
     def about(self, prompt: Prompt) -> bool:
         """Whether `prompt` continues the one decided on."""
-        if prompt.encoded is None or self.encoded() is not prompt.encoded or prompt.ids is None:
+        if prompt.encoded is None or prompt.ids is None or self.encoded() is not prompt.encoded:
             return False
         begun = prompt.ids[:, : self.ids.shape[1]]
         return prompt.ids.shape[1] > self.ids.shape[1] and torch.equal(begun, self.ids)
@@ -107,8 +107,8 @@ class PruningEngine:
             missing = [name for name in ("v_proj", "o_proj", "head_dim") if not hasattr(attention, name)]
             if missing:
                 raise UnsupportedModelError(
-                    f"{type(attention).__name__} has no {', '.join(missing)}; dropping visual tokens inside the decoder "
-                    "needs separate value and output projections, as Llama, Mistral and Qwen2 have"
+                    f"{type(attention).__name__} has no {', '.join(missing)}; dropping visual tokens inside the "
+                    "decoder needs separate value and output projections, as Llama, Mistral and Qwen2 have"
                 )
             edits.after(attention, partial(self.after_attention, layer - 1))
         self.judge = judge
@@ -208,9 +208,9 @@ class PruningEngine:
                 group=prompt.group,
                 entries=[layout.order.shape[1] for layout in prompt.layouts],
             ).keep_on(cache)
-        if prompt.encoded is not None and prompt.ids is not None and self.judge is not None:
-            if self._decided is None or not self._decided.about(prompt):
-                self._decided = Decided(weakref.ref(prompt.encoded), prompt.ids, prompt.decisions)
+        resent = prompt.encoded is not None and prompt.ids is not None
+        if self.judge is not None and resent and not self._is_decided(prompt):
+            self._decided = Decided(weakref.ref(prompt.encoded), prompt.ids, prompt.decisions)
         self.run.report("pruning", prompt.report(cache))
         return output
 
@@ -219,7 +219,7 @@ class PruningEngine:
         prompt = self.call
         if not isinstance(prompt, Prompt) or index in prompt.decisions:
             return
-        if self._decided is not None and self._decided.about(prompt):
+        if self._is_decided(prompt):
             prompt.drop_visual(index, self._decided.decisions[index])
             return
         layout = prompt.layouts[prompt.group[index]]
@@ -228,6 +228,9 @@ class PruningEngine:
         mass = _attention_mass(module, args, kwargs, torch.stack([is_visual, is_text], dim=-1))
         decision = torch.stack([value.float() for value in self.judge.judge(mass, is_visual, is_text)])
         prompt.drop_visual(index, decision.cpu())
+
+    def _is_decided(self, prompt: Prompt) -> bool:
+        return self._decided is not None and self._decided.about(prompt)
 
     def before_layer(self, index: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Give a decoder layer the rows, rotary tables and mask of its layout."""

@@ -55,7 +55,7 @@ class ImageTokens:
 
 
 def pixel_keys(pixels: torch.Tensor) -> torch.Tensor:
-    """Hash the pixels of each row: (R, ...) -> (R,), int64. Depends on the values only, not on the batch or the device."""
+    """Hash the pixels of each row, (R, ...) -> (R,), int64: the same for equal values in any batch, on any device."""
     flat = pixels.detach().reshape(pixels.shape[0], -1)
     bits = flat.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]).long()
     weights = (torch.arange(bits.shape[1], device=bits.device) * 2 + 1) * 0x2545F4914F6CDD1D  # odd: no element is lost
@@ -92,8 +92,8 @@ class VisionRecorder:
         key = getattr(attention, "k_norm", None) or getattr(attention, "k_proj", None)
         if query is None or key is None:
             raise UnsupportedModelError(
-                f"{type(attention).__name__} has no q_proj and k_proj to read attention from; CLIP, SigLIP and InternVL "
-                "vision towers have; choose a method that needs no vision attention, such as pivot='center'"
+                f"{type(attention).__name__} has no q_proj and k_proj to read attention from; CLIP, SigLIP and "
+                "InternVL vision towers have; choose a method that needs no vision attention, such as pivot='center'"
             )
         edits.after(query, self._after_query_cls if request.kind == "cls" else self._after_query)
         edits.after(key, self._after_key)

@@ -16,8 +16,8 @@ from vltok.views import AttentionRequest, LanguageView, VisualTokens
 class Selector(Method):
     """Keep some visual tokens of every image before the language model and drop the rest.
 
-    A selector defines `select`, a pure function of the visual tokens; embeddings, masks, positions, cache and labels are
-    the family's work.
+    A selector defines `select`, a pure function of the visual tokens; embeddings, masks, positions, cache and labels
+    are the family's work.
 
     Attributes:
         keep_ratio: Share of each image's visual tokens to keep, in (0, 1]. Exactly one of keep_ratio and num_keep.
