@@ -169,8 +169,8 @@ def test_undo_does_nothing_the_second_time(model):
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        (lambda edits, model: edits.swap(model, "1", Doubled()), "child '1'"),
-        (lambda edits, model: edits.set_attribute(model, "knob", object()), "attribute 'knob'"),
+        (lambda edits, model: edits.swap(model, "1", Doubled()), "'1' of Sequential"),
+        (lambda edits, model: edits.set_attribute(model, "knob", object()), "'knob' of Sequential"),
     ],
 )
 def test_a_change_under_a_later_one_is_not_torn_out(model, change, what):
@@ -191,7 +191,7 @@ def test_a_child_that_was_replaced_by_hand_is_not_overwritten(model):
     edits, mine = Edits(), Doubled()
     edits.add_child(model, "extra", nn.Identity())
     model.extra = mine
-    with pytest.raises(EditConflictError, match="child 'extra'"):
+    with pytest.raises(EditConflictError, match="'extra' of Sequential"):
         edits.undo()
     assert model.extra is mine
 
