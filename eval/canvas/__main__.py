@@ -1,5 +1,6 @@
-"""`python -m eval.canvas`: what pruning visual tokens does to a really trained model, on unseen digits and photo regions."""
+"""`python -m eval.canvas`: what pruning visual tokens does to a trained model, on unseen digits and photo regions."""
 
+import os
 import platform
 import time
 from pathlib import Path
@@ -10,79 +11,71 @@ import transformers
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from transformers import BatchFeature
+from transformers import AutoProcessor
 
 import vltok
 from eval.canvas import plots, table
-from eval.canvas.data import Canvases, load_items
-from eval.canvas.model import MODEL_DIR, load
-from eval.canvas.runner import Case, Result, cases, draw_questions, encode, evaluate, kept_patches, time_prefill
+from eval.canvas.data import load_items
+from eval.canvas.model import MODEL_DIR
+from eval.canvas.pool import Bench, Plan, run_cases
+from eval.canvas.runner import Case, cases, encode, kept_patches, time_prefill
 
-TIMING_BATCH = 16
+TIMING_BATCH = 8
 SHOWN_CANVASES = range(6)
-QUICK = {"questions": 200, "keep_ratios": "0.25,0.1", "rounds": 2}
+QUICK = {"questions": 150, "keep_ratios": "0.25,0.1", "rounds": 2}
 FULL = {"questions": 1000, "keep_ratios": "0.5,0.25,0.1,0.05", "rounds": 5}
 
 
 def main(
     quick: Annotated[bool, typer.Option("--quick", help="Fewer questions, two keep ratios: under a minute.")] = False,
     items: Annotated[
-        Path | None, typer.Option(help="Other item pictures, .npz: images (N, h, w) uint8, labels (N,), optional names.")
+        Path | None,
+        typer.Option(help="Other item pictures, .npz: images (N, h, w) uint8, labels (N,), optional names."),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for results.json, results.csv and the pictures.")] = Path(
         "canvas-results"
     ),
-    questions: Annotated[int | None, typer.Option(min=1, help="At least this many; 1000, with --quick 200.")] = None,
+    questions: Annotated[int | None, typer.Option(min=1, help="At least this many; 1000, with --quick 150.")] = None,
     keep_ratios: Annotated[str | None, typer.Option(help="Shares of the 256 visual tokens, with commas.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions per batch.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions per batch.")] = 16,
     seed: Annotated[int, typer.Option(help="Of the canvases and of random pruning.")] = 0,
     device: Annotated[str, typer.Option(help="torch device.")] = "cpu",
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Processes; by default one per core, at most 4, 1 on a GPU.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     model: Annotated[Path, typer.Option(help="Folder of the trained model.")] = MODEL_DIR,
 ) -> None:
     """Answer test questions unpruned and under every pruning method; print a table, write it, draw it."""
     started = time.perf_counter()
-    plan = QUICK if quick else FULL
-    ratios = _parse_ratios(keep_ratios or plan["keep_ratios"])
+    mode = QUICK if quick else FULL
+    ratios = _parse_ratios(keep_ratios or mode["keep_ratios"])
     if dtype not in ("float32", "bfloat16", "float16"):
         raise typer.BadParameter(f"must be float32, bfloat16 or float16, got {dtype!r}", param_hint="--dtype")
-    llava, processor = load(model, getattr(torch, dtype), device)
-    canvases = Canvases("test", seed, None if items is None else load_items(items))
-    known = processor.tokenizer.get_vocab()
-    unknown = [name for name in canvases.items.names if name not in known]
-    if unknown:
-        raise typer.BadParameter(
-            f"the model in {model} does not know the item names {', '.join(unknown)}; "
-            "train one on these items with python -m eval.canvas.train --items",
-            param_hint="--items",
-        )
-    asked = draw_questions(canvases, questions or plan["questions"])
+    plan = Plan(model, dtype, device, items, seed, questions or mode["questions"], batch_size)
+    _check_items(plan)
+    bench = Bench(plan)
     every = cases(ratios, seed)
     out.mkdir(parents=True, exist_ok=True)
 
     columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        batches = encode(processor, canvases, asked, batch_size, wrong_image=False)
-        wrong = encode(processor, canvases, asked, batch_size, wrong_image=True)
-        results: list[Result] = []
-        bar = progress.add_task("questions", total=len(asked) * len(every))
-        for case in every:
-            progress.update(bar, description=_title(case))
-            given = wrong if case.wrong_image else batches
-            results.append(
-                evaluate(llava, processor, case, given, asked, advance=lambda count: progress.advance(bar, count))
-            )
+        answering = progress.add_task("answering questions", total=len(bench.questions) * len(every))
+        jobs = jobs or _default_jobs(device)
+        results = run_cases(bench, every, jobs, lambda case, count: progress.advance(answering, count))
         pruned = [case for case in every if case.method is not None]
-        timed = progress.add_task("timing the prefill", total=len(pruned) * plan["rounds"])
-        first = encode(processor, canvases, asked[:TIMING_BATCH], TIMING_BATCH, wrong_image=False)[0]
-        ratio_of = time_prefill(llava, pruned, first, plan["rounds"], advance=lambda count: progress.advance(timed, count))
+        timing = progress.add_task("timing the prefill", total=len(pruned) * mode["rounds"])
+        first = encode(bench.processor, bench.canvases, bench.questions[:TIMING_BATCH], TIMING_BATCH, wrong_image=False)
+        ratio_of = time_prefill(
+            bench.model, pruned, first[0], mode["rounds"], lambda count: progress.advance(timing, count)
+        )
         for result, ratio in zip([r for r in results if r.case.method is not None], ratio_of, strict=True):
             result.prefill_ratio = ratio
 
     rows = table.records(results)
     settings = {
-        "questions": len(asked),
-        "canvases": len({question.canvas for question in asked}),
+        "questions": len(bench.questions),
+        "canvases": len({question.canvas for question in bench.questions}),
         "split": "test",
         "seed": seed,
         "items": "scikit-learn digits" if items is None else items.name,
@@ -90,6 +83,7 @@ def main(
         "device": device,
         "dtype": dtype,
         "positions": "keep",
+        "jobs": jobs,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -99,22 +93,42 @@ def main(
     table.write(rows, settings, out)
     plots.plot_accuracy(rows, out / "accuracy.png")
     shown_ratio = min(ratios, key=lambda ratio: abs(ratio - 0.1))
-    _draw_kept(llava, processor, canvases, [case for case in pruned if case.keep_ratio == shown_ratio], out / "kept.png")
+    _draw_kept(bench, [case for case in pruned if case.keep_ratio == shown_ratio], out / "kept.png")
     console = Console()
     Console(width=max(console.width, 170)).print(table.render(rows))
     seconds = time.perf_counter() - started
-    console.print(f"{len(asked)} questions x {len(every)} rows in {seconds:.0f} s; written to {out}", highlight=False)
+    console.print(
+        f"{len(bench.questions)} questions x {len(every)} rows in {seconds:.0f} s; written to {out}", highlight=False
+    )
 
 
-def _draw_kept(llava, processor, canvases: Canvases, pruned: list[Case], path: Path) -> None:
-    """Overlay what each selector keeps of the first test pictures; ToDRE's stage 2 keeps the same patches as stage 1."""
-    questions = [canvases.questions(index)[0] for index in SHOWN_CANVASES]
-    batch: BatchFeature = encode(processor, canvases, questions, len(questions), wrong_image=False)[0]
-    images = [canvases.canvas(index).image for index in SHOWN_CANVASES]
+def _draw_kept(bench: Bench, pruned: list[Case], path: Path) -> None:
+    """Overlay what each selector keeps of the first test pictures; ToDRE's stage 2 keeps what stage 1 does."""
+    questions = [bench.canvases.questions(index)[0] for index in SHOWN_CANVASES]
+    batch = encode(bench.processor, bench.canvases, questions, len(questions), wrong_image=False)[0]
+    images = [bench.canvases.canvas(index).image for index in SHOWN_CANVASES]
     one_stage = [case for case in pruned if case.name != "ToDRE, stages 1+2"]
-    kept = {case.name.removesuffix(", stage 1"): kept_patches(llava, case, batch) for case in one_stage}
+    kept = {case.name.removesuffix(", stage 1"): kept_patches(bench.model, case, batch) for case in one_stage}
     number = len(next(iter(kept.values()))[0])
     plots.plot_kept(images, kept, path, f"The {number} of 256 patches that each method keeps")
+
+
+def _default_jobs(device: str) -> int:
+    return min(4, os.cpu_count() or 1) if device == "cpu" else 1
+
+
+def _check_items(plan: Plan) -> None:
+    """Refuse item names that are no words of the model's tokenizer."""
+    if plan.items is None:
+        return
+    known = AutoProcessor.from_pretrained(plan.model, local_files_only=True).tokenizer.get_vocab()
+    unknown = [name for name in load_items(plan.items).names if name not in known]
+    if unknown:
+        raise typer.BadParameter(
+            f"the model in {plan.model} does not know the item names {', '.join(unknown)}; "
+            "train one on these items with python -m eval.canvas.train --items",
+            param_hint="--items",
+        )
 
 
 def _parse_ratios(text: str) -> list[float]:
@@ -125,10 +139,6 @@ def _parse_ratios(text: str) -> list[float]:
     if not ratios or not all(0 < ratio < 1 for ratio in ratios):
         raise typer.BadParameter(f"must be numbers in (0, 1) with commas, got {text!r}", param_hint="--keep-ratios")
     return sorted(set(ratios), reverse=True)
-
-
-def _title(case: Case) -> str:
-    return case.name if case.method is None else f"{case.name}, {100 * case.keep_ratio:g} %"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Training batches of canvas VQA: pictures, dense targets for the tower, and several question blocks per picture in one sequence."""
+"""Training batches of canvas VQA: pictures, dense targets for the tower, several question blocks per sequence."""
 
 from dataclasses import dataclass, replace
 
@@ -29,7 +29,8 @@ class Batch:
         patch_is_centre: (B, N) float32: 1 where an item has its centre.
         present: (B, labels) float32. count: (B,) int64, items minus one.
         input_ids, position_ids, block: (B, T) int64. Block 0 is the prefix, -1 padding, 1.. the questions.
-        target: (B, T) int64: the next token after a question, IGNORE elsewhere. kind: (B, T) int64: the question's kind there.
+        target: (B, T) int64: the next token after a question, IGNORE elsewhere.
+        kind: (B, T) int64: the question's kind where an answer is due, IGNORE elsewhere.
     """
 
     pixels: torch.Tensor
@@ -57,7 +58,7 @@ class Batch:
 
 
 class BatchStream(Dataset):
-    """Batch number k of a stream is always the same batch, so a resumed run goes on with the batches it would have seen."""
+    """Batch number k of a stream is always the same, so a resumed run sees the batches it would have seen."""
 
     def __init__(
         self,
@@ -101,7 +102,7 @@ class BatchStream(Dataset):
         return crop(batch, torch.tensor(np.array(windows)), seen)
 
     def _pick(self, index: int, canvas: Canvas) -> list[Question]:
-        """Up to `blocks` questions: every quadrant and where question, the count, and as many present as absent items."""
+        """Up to `blocks` questions: every quadrant and where, the count, and as many present as absent items."""
         asked = self.canvases.all_questions(index, canvas, self.canvases.rng(index, stream=2))
         others = (asked["quadrant"] + asked["where"])[: self.blocks - 3] + asked["count"]
         pairs = max(1, (self.blocks - len(others)) // 2)
@@ -182,7 +183,12 @@ def crop(batch: Batch, windows: torch.Tensor, seen: torch.Tensor) -> Batch:
     index = (rows[:, :, None] * GRID + columns[:, None]).flatten(1)  # (B, CROP * CROP)
     span = torch.arange(CROP * PATCH)
     y, x = windows[:, :1] * PATCH + span, windows[:, 1:] * PATCH + span
-    pixels = batch.pixels[torch.arange(len(windows))[:, None, None, None], torch.arange(3)[:, None, None], y[:, None, :, None], x[:, None, None]]
+    pixels = batch.pixels[
+        torch.arange(len(windows))[:, None, None, None],
+        torch.arange(3)[:, None, None],
+        y[:, None, :, None],
+        x[:, None, None],
+    ]
     label = batch.patch_label.gather(1, index)
     items = (label >= 0) & (label < seen.shape[1])
     hidden = items & (seen.gather(1, label.clamp(0, seen.shape[1] - 1)) == 0)

@@ -1,6 +1,7 @@
 """Canvas VQA data: real handwritten digits blended at any position on crops of real photos, and questions about them.
 
-Everything comes from installed packages (scikit-learn's digits and two photos, scikit-image's photos); nothing is downloaded.
+Everything comes from installed packages, the digits and two photos from scikit-learn, nine photos from scikit-image;
+nothing is downloaded.
 A canvas is a pure function of (split, seed, index), so any of them can be drawn again on its own.
 Test canvases use digits and photo regions that no training or validation canvas uses.
 """
@@ -29,7 +30,7 @@ TEMPLATES = {
     "count": ("how many items are there", "how many items do you see"),
 }
 
-# Photos that ship inside the wheels, each with its credit. Fractions are of the width: train | val | test regions, left to right.
+# Regions are shares of a photo's width, left to right. The photos ship inside the wheels; each has its credit here.
 REGIONS = {"train": (0.0, 0.58), "val": (0.58, 0.74), "test": (0.74, 1.0)}
 PHOTOS = {
     "china.jpg": ("sklearn", "danielbuechele (flickr.com/photos/danielbuechele), CC BY 2.0"),
@@ -58,7 +59,14 @@ class Items:
 
 @dataclass(frozen=True)
 class Canvas:
-    """One picture: image (128, 128, 3) uint8; per item its label, box (x0, y0, x1, y1) and ink (16, 16), the share of each patch it covers."""
+    """One picture and what is on it.
+
+    Attributes:
+        image: (128, 128, 3) uint8.
+        labels: (n,) int64, one per item.
+        boxes: (n, 4) int64, x0, y0, x1, y1 in pixels, ends excluded.
+        ink: (n, 16, 16) float32 in 0..1: how much of each patch the item covers.
+    """
 
     image: np.ndarray
     labels: np.ndarray
@@ -119,9 +127,9 @@ def load_items(path: str | Path) -> Items:
 
 
 def split_items(labels: np.ndarray, split: str) -> np.ndarray:
-    """Sample numbers of one split, ascending: per label two thirds train, a ninth val, the rest test (digits: 1,194 / 195 / 408).
+    """Sample numbers of one split, ascending: per label two thirds train, a ninth val, the rest test.
 
-    The split is fixed: it depends on the labels alone, never on the seed of the canvases.
+    Of the 1,797 digits 1,198 train, 200 val, 399 test. The split depends on the labels alone, never on a seed.
     """
     chosen = []
     for label in np.unique(labels):
@@ -205,15 +213,23 @@ class Canvases:
         return Canvas(image, self.items.labels[chosen], boxes, per_patch)
 
     def questions(self, index: int, canvas: Canvas | None = None) -> list[Question]:
-        """The evaluation questions of canvas `index`: one present and one absent item, and one each of the other kinds where unambiguous."""
+        """The evaluation questions of canvas `index`.
+
+        One about a present and one about an absent item, one of each other kind where it has one right answer.
+        """
         canvas = self.canvas(index) if canvas is None else canvas
         rng = self.rng(index, stream=1)
         asked = self.all_questions(index, canvas, rng)
-        chosen = [questions[0] for questions in (asked["yes"], asked["no"], asked["quadrant"], asked["where"]) if questions]
+        chosen = [
+            questions[0] for questions in (asked["yes"], asked["no"], asked["quadrant"], asked["where"]) if questions
+        ]
         return chosen + asked["count"]
 
     def all_questions(self, index: int, canvas: Canvas, rng: np.random.Generator) -> dict[str, list[Question]]:
-        """Every unambiguous question about a canvas, in random order and wording, under "yes", "no", "quadrant", "where", "count"."""
+        """Every question with one right answer, in random order and wording.
+
+        The keys are "yes" and "no" (both of kind exist), "quadrant", "where" and "count".
+        """
         names = self.items.names
 
         def ask(kind: str, word: str, answer: str) -> Question:
@@ -271,7 +287,10 @@ def _with_article(name: str) -> str:
 
 
 def _place(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Boxes (count, 4) int64 at any pixel, no two overlapping. Items of one canvas share a size, so area does not tell the count."""
+    """Boxes (count, 4) int64 at any pixel, no two overlapping.
+
+    Items of one canvas are of about one size, so the area they cover tells less about their number.
+    """
     while True:
         base = rng.uniform(20, 32)
         boxes: list[tuple[int, int, int, int]] = []

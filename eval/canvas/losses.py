@@ -1,4 +1,4 @@
-"""What the tiny LLaVA is trained on: dense targets for the tower, words for the projected patches, answers for the language model."""
+"""What the tiny LLaVA is trained on: dense targets for the tower, words for projected patches, answers."""
 
 import torch
 from torch import nn
@@ -12,7 +12,8 @@ from eval.canvas.data import KINDS, MAX_ITEMS
 class Heads(nn.Module):
     """Linear readouts that exist only during training.
 
-    On the patch features the projector reads: whether an item shows, its label, quadrant and centre, and whether its centre is here.
+    On the patch features that the projector reads: whether an item shows, its label, quadrant and centre, and whether
+    its centre is here.
     On the tower's pooled CLS: which labels are present, and how many items.
     """
 
@@ -30,7 +31,7 @@ class Heads(nn.Module):
 def tower_features(model: LlavaForConditionalGeneration, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Patch features that the projector reads, (B, N, C), and the pooled CLS of the last layer, (B, C).
 
-    Crops are embedded at their true positions: the tower's position numbers and picture size are lent to them for the call.
+    Crops are embedded at their true positions: the tower gets their position numbers and size for this one call.
     """
     embeddings = model.model.vision_tower.embeddings
     positions, size = embeddings.position_ids, embeddings.image_size
@@ -61,16 +62,16 @@ def tower_loss(heads: Heads, patches: torch.Tensor, cls: torch.Tensor, batch: Ba
     count = F.cross_entropy(count_logits[counted], batch.count[counted]) if counted.any() else torch.zeros(())
     with torch.no_grad():
         figures = {
-            "label": label.item(),
-            "quadrant": quadrant.item(),
-            "centre": centre.item(),
-            "is_centre": is_centre.item(),
-            "present": present.item(),
-            "count": count.item(),
-            "is_item": is_item.item(),
-            "label_acc": (logits.argmax(-1) == batch.patch_label[shown]).float().mean().item(),
-            "present_acc": ((heads.present(cls) > 0).float() == batch.present).float().mean().item(),
-            "count_acc": (count_logits.argmax(-1) == batch.count).float().mean().item(),
+            "dense_label": label.item(),
+            "dense_is_item": is_item.item(),
+            "dense_quadrant": quadrant.item(),
+            "dense_centre": centre.item(),
+            "dense_is_centre": is_centre.item(),
+            "cls_present": present.item(),
+            "cls_count": count.item(),
+            "dense_label_acc": (logits.argmax(-1) == batch.patch_label[shown]).float().mean().item(),
+            "cls_present_acc": ((heads.present(cls) > 0).float() == batch.present).float().mean().item(),
+            "cls_count_acc": (count_logits.argmax(-1) == batch.count).float().mean().item(),
         }
     return label + is_item + 0.5 * quadrant + 2 * centre + 0.5 * is_centre + present + 0.2 * count, figures
 
@@ -78,7 +79,7 @@ def tower_loss(heads: Heads, patches: torch.Tensor, cls: torch.Tensor, batch: Ba
 def alignment_loss(
     projected: torch.Tensor, embedding: torch.Tensor, batch: Batch, label_ids: torch.Tensor, quadrant_ids: torch.Tensor
 ) -> torch.Tensor:
-    """Projected patches that show an item should score, against the word embeddings, its name and its quadrant word highest.
+    """Make a projected patch that shows an item resemble the words for its name and its quadrant.
 
     Args:
         projected: Projector output, (B, N, D). embedding: Word embeddings, (V, D).

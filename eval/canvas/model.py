@@ -1,4 +1,4 @@
-"""The tiny LLaVA of canvas VQA: its configs, its start values, its tokenizer and processor, and how it is written to disk."""
+"""The tiny LLaVA of canvas VQA: its configs and start values, its tokenizer and processor, how it is stored."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     ProcessorMixin,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from eval.canvas.data import GRID, PATCH, SIZE, vocabulary
 
@@ -65,7 +66,7 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, attention: str = "sdpa") -> LlavaForConditionalGeneration:
-    """A LLaVA with fresh weights drawn from torch's global generator: a 5-layer CLIP tower and a 6-layer Llama, both 128 wide."""
+    """A LLaVA with fresh weights from torch's global generator: a 5-layer CLIP tower, a 6-layer Llama, 128 wide."""
     vision = CLIPVisionConfig(
         hidden_size=128,
         intermediate_size=256,
@@ -105,7 +106,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, attention: str = "sdpa") -> 
 
 
 def grid_positions(width: int) -> torch.Tensor:
-    """2-D sin-cos position codes of the patch grid, (GRID * GRID, width): half of the channels for the row, half for the column."""
+    """2-D sin-cos codes of the patch grid, (GRID * GRID, width): half of the channels row, half column."""
     rates = 1.0 / 100 ** (torch.arange(width // 4) / (width // 4))
     angles = torch.arange(GRID)[:, None] * rates  # (GRID, width / 4)
     code = torch.cat([angles.sin(), angles.cos()], dim=1)  # (GRID, width / 2)
@@ -118,8 +119,8 @@ def grid_positions(width: int) -> torch.Tensor:
 def _set_start_values(model: LlavaForConditionalGeneration) -> None:
     """Start values that find neighbours and matching words early.
 
-    The tower's positions are sin-cos codes and its heads begin by looking at neighbouring patches. The decoder's keys start equal to
-    its queries, so a word begins by looking at visual tokens that resemble it.
+    The tower's positions are sin-cos codes and its heads begin by looking at neighbouring patches. The decoder's keys
+    start equal to its queries, so a word begins by looking at visual tokens that resemble it.
     """
     tower, decoder = model.model.vision_tower, model.model.language_model
     for part in (tower, decoder, model.model.multi_modal_projector):
@@ -202,6 +203,7 @@ def load(
     folder: str | Path = MODEL_DIR, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> tuple[LlavaForConditionalGeneration, ProcessorMixin]:
     """The trained model, in eval mode, and its processor; `folder` as written by `export`."""
+    disable_progress_bar()  # of a load that takes a blink
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, local_files_only=True)
     processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
     return model.to(device).eval(), processor

@@ -1,7 +1,7 @@
 """Muon in float32: momentum whose matrix is replaced by its nearest (semi-)orthogonal one.
 
-Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/. torch.optim.Muon iterates in bfloat16, which is slow on a CPU
-without bfloat16 units; this one iterates in float32.
+Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/. torch.optim.Muon iterates in bfloat16, which is slow on
+a CPU without bfloat16 units; this one iterates in float32.
 """
 
 from collections.abc import Iterable

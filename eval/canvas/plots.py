@@ -23,11 +23,11 @@ STYLES = {
 
 
 def plot_accuracy(rows: Sequence[dict[str, object]], path: Path) -> None:
-    """One panel per question type: a line per method with 95 % intervals, the unpruned model and the wrong-image control."""
+    """One panel per question type: methods with 95 % intervals, the unpruned model, the wrong-image control."""
     figure, axes = plt.subplots(1, len(KINDS), figsize=(15, 4.4), sharey=True, layout="constrained")
     named = {row["method"]: row for row in rows if row["keep_ratio"] == 1.0}
     for axis, kind in zip(axes, KINDS, strict=True):
-        for name, (colour, marker, line) in STYLES.items():
+        for number, (name, (colour, marker, line)) in enumerate(STYLES.items()):
             points = sorted((row for row in rows if row["method"] == name), key=lambda row: row["visual_tokens"])
             if not points or points[0][f"{kind}_accuracy"] is None:
                 continue
@@ -35,7 +35,7 @@ def plot_accuracy(rows: Sequence[dict[str, object]], path: Path) -> None:
             low = 100 * np.array([row[f"{kind}_low"] for row in points])
             high = 100 * np.array([row[f"{kind}_high"] for row in points])
             axis.errorbar(
-                [row["visual_tokens"] for row in points],
+                [row["visual_tokens"] * 1.025 ** (number - 2.5) for row in points],  # side by side, not on top
                 accuracy,
                 yerr=np.maximum(0, [accuracy - low, high - accuracy]),
                 label=name,
@@ -49,7 +49,9 @@ def plot_accuracy(rows: Sequence[dict[str, object]], path: Path) -> None:
             )
         for name, style in (("unpruned", "--"), ("unpruned, wrong image", ":")):
             if name in named and named[name][f"{kind}_accuracy"] is not None:
-                axis.axhline(100 * named[name][f"{kind}_accuracy"], color="black", linestyle=style, linewidth=1, label=name)
+                axis.axhline(
+                    100 * named[name][f"{kind}_accuracy"], color="black", linestyle=style, linewidth=1, label=name
+                )
         ticks = sorted({round(row["visual_tokens"]) for row in rows})
         axis.set_xscale("log")
         axis.xaxis.set_major_locator(FixedLocator(ticks))
@@ -77,7 +79,11 @@ def plot_kept(images: Sequence[np.ndarray], kept: dict[str, list[list[int]]], pa
     """
     columns = ["picture", *kept]
     figure, axes = plt.subplots(
-        len(images), len(columns), figsize=(2.05 * len(columns), 2.05 * len(images) + 0.6), layout="constrained", squeeze=False
+        len(images),
+        len(columns),
+        figsize=(2.05 * len(columns), 2.05 * len(images) + 0.6),
+        layout="constrained",
+        squeeze=False,
     )
     for row, image in enumerate(images):
         for axis, name in zip(axes[row], columns, strict=True):

@@ -19,7 +19,7 @@ MAX_NEW_TOKENS = 2  # the answer and </s>
 class Case:
     """One row of the table: a method at one keep ratio, or the unpruned model when `method` is None.
 
-    `wrong_image` pairs every question with another question's picture: what the words alone give.
+    `wrong_image` shows every question the next canvas instead of its own: what the words alone give.
     """
 
     name: str
@@ -44,6 +44,15 @@ class Result:
     def total(self) -> int:
         """Questions asked."""
         return sum(self.asked.values())
+
+    def add(self, part: "Result") -> None:
+        """Count the questions of another part of the same case."""
+        for kind in KINDS:
+            self.hits[kind] += part.hits[kind]
+            self.asked[kind] += part.asked[kind]
+        self.visual_tokens += part.visual_tokens
+        self.layer_tokens += part.layer_tokens
+        self.kv_bytes += part.kv_bytes
 
     def accuracy(self, kind: str) -> float:
         """Share of right answers, 0..1; NaN where nothing was asked."""
@@ -77,15 +86,17 @@ def draw_questions(canvases: Canvases, count: int) -> list[Question]:
 def encode(
     processor: ProcessorMixin, canvases: Canvases, questions: Sequence[Question], batch_size: int, wrong_image: bool
 ) -> list[BatchFeature]:
-    """Processor outputs of all questions in batches, in order, padded on the left."""
-    numbers = sorted({question.canvas for question in questions})
-    shown = dict(zip(numbers, numbers[1:] + numbers[:1] if wrong_image else numbers, strict=True))
+    """Processor outputs of all questions in batches, in order, padded on the left.
+
+    With `wrong_image` every question is shown the canvas after its own.
+    """
+    pictures = {q.canvas: canvases.canvas(q.canvas + wrong_image).image for q in questions}
     batches = []
     for start in range(0, len(questions), batch_size):
         batch = questions[start : start + batch_size]
         batches.append(
             processor(
-                images=[canvases.canvas(shown[question.canvas]).image for question in batch],
+                images=[pictures[question.canvas] for question in batch],
                 text=[f"<image> {question.text}" for question in batch],
                 return_tensors="pt",
                 padding=True,
@@ -102,7 +113,6 @@ def evaluate(
     case: Case,
     batches: Iterable[BatchFeature],
     questions: Sequence[Question],
-    advance: Callable[[int], None] = lambda count: None,
 ) -> Result:
     """Answer all questions by greedy generation and count what it cost.
 
@@ -112,7 +122,6 @@ def evaluate(
         case: What to run.
         batches: As made by `encode` for these questions.
         questions: In the order of the batches.
-        advance: Called with the number of questions after each batch.
     """
     result = Result(case)
     num_layers = model.config.text_config.num_hidden_layers
@@ -143,7 +152,6 @@ def evaluate(
                     report = handle.report(file=None)
                     result.layer_tokens += float(report.tokens_per_layer.sum()) / num_layers
                     result.visual_tokens += sum(sum(kept) for kept in report.kept_tokens)
-                advance(len(words))
     finally:
         hook.remove()
     return result
@@ -184,9 +192,7 @@ def time_prefill(
 
 
 @torch.inference_mode()
-def kept_patches(
-    model: LlavaForConditionalGeneration, case: Case, batch: BatchFeature
-) -> list[list[int]]:
+def kept_patches(model: LlavaForConditionalGeneration, case: Case, batch: BatchFeature) -> list[list[int]]:
     """Which patches of each single-image prompt a case keeps, as positions in the patch grid."""
     with vltok.apply(model, case.method) as handle:
         model(**batch.to(model.device, model.dtype), use_cache=True, logits_to_keep=1)

@@ -54,10 +54,10 @@ def write(rows: Sequence[dict[str, object]], settings: dict[str, object], folder
 
 
 def render(rows: Sequence[dict[str, object]]) -> Table:
-    """The table for people: accuracy in per cent with its 95 % interval, and below it the share of the unpruned accuracy."""
+    """The table for people: accuracy in % with its 95 % interval, beside it the share of the unpruned accuracy."""
     asked = ", ".join(f"{rows[0][f'{kind}_questions']} {kind}" for kind in KINDS)
     table = Table(
-        title=f"Canvas VQA, test split: accuracy in % (95 % interval), share of the unpruned accuracy. Questions: {asked}",
+        title=f"Canvas VQA, test split: accuracy in % (95 % interval), share of the unpruned. Questions: {asked}",
         caption="tokens, KV cache: mean per question; tokens/layer counts text, mean over layers; "
         "prefill: time as a ratio to unpruned, picture encoding included",
     )
@@ -66,8 +66,8 @@ def render(rows: Sequence[dict[str, object]]) -> Table:
     for kind in KINDS:
         table.add_column(kind, justify="right", no_wrap=True)
         table.add_column("of full", justify="right", no_wrap=True)
-    for name in ("visual tokens", "tokens/ layer", "KV KiB", "prefill"):
-        table.add_column(name, justify="right")
+    for name in ("visual\ntokens", "tokens\n/layer", "KV\nKiB", "prefill"):
+        table.add_column(name, justify="right", no_wrap=True)
     for k, row in enumerate(rows):
         cells = [f"{100 * row['keep_ratio']:g} %", str(row["method"])]
         for kind in KINDS:

@@ -1,8 +1,9 @@
 """Train the tiny LLaVA of canvas VQA from fresh weights: `python -m eval.canvas.train`.
 
-Three phases. "tower": the CLIP tower alone, with dense targets on its patches and presence and count on its CLS. "language": the
-projector and the language model on answers, over the frozen tower. "joint": everything together at a low rate, all losses on.
-Every phase sees all 256 visual tokens. A stopped run goes on from its last checkpoint with `--resume`.
+Four phases. "crops" and "tower": the CLIP tower alone on 64-pixel windows, then on whole canvases, with dense targets
+on its patches and presence and count on its CLS. "language": the projector and the language model on answers, over the
+frozen tower. "joint": everything together, all losses on. The language model always sees all 256 visual tokens.
+A stopped run goes on from its last checkpoint with `--resume`.
 """
 
 import json
@@ -64,7 +65,9 @@ class Trainer:
     def run(self, minutes: float | None = None) -> bool:
         """Train to the end, or for about `minutes`. Returns whether all phases are done."""
         started = time.monotonic()
-        self._log({"event": "start", "phases": [asdict(phase) for phase in self.phases], "seed": self.seed, "step": self.step})
+        self._log(
+            {"event": "start", "phases": [asdict(phase) for phase in self.phases], "seed": self.seed, "step": self.step}
+        )
         while self.phase < len(self.phases):
             phase = self.phases[self.phase]
             bar = tqdm(total=phase.steps, initial=self.step, desc=phase.name, mininterval=5, dynamic_ncols=True)
@@ -119,7 +122,12 @@ class Trainer:
         weights = {f"model.{name}": value.clone() for name, value in self.model.state_dict().items()}
         weights |= {f"heads.{name}": value for name, value in self.heads.state_dict().items()}
         save_file(weights, self.out / "checkpoint.safetensors.new")
-        state = {"phase": self.phase, "step": self.step, "seconds": self.seconds, "optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+        state = {
+            "phase": self.phase,
+            "step": self.step,
+            "seconds": self.seconds,
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+        }
         torch.save(state, self.out / "checkpoint.pt.new")
         for name in ("checkpoint.safetensors", "checkpoint.pt"):
             os.replace(self.out / f"{name}.new", self.out / name)
@@ -170,7 +178,7 @@ class Trainer:
         return figures | {"loss": loss.item()}
 
     def _new_optimizers(self) -> list[torch.optim.Optimizer]:
-        """Muon for the matrices inside the current phase's parts, AdamW for the rest: embeddings, norms, biases, heads."""
+        """Muon for the matrices of the current phase's parts, AdamW for embeddings, norms, biases and heads."""
         name = self.phases[min(self.phase, len(self.phases) - 1)].name
         inner = self.model.model
         tower, language = [inner.vision_tower], [inner.multi_modal_projector, inner.language_model]
@@ -184,7 +192,9 @@ class Trainer:
     def _batches(self, phase: Phase) -> Iterator[Batch]:
         seed = 1000 * self.seed + self.phase + 1
         canvases = Canvases("train", seed, self.items, phase.min_items)
-        stream = BatchStream(canvases, self.tokenizer, phase.batch_size, phase.steps, BLOCKS, crops=phase.name == "crops")
+        stream = BatchStream(
+            canvases, self.tokenizer, phase.batch_size, phase.steps, BLOCKS, crops=phase.name == "crops"
+        )
         left = range(self.step, phase.steps)
         return iter(DataLoader(stream, batch_size=None, sampler=left, num_workers=self.workers))
 
@@ -211,7 +221,9 @@ def _rate_factor(step: int, phase: Phase) -> float:
 def main(
     out: Annotated[Path, typer.Option(help="Folder of the run: log.jsonl and checkpoints.")] = Path("canvas-run"),
     model_out: Annotated[Path, typer.Option(help="Where the trained model goes.")] = Path("canvas-run/model"),
-    items: Annotated[Path | None, typer.Option(help="Other item pictures, .npz (see eval.canvas.data.load_items).")] = None,
+    items: Annotated[
+        Path | None, typer.Option(help="Other item pictures, .npz (see eval.canvas.data.load_items).")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of start values and canvases.")] = 0,
     crop_steps: Annotated[int, typer.Option(help="Steps of the crops phase.")] = 1200,
     tower_steps: Annotated[int, typer.Option(help="Steps of the tower phase.")] = 1200,

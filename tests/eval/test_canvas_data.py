@@ -88,7 +88,7 @@ def test_a_canvas_has_one_to_six_items_inside_it_that_do_not_overlap(test_canvas
         counts.add(len(canvas.labels))
         occupied = np.zeros((SIZE, SIZE), int)
         for x0, y0, x1, y1 in canvas.boxes:
-            assert 0 <= x0 and 0 <= y0 and x1 <= SIZE and y1 <= SIZE
+            assert min(x0, y0) >= 0 and max(x1, y1) <= SIZE
             assert 20 <= x1 - x0 <= 32 and 20 <= y1 - y0 <= 32
             occupied[y0:y1, x0:x1] += 1
         assert occupied.max() <= 1
@@ -239,7 +239,9 @@ def test_a_malformed_items_file_is_refused(tmp_path, change, message):
         load_items(_write_items(tmp_path / "items.npz", **change))
 
 
-@pytest.mark.parametrize("arguments", [{"split": "dev"}, {"split": "test", "min_items": 0}, {"split": "test", "min_items": 7}])
+@pytest.mark.parametrize(
+    "arguments", [{"split": "dev"}, {"split": "test", "min_items": 0}, {"split": "test", "min_items": 7}]
+)
 def test_an_unknown_split_or_item_number_is_refused(arguments):
     with pytest.raises(ValueError, match="must be"):
         Canvases(**arguments)

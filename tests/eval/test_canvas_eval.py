@@ -1,0 +1,191 @@
+"""`python -m eval.canvas`: the interval, the bookkeeping of one run, and the command line from end to end."""
+
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import typer
+from PIL import Image
+from rich.console import Console
+from typer.testing import CliRunner
+
+import vltok
+from eval.canvas import plots, table
+from eval.canvas.__main__ import main
+from eval.canvas.data import KINDS, Canvases
+from eval.canvas.model import MODEL_DIR, load
+from eval.canvas.pool import Bench, Plan, run_cases
+from eval.canvas.runner import Case, Result, cases, draw_questions, encode, evaluate, kept_patches, time_prefill
+
+METHODS = ["ToDRE, stage 1", "ToDRE, stages 1+2", "DivPrune", "FasterVLM", "stride", "random"]
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return load()
+
+
+@pytest.mark.parametrize(
+    ("hits", "asked", "low", "high"),
+    # Wilson's interval to four digits, from Newcombe, Statistics in Medicine 17 (1998), table I.
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_wilson_gives_published_intervals(hits, asked, low, high):
+    assert table.wilson(hits, asked) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_wilson_of_no_questions_is_not_a_number():
+    assert all(math.isnan(value) for value in table.wilson(0, 0))
+
+
+def test_cases_are_the_unpruned_model_a_control_and_every_method_at_every_ratio():
+    every = cases([0.5, 0.1], seed=4)
+    assert [case.name for case in every[:2]] == ["unpruned", "unpruned, wrong image"]
+    assert [(case.name, case.keep_ratio) for case in every[2:]] == [(m, r) for r in (0.5, 0.1) for m in METHODS]
+    assert all(case.method.keep_ratio == case.keep_ratio for case in every[2:])
+    assert every[-1].method == vltok.RandomTokens(keep_ratio=0.1, seed=4)
+
+
+def test_questions_are_those_of_whole_canvases():
+    canvases = Canvases("test", 1)
+    questions = draw_questions(canvases, 23)
+    last = questions[-1].canvas
+    assert questions == [q for index in range(last + 1) for q in canvases.questions(index)]
+    assert len(questions) >= 23 > sum(q.canvas < last for q in questions)
+
+
+def test_the_wrong_image_control_shows_each_question_another_canvas(shipped):
+    canvases = Canvases("test", 1)
+    questions = draw_questions(canvases, 12)
+    shown = {}
+    for wrong in (False, True):
+        batches = encode(shipped[1], canvases, questions, 5, wrong)
+        shown[wrong] = torch.cat([batch["pixel_values"] for batch in batches])
+    assert all(not torch.equal(one, other) for one, other in zip(shown[False], shown[True], strict=True))
+    first = [question.canvas for question in questions].count(0)
+    assert torch.equal(shown[True][0], shown[False][first])
+
+
+def test_several_processes_count_what_one_counts():
+    bench = Bench(Plan(MODEL_DIR, "float32", "cpu", None, 3, 20, 2))
+    every = [Case("unpruned", 1.0), Case("random", 0.05, vltok.RandomTokens(keep_ratio=0.05))]
+    seen = []
+    one, two = (run_cases(bench, every, jobs, lambda case, count: seen.append(count)) for jobs in (1, 2))
+    assert one == two
+    assert sum(seen) == 2 * 2 * len(bench.questions) and one[0].total == len(bench.questions)
+
+
+def test_evaluate_counts_hits_tokens_and_cache_bytes(shipped):
+    model, processor = shipped
+    canvases = Canvases("val", 2)
+    questions = draw_questions(canvases, 14)
+    batches = encode(processor, canvases, questions, 4, wrong_image=False)
+    hooks = len(model._forward_hooks)
+    plain = evaluate(model, processor, Case("unpruned", 1.0), batches, questions)
+    pruned = evaluate(model, processor, Case("stride", 0.25, vltok.StrideTokens(keep_ratio=0.25)), batches, questions)
+    assert len(model._forward_hooks) == hooks
+
+    right = dict.fromkeys(KINDS, 0)
+    for question in questions:  # one by one, by hand
+        inputs = processor(
+            images=[canvases.canvas(question.canvas).image], text=[f"<image> {question.text}"], return_tensors="pt"
+        )
+        with torch.no_grad():
+            right[question.kind] += processor.decode(model(**inputs).logits[0, -1].argmax()) == question.answer
+    assert plain.hits == right
+    assert plain.total == len(questions) and plain.visual_tokens == 256 * len(questions)
+    per_entry = 6 * 2 * 128 * 4  # layers, key and value, width, float32
+    assert plain.kv_bytes == sum(per_entry * batch["input_ids"].numel() for batch in batches)
+    text = sum(len(question.text.split()) + 1 for question in questions)
+    assert plain.layer_tokens == text + 256 * len(questions)
+    assert pruned.visual_tokens == 64 * len(questions) and pruned.layer_tokens == text + 64 * len(questions)
+    assert pruned.kv_bytes == plain.kv_bytes - per_entry * 192 * len(questions)
+
+
+def test_prefill_ratios_and_kept_patches_come_one_per_case_and_picture(shipped):
+    model, processor = shipped
+    canvases = Canvases("val", 2)
+    questions = draw_questions(canvases, 4)[:4]
+    batch = encode(processor, canvases, questions, 4, wrong_image=False)[0]
+    every = cases([0.1], 0)[2:]
+    ratios = time_prefill(model, every, batch, rounds=1)
+    assert len(ratios) == len(every) and all(ratio > 0 for ratio in ratios)
+    kept = kept_patches(model, every[0], batch)
+    assert [len(positions) for positions in kept] == [26] * 4
+    assert all(positions == sorted(set(positions)) and 0 <= positions[0] <= positions[-1] < 256 for positions in kept)
+
+
+def _result(name, ratio, hits):
+    asked = {"exist": 10, "quadrant": 5, "where": 4, "count": 0}
+    return Result(Case(name, ratio), hits, asked, visual_tokens=1900, layer_tokens=950.0, kv_bytes=19 * 2048)
+
+
+def test_records_relate_accuracy_to_the_unpruned_model_and_costs_to_one_question():
+    rows = table.records(
+        [
+            _result("unpruned", 1.0, {"exist": 8, "quadrant": 0, "where": 4, "count": 0}),
+            _result("random", 0.1, {"exist": 6, "quadrant": 1, "where": 1, "count": 0}),
+        ]
+    )
+    assert rows[1]["exist_accuracy"] == 0.6 and rows[1]["exist_of_unpruned"] == 0.75
+    assert rows[1]["quadrant_of_unpruned"] is None and rows[1]["count_accuracy"] is None
+    assert (rows[1]["visual_tokens"], rows[1]["tokens_per_layer"], rows[1]["kv_bytes"]) == (100, 50, 2048)
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(table.render(rows))
+    assert "60.0 (31-83)" in console.export_text()
+
+
+def test_the_command_writes_the_table_and_draws_the_pictures(tmp_path):
+    app = typer.Typer()
+    app.command()(main)
+    out = tmp_path / "out"
+    run = CliRunner().invoke(
+        app, ["--questions", "8", "--keep-ratios", "0.1", "--quick", "--jobs", "1", "--out", str(out)]
+    )
+    assert run.exit_code == 0, run.output
+    assert "unpruned, wrong image" in run.output
+    written = json.loads((out / "results.json").read_text())
+    assert [row["method"] for row in written["results"]] == ["unpruned", "unpruned, wrong image", *METHODS]
+    assert written["settings"]["questions"] >= 8 and written["settings"]["split"] == "test"
+    with (out / "results.csv").open() as file:
+        flat = list(csv.DictReader(file))
+    assert [float(row["visual_tokens"]) for row in flat] == [256, 256] + [26] * 6
+    for name in ("accuracy.png", "kept.png"):
+        picture = np.asarray(Image.open(out / name).convert("RGB"))
+        assert min(picture.shape[:2]) > 300 and picture.std() > 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--keep-ratios", "0.5,2"], "numbers in"),
+        (["--dtype", "int8"], "float32"),
+        (["--questions", "0"], "--questions"),
+    ],
+)
+def test_bad_options_are_refused_by_name(arguments, message):
+    app = typer.Typer()
+    app.command()(main)
+    run = CliRunner().invoke(app, arguments)
+    assert run.exit_code == 2 and message in run.output
+
+
+def test_items_that_the_model_has_no_words_for_are_refused(tmp_path):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 255, (40, 28, 28), dtype=np.uint8)
+    np.savez(tmp_path / "items.npz", images=images, labels=np.arange(40) % 2, names=np.array(["shoe", "bag"]))
+    app = typer.Typer()
+    app.command()(main)
+    run = CliRunner().invoke(app, ["--items", str(tmp_path / "items.npz")])
+    assert run.exit_code == 2 and "shoe" in run.output
+
+
+def test_the_overlay_shows_kept_patches_unchanged_and_fades_the_others():
+    image = np.random.default_rng(0).integers(0, 60, (128, 128, 3), dtype=np.uint8)
+    shown = plots._dim_dropped(image, [17])  # row 1, column 1
+    assert np.array_equal(shown[8:16, 8:16], image[8:16, 8:16])
+    shown[8:16, 8:16] = 255
+    assert shown.min() > 170
