@@ -78,6 +78,12 @@ def extend(row: Row, model: nn.Module, ids: Sequence[int]) -> Row:
     )
 
 
+def without(row: Row, token: int) -> Row:
+    """The row without a token behind its images; the others stay where they stand."""
+    rest = torch.arange(len(row.embeds)) != token
+    return Row(row.embeds[rest], row.positions[..., rest], row.visual[rest], row.images, row.lm, row.head)
+
+
 def kept(row: Row, picks: Sequence[torch.Tensor]) -> torch.Tensor:
     """Where the tokens are that stay if only `picks` of each image do, ascending."""
     stay = ~row.visual

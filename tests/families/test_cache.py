@@ -86,9 +86,12 @@ def test_text_goes_on_after_a_padded_batch(family, model, case):
         own = options if whole.images else {}
         expected = expect(whole, model, picks[index], words[index].tolist(), **own)
         torch.testing.assert_close(first[index][fresh[index].bool()], expected[fresh[index].bool()], **CLOSE)
-        if index > 0:  # in the first row a gap of one position was left for the hidden word
-            expected = expect(whole, model, picks[index], words[index].tolist() * 2, **own)
-            torch.testing.assert_close(second[index], expected[3:], **CLOSE)
+        longer = reference.extend(whole, model, words[index].tolist() * 2)
+        if index == 0:  # its hidden word takes up a position, but nobody sees it
+            if "reindex" in own:
+                continue
+            longer = reference.without(longer, len(whole.embeds) + 2)
+        torch.testing.assert_close(second[index], reference.logits(longer, picks[index], **own)[0][-3:], **CLOSE)
 
 
 def test_a_cache_is_cropped_copied_and_repeated(family, model, case):
@@ -119,8 +122,6 @@ def test_generate_goes_on_from_the_new_words_with_a_mask_of_the_whole_conversati
         picks = handle.report(file=None).keep_indices[0]
         mask = torch.ones(1, inputs.input_ids.shape[1] + 2, dtype=torch.long)
         turn = {"input_ids": ids(9, 10), "attention_mask": mask, "past_key_values": output.past_key_values}
-        if family.name == "qwen2_5_vl":
-            turn["position_ids"] = positions(family, whole.next_position, 2)
         words = generate(model, turn)[0].tolist()
     assert words == reference.greedy(reference.extend(whole, model, [9, 10]), model, picks, 5, **options)
 

@@ -17,6 +17,7 @@ from vltok.families.layout import Layout
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # logits reach 6
 STAGE_1 = vltok.ToDRE(keep_ratio=0.3, relevance=False)
 BOTH_STAGES = vltok.ToDRE(keep_ratio=0.3, depth=0.5, tau=1.0)  # after the second of four layers
+REINDEXED = vltok.FasterVLM(keep_ratio=0.3, positions="reindex")
 WITH_IMAGES = [name for name, (_, sizes) in PROMPTS.items() if sizes]
 
 
@@ -48,7 +49,7 @@ def test_a_pruned_prompt_equals_one_built_by_hand(family, model, name):
 def test_reindexed_positions_equal_a_prompt_that_was_always_short(family, model, name):
     if family.name == "qwen2_5_vl":
         pytest.skip("positions on several axes are kept")
-    compare(model, family, name, vltok.FasterVLM(keep_ratio=0.3, positions="reindex"), reindex=True)
+    compare(model, family, name, REINDEXED, reindex=True)
 
 
 @pytest.mark.parametrize("name", [name for name in WITH_IMAGES if name != "image last"])
@@ -141,14 +142,17 @@ def test_relevance_ratios_equal_those_of_materialised_attention(family, model):
 
 def test_greedy_generation_equals_recomputing_every_word_by_hand(family, model):
     inputs, wholes = batch(family), rows(model, family)
-    for method, hidden_after in [(STAGE_1, None), (BOTH_STAGES, 2)]:
+    cases = [(STAGE_1, {}), (BOTH_STAGES, {"hidden_after": 2})]
+    if family.name != "qwen2_5_vl":
+        cases.append((REINDEXED, {"reindex": True}))
+    for method, options in cases:
         with vltok.apply(model, method) as handle:
             words = generate(model, inputs)
             picks = handle.report(file=None).keep_indices
             assert torch.equal(generate(model, inputs, use_cache=False), words)
         for index, whole in enumerate(wholes):
-            options = {"hidden_after": hidden_after if whole.images else None}
-            assert words[index].tolist() == reference.greedy(whole, model, picks[index], 5, **options)
+            own = options if whole.images else {}
+            assert words[index].tolist() == reference.greedy(whole, model, picks[index], 5, **own)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +164,7 @@ def test_beams_and_samples_equal_those_of_a_natively_short_prompt(family, model,
     if family.name == "qwen2_5_vl":
         pytest.skip("its positions can't be passed to generate() with embeddings; beams with and without cache agree")
     whole = row(model, family, "two images")
-    with vltok.apply(model, vltok.FasterVLM(keep_ratio=0.3, positions="reindex")) as handle:
+    with vltok.apply(model, REINDEXED) as handle:
         torch.manual_seed(0)
         pruned = generate(model, single(family, "two images"), **options)
         picks = handle.report(file=None).keep_indices[0]
