@@ -23,7 +23,6 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from vltok.methods.diversity import cpu_multiplies_bfloat16, gram_is_cheaper
 from vltok.methods.divprune import select_max_min
 from vltok.methods.todre import select_diverse
 
@@ -47,7 +46,6 @@ class Result:
     Attributes:
         case: The sizes.
         dtype: Of the tokens.
-        route: Whether select_diverse made one Gram product or one product per pick.
         milliseconds: Medians by name; for orientation, they hold for this machine at this hour only.
         to_gram: select_diverse to one Gram product X X^T at the tokens' dtype.
         to_rows: select_diverse to k matrix-vector products at the tokens' dtype.
@@ -58,7 +56,6 @@ class Result:
 
     case: Case
     dtype: str
-    route: str
     milliseconds: dict[str, float]
     to_gram: float
     to_rows: float
@@ -126,7 +123,6 @@ def measure(case: Case, dtype: str, device: str, seconds: float) -> Result:
     return Result(
         case=case,
         dtype=dtype,
-        route="gram" if gram_is_cheaper(tokens, case.keep - 1) else "rows",
         milliseconds={name: round(value, 3) for name, value in took.items()},
         to_gram=ours / took["gram"],
         to_rows=ours / took["rows"],
@@ -156,7 +152,6 @@ def machine(device: str) -> dict[str, Any]:
         "cpu_vectors": torch.backends.cpu.get_cpu_capability(),
         "amx_bf16": bool(features.get("amx_bf16")),
         "avx512_bf16": bool(features.get("avx512_bf16")),
-        "bfloat16_units_used": device == "cuda" or cpu_multiplies_bfloat16(),
     }
 
 
@@ -170,7 +165,6 @@ def show(results: list[Result], about: dict[str, Any]) -> None:
         "D",
         "k",
         "dtype",
-        "route",
         "ms",
         "/ Gram",
         "/ k rows",
@@ -183,7 +177,7 @@ def show(results: list[Result], about: dict[str, Any]) -> None:
         sizes = [str(value) for value in asdict(r.case).values()]
         ratios = (r.to_gram, r.to_rows, r.to_cheaper, r.to_published, r.divprune_to_published)
         took = f"{r.milliseconds['select_diverse']:.2f}"
-        table.add_row(*sizes, r.dtype, r.route, took, *(f"{ratio:.2f}" for ratio in ratios))
+        table.add_row(*sizes, r.dtype, took, *(f"{ratio:.2f}" for ratio in ratios))
     console.print(table)
 
     speed = Table(title="bfloat16 tokens: how many times as fast as the same tokens in float32")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from itertools import pairwise
@@ -21,7 +21,6 @@ GRAM_ENTRIES = 2**28  # entries of the Gram matrices held at a time: 1 GiB of fl
 _PRECISION_LOCK = threading.RLock()
 
 
-@torch.no_grad()
 def greedy_order(
     tokens: torch.Tensor, num_keep: int, start: torch.Tensor | None, score: Literal["sum", "max"]
 ) -> torch.Tensor:
@@ -56,33 +55,35 @@ def greedy_order(
         return torch.empty(0, num_keep, dtype=torch.int64, device=tokens.device)
 
     tokens = tokens.detach().contiguous()
-    needs_gram = start is None or gram_is_cheaper(tokens, num_keep - 1)
-    group = max(1, GRAM_ENTRIES // length**2) if needs_gram else batch
+    from_gram = start is None or gram_is_cheaper(tokens, num_keep - 1)
+    group = max(1, GRAM_ENTRIES // length**2) if from_gram else batch
     starts = [None] * math.ceil(batch / group) if start is None else start.to(tokens.device).split(group)
     picks, usable = [], []
-    with float32_products(tokens):
+    with float32_products(tokens, matrix_units=from_gram):
         for part, first in zip(tokens.split(group), starts, strict=True):
-            similarity = CosineRows(part, needs_gram)
-            first = similarity.most_isolated() if first is None else first
-            picks.append(_follow(similarity, first.clamp(0, length - 1), num_keep, score))
-            usable.append(similarity.squared_norms.isfinite().all() & ((first >= 0) & (first < length)).all())
-    if not torch.stack(usable).all():  # the one point where the host waits
+            row_of, norms, isolated = (_rows_of_gram if from_gram else _rows_one_by_one)(part)
+            within = isolated() if first is None else first.clamp(0, length - 1)
+            picks.append(_follow(row_of, within, num_keep, score))
+            finite = norms.amax() < math.inf  # false for NaN, too
+            usable.append(finite if first is None else finite & (within == first).all())
+    if not all(usable):  # the one point where the host waits, as a large batch alone has several parts
         _explain(tokens, start)
     return torch.cat(picks)
 
 
-def _follow(similarity: CosineRows, first: torch.Tensor, num_keep: int, score: str) -> torch.Tensor:
-    order = torch.empty(num_keep, len(first), dtype=torch.int64, device=first.device)
-    order[0] = first
-    total = torch.full_like(similarity.squared_norms, 0.0 if score == "sum" else -math.inf)
-    for last, following in pairwise(order.unbind()):
-        row = similarity.row(last)  # +inf at the token itself, which stays +inf in every later sum or maximum
-        if score == "sum":
-            total.add_(row)
-        else:
-            torch.maximum(total, row, out=total)
-        torch.argmin(total, dim=1, out=following)  # documented to return the first of equal values, on any device
-    return order.mT.contiguous()
+RowOf = Callable[[torch.Tensor], torch.Tensor]
+
+
+def _follow(row_of: RowOf, first: torch.Tensor, num_keep: int, score: str) -> torch.Tensor:
+    """Pick greedily after `first`, (B,); `row_of` gives a token's cosines with its set, (B, N), +inf with itself."""
+    fold = torch.add if score == "sum" else torch.maximum
+    picks, total = [first.long()], None
+    while len(picks) < num_keep:
+        row = row_of(picks[-1])
+        # +inf stays +inf, so no token is picked twice.
+        total = row.clone() if total is None else fold(total, row, out=total)
+        picks.append(total.argmin(1))  # documented to return the first of equal values, on any device
+    return torch.stack(picks, 1)
 
 
 def _explain(tokens: torch.Tensor, start: torch.Tensor | None) -> None:
@@ -97,66 +98,62 @@ def _explain(tokens: torch.Tensor, start: torch.Tensor | None) -> None:
     )
 
 
-class CosineRows:
-    """Rows of the cosine matrix of each of B sets of tokens, float32.
+def _rows_of_gram(tokens: torch.Tensor) -> tuple[RowOf, torch.Tensor, Callable[[], torch.Tensor]]:
+    """Cosines from one product X X^T per image: rows on request, the norms (B, N), and where max-min starts.
 
-    Every image has products of its own, of a shape that doesn't depend on the batch, so its rows don't either.
-
-    Args:
-        tokens: (B, N, D), contiguous.
-        from_gram: Take the rows from one product X X^T, or make each by a product of X with one row of it.
-
-    Attributes:
-        squared_norms: (B, N), float32.
+    Every image has a product of its own, whose shape doesn't depend on the batch, so its rows don't either.
     """
+    batch, length, _ = tokens.shape
+    cosine = torch.empty(batch, length, length, dtype=torch.float32, device=tokens.device)
+    for x, out in zip(tokens, cosine, strict=True):
+        _write_gram(_exact(x), out)
+    diagonal = cosine.diagonal(dim1=1, dim2=2)
+    norms = diagonal.sqrt()
+    inverse = _inverse(norms)
+    cosine.mul_(inverse.unsqueeze(1)).mul_(inverse.unsqueeze(2))
+    diagonal.fill_(math.inf)
+    rows = cosine.view(-1, length)
+    offsets = torch.arange(batch, device=tokens.device) * length if batch > 1 else None
 
-    def __init__(self, tokens: torch.Tensor, from_gram: bool) -> None:
-        batch, length, width = tokens.shape
-        floats = {"dtype": torch.float32, "device": tokens.device}
-        self._offsets = torch.arange(batch, device=tokens.device) * length
-        self._flat = torch.empty_like(self._offsets)
-        self._row = torch.empty(batch, length, **floats)
-        self._gram = None
-        if from_gram:
-            self._gram = torch.empty(batch, length, length, **floats)
-            with float32_products(tokens, matrix_units=True):
-                for x, out in zip(tokens, self._gram, strict=True):
-                    _write_gram(_exact(x), out)
-            self._source = self._gram.view(-1, length)
-            diagonal = self._gram.diagonal(dim1=1, dim2=2)
-            self.squared_norms = diagonal.clone()
-            diagonal.fill_(math.inf)
-        else:
-            tokens = _exact(tokens)
-            self._source = tokens.view(-1, width)
-            self.squared_norms = torch.linalg.vector_norm(tokens, dim=-1, dtype=torch.float32).square()
-            self._queries = torch.empty(batch, width, dtype=tokens.dtype, device=tokens.device)
-            self._products = list(zip(tokens, self._queries.unsqueeze(2), self._row.unsqueeze(2), strict=True))
-            self._infinity = torch.full((batch,), math.inf, **floats)
-        # A row of norm below 1e-12 counts as zero, as in torch.nn.functional.normalize.
-        self._inverse_norms = torch.where(self.squared_norms >= 1e-24, self.squared_norms.rsqrt(), 1.0)
+    def row_of(index: torch.Tensor) -> torch.Tensor:
+        return rows.index_select(0, index if offsets is None else index + offsets)
 
-    def row(self, index: torch.Tensor) -> torch.Tensor:
-        """Cosines of token `index` (B,) of each set with its tokens, +inf with itself, (B, N); valid until the next."""
-        torch.add(index, self._offsets, out=self._flat)
-        if self._gram is not None:
-            torch.index_select(self._source, 0, self._flat, out=self._row)
-        else:
-            torch.index_select(self._source, 0, self._flat, out=self._queries)
-            for x, query, out in self._products:
-                _times_row(x, query, out)
-            self._row.view(-1).index_add_(0, self._flat, self._infinity)
-        own = self._inverse_norms.view(-1).index_select(0, self._flat)
-        return self._row.mul_(self._inverse_norms).mul_(own.unsqueeze(1))
+    def isolated() -> torch.Tensor:
+        diagonal.fill_(-math.inf)
+        nearest = cosine.amax(2)
+        diagonal.fill_(math.inf)
+        return nearest.argmin(1)
 
-    def most_isolated(self) -> torch.Tensor:
-        """The token of each set whose most similar other token is the least similar, (B,); needs the Gram matrix."""
-        nearest = []
-        for gram, inverse in zip(self._gram, self._inverse_norms, strict=True):
-            scaled = gram * inverse
-            scaled.diagonal().fill_(-math.inf)
-            nearest.append(scaled.amax(1) * inverse)
-        return torch.stack(nearest).argmin(1)
+    return row_of, norms, isolated
+
+
+def _rows_one_by_one(tokens: torch.Tensor) -> tuple[RowOf, torch.Tensor, None]:
+    """Cosines from a product of X with a row per pick and image: rows on request, and the norms (B, N)."""
+    batch, length, width = tokens.shape
+    tokens = _exact(tokens)
+    norms = torch.linalg.vector_norm(tokens, dim=2, dtype=torch.float32)
+    inverse = _inverse(norms)
+    offsets = torch.arange(batch, device=tokens.device) * length
+    infinity = torch.full((batch,), math.inf, device=tokens.device)
+    queries = tokens.new_empty(batch, width)
+    row = torch.empty_like(norms)
+    flat_tokens, flat_inverse, flat_row = tokens.view(-1, width), inverse.view(-1), row.view(-1)
+    products = list(zip(tokens.unbind(), queries.unsqueeze(2).unbind(), row.unsqueeze(2).unbind(), strict=True))
+
+    def row_of(index: torch.Tensor) -> torch.Tensor:
+        index = index + offsets
+        torch.index_select(flat_tokens, 0, index, out=queries)
+        for x, query, out in products:
+            _times_row(x, query, out)
+        row.mul_(inverse).mul_(flat_inverse.index_select(0, index).unsqueeze(1))
+        flat_row.index_add_(0, index, infinity)
+        return row
+
+    return row_of, norms, None
+
+
+def _inverse(norms: torch.Tensor) -> torch.Tensor:
+    return norms.clamp_min(1e-12).reciprocal()  # a zero row is similar to none; as in torch.nn.functional.normalize
 
 
 def _write_gram(x: torch.Tensor, out: torch.Tensor) -> None:
@@ -169,7 +166,10 @@ def _write_gram(x: torch.Tensor, out: torch.Tensor) -> None:
         out.copy_(x.double() @ x.double().T)
         return
     # The product is symmetric: a CPU is spared the lower blocks, which are copied. A GPU has it done before that pays.
-    blocks = max(1, min(4, length // 192)) if on_cpu and width >= 256 else 1
+    blocks = min(4, length // 192) if on_cpu and width >= 256 else 1
+    if blocks <= 1:
+        _multiply(x, x.T, out)
+        return
     for low, high in pairwise(length * i // blocks for i in range(blocks + 1)):
         _multiply(x[low:high], x[low:].T, out[low:high, low:])
         out[high:, low:high] = out[low:high, high:].T
@@ -183,6 +183,7 @@ def _times_row(x: torch.Tensor, column: torch.Tensor, out: torch.Tensor) -> None
 
 
 def _multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
+    """Write A B into `out`, float32; autocast leaves products with an `out` alone."""
     if a.dtype == out.dtype:
         torch.mm(a, b, out=out)
     else:
@@ -236,7 +237,7 @@ def gram_is_cheaper(tokens: torch.Tensor, num_rows: int) -> bool:
 
 @contextmanager
 def float32_products(tokens: torch.Tensor, matrix_units: bool = False) -> Iterator[None]:
-    """Make matrix products inside exact to float32, whatever autocast and the precision settings say.
+    """Make float32 matrix products inside exact, whatever precision PyTorch is set to.
 
     With `matrix_units`, float32 products on a CPU that has bfloat16 units may use them if the tokens are bfloat16,
     which loses nothing. The setting is PyTorch's, for the whole process, and is put back on leaving. Threads that come
@@ -246,7 +247,7 @@ def float32_products(tokens: torch.Tensor, matrix_units: bool = False) -> Iterat
     units = matrix_units and kind == "cpu" and tokens.dtype == torch.bfloat16 and cpu_multiplies_bfloat16()
     wanted = "bf16" if units else "ieee"
     matmul = {"cpu": torch.backends.mkldnn.matmul, "cuda": torch.backends.cuda.matmul}.get(kind)
-    with _PRECISION_LOCK, torch.autocast(kind, enabled=False):
+    with _PRECISION_LOCK:
         before = matmul.fp32_precision if matmul is not None else wanted
         change = before != wanted and {before, wanted} != {"none", "ieee"}  # unset means ieee
         if change:

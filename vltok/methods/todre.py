@@ -116,7 +116,7 @@ def choose_pivot(
 def _cosine_to_mean(tokens: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
     """Cosine of each token with the mean of the normalised tokens in `among`, times that mean's length, (B, N)."""
     rows = []
-    with float32_products(tokens):
+    with float32_products(tokens), torch.autocast(tokens.device.type, enabled=False):
         for x, chosen in zip(tokens, among, strict=True):  # image by image, so that a row doesn't depend on the batch
             x = x.float()
             inverse = torch.linalg.vector_norm(x, dim=1).clamp_min(1e-12).reciprocal()
