@@ -22,7 +22,7 @@ from eval.canvas.runner import Case, cases, encode, kept_patches, time_prefill
 
 TIMING_BATCH = 8
 SHOWN_CANVASES = range(6)
-QUICK = {"questions": 150, "keep_ratios": "0.25,0.1", "rounds": 2}
+QUICK = {"questions": 100, "keep_ratios": "0.25,0.1", "rounds": 2}
 FULL = {"questions": 1000, "keep_ratios": "0.5,0.25,0.1,0.05", "rounds": 5}
 
 
@@ -35,9 +35,9 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for results.json, results.csv and the pictures.")] = Path(
         "canvas-results"
     ),
-    questions: Annotated[int | None, typer.Option(min=1, help="At least this many; 1000, with --quick 150.")] = None,
+    questions: Annotated[int | None, typer.Option(min=1, help="At least this many; 1000, with --quick 100.")] = None,
     keep_ratios: Annotated[str | None, typer.Option(help="Shares of the 256 visual tokens, with commas.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions per batch.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions per batch.")] = 8,
     seed: Annotated[int, typer.Option(help="Of the canvases and of random pruning.")] = 0,
     device: Annotated[str, typer.Option(help="torch device.")] = "cpu",
     jobs: Annotated[
@@ -96,6 +96,7 @@ def main(
     _draw_kept(bench, [case for case in pruned if case.keep_ratio == shown_ratio], out / "kept.png")
     console = Console()
     Console(width=max(console.width, 170)).print(table.render(rows))
+    console.print(table.stage2_note(rows), highlight=False)
     seconds = time.perf_counter() - started
     console.print(
         f"{len(bench.questions)} questions x {len(every)} rows in {seconds:.0f} s; written to {out}", highlight=False

@@ -38,6 +38,7 @@ class Result:
     visual_tokens: int = 0  # of all questions, at the entry of the language model
     layer_tokens: float = 0.0  # of all questions, mean over the decoder's layers
     kv_bytes: int = 0  # of all questions, after the prefill
+    relevance: list[tuple[float, bool]] = field(default_factory=list)  # stage 2: text-to-visual share, dropped
     prefill_ratio: float = float("nan")
 
     @property
@@ -53,6 +54,7 @@ class Result:
         self.visual_tokens += part.visual_tokens
         self.layer_tokens += part.layer_tokens
         self.kv_bytes += part.kv_bytes
+        self.relevance += part.relevance
 
     def accuracy(self, kind: str) -> float:
         """Share of right answers, 0..1; NaN where nothing was asked."""
@@ -152,6 +154,7 @@ def evaluate(
                     report = handle.report(file=None)
                     result.layer_tokens += float(report.tokens_per_layer.sum()) / num_layers
                     result.visual_tokens += sum(sum(kept) for kept in report.kept_tokens)
+                    result.relevance += [(r.alpha_tv, r.dropped) for sample in report.relevance for r in sample]
     finally:
         hook.remove()
     return result
@@ -167,7 +170,7 @@ def time_prefill(
 ) -> list[float]:
     """Prefill time of each case as a ratio to the unpruned model, the picture's encoding included.
 
-    Each ratio is of two neighbouring runs in this process; the median over `rounds` is returned.
+    Each ratio is to an unpruned run at most three runs before, in this process; the median over `rounds` is returned.
     """
     inputs = batch.to(model.device, model.dtype)
 
@@ -183,8 +186,9 @@ def time_prefill(
     seconds()
     ratios: list[list[float]] = [[] for _ in pruned]
     for _ in range(rounds):
-        for case, found in zip(pruned, ratios, strict=True):
-            plain = seconds()
+        for number, (case, found) in enumerate(zip(pruned, ratios, strict=True)):
+            if number % 3 == 0:
+                plain = seconds()
             with vltok.apply(model, case.method):
                 found.append(seconds() / plain)
             advance(1)

@@ -39,6 +39,9 @@ def records(results: Sequence[Result]) -> list[dict[str, object]]:
         row["visual_tokens"] = _number(result.visual_tokens / result.total)
         row["tokens_per_layer"] = _number(result.layer_tokens / result.total)
         row["kv_bytes"] = _number(result.kv_bytes / result.total)
+        shares = [share for share, _ in result.relevance]
+        row["stage2_text_to_visual"] = _number(sum(shares) / len(shares) if shares else math.nan)
+        row["stage2_dropped"] = sum(dropped for _, dropped in result.relevance) if shares else None
         row["prefill_ratio"] = _number(result.prefill_ratio)
         rows.append(row)
     return rows
@@ -82,6 +85,20 @@ def render(rows: Sequence[dict[str, object]]) -> Table:
         last = k + 1 == len(rows) or rows[k + 1]["keep_ratio"] != row["keep_ratio"]
         table.add_row(*cells, end_section=last)
     return table
+
+
+def stage2_note(rows: Sequence[dict[str, object]]) -> str:
+    """What ToDRE's second stage did, in a sentence; empty where it did not run."""
+    looked = [row for row in rows if row["stage2_dropped"] is not None]
+    if not looked:
+        return ""
+    low, high = (pick(row["stage2_text_to_visual"] for row in looked) for pick in (min, max))
+    dropped = sum(row["stage2_dropped"] for row in looked)
+    asked = sum(row[f"{kind}_questions"] for row in looked for kind in KINDS)
+    return (
+        f"ToDRE's stage 2 dropped the visual tokens of {dropped} of {asked} prompts: where it looks, the text still "
+        f"gives {100 * low:.0f} to {100 * high:.0f} % of its attention to them (mean per keep ratio)."
+    )
 
 
 def _number(value: float) -> float | None:

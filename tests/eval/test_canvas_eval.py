@@ -70,7 +70,7 @@ def test_the_wrong_image_control_shows_each_question_another_canvas(shipped):
 
 
 def test_several_processes_count_what_one_counts():
-    bench = Bench(Plan(MODEL_DIR, "float32", "cpu", None, 3, 20, 2))
+    bench = Bench(Plan(MODEL_DIR, "float32", "cpu", None, 3, 20, 1))
     every = [Case("unpruned", 1.0), Case("random", 0.05, vltok.RandomTokens(keep_ratio=0.05))]
     seen = []
     one, two = (run_cases(bench, every, jobs, lambda case, count: seen.append(count)) for jobs in (1, 2))
@@ -136,6 +136,15 @@ def test_records_relate_accuracy_to_the_unpruned_model_and_costs_to_one_question
     console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(table.render(rows))
     assert "60.0 (31-83)" in console.export_text()
+
+
+def test_the_note_on_stage_2_counts_what_it_dropped():
+    looked = _result("ToDRE, stages 1+2", 0.1, {"exist": 6, "quadrant": 1, "where": 1, "count": 0})
+    looked.relevance = [(0.1, True)] * 5 + [(0.4, False)] * 14
+    plain = _result("unpruned", 1.0, {"exist": 8, "quadrant": 0, "where": 4, "count": 0})
+    assert table.stage2_note(table.records([plain])) == ""
+    note = table.stage2_note(table.records([plain, looked]))
+    assert "dropped the visual tokens of 5 of 19 prompts" in note and "32 to 32 %" in note
 
 
 def test_the_command_writes_the_table_and_draws_the_pictures(tmp_path):
