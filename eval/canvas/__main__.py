@@ -62,7 +62,7 @@ def main(
     with Progress(*columns, console=Console(stderr=True)) as progress:
         answering = progress.add_task("answering questions", total=len(bench.questions) * len(every))
         jobs = jobs or _default_jobs(device)
-        results = run_cases(bench, every, jobs, lambda case, count: progress.advance(answering, count))
+        results = run_cases(bench, every, jobs, lambda count: progress.advance(answering, count))
         pruned = [case for case in every if case.method is not None]
         timing = progress.add_task("timing the prefill", total=len(pruned) * mode["rounds"])
         first = encode(bench.processor, bench.canvases, bench.questions[:TIMING_BATCH], TIMING_BATCH, wrong_image=False)

@@ -1,21 +1,21 @@
 """Spread an evaluation over processes: with a model this small, one thread in each of two beats two threads in one."""
 
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from transformers import BatchFeature
 
 from eval.canvas.data import Canvases, load_items
+from eval.canvas.memory import early_layers_remembered
 from eval.canvas.model import load
 from eval.canvas.runner import Case, Result, draw_questions, encode, evaluate
 
-CHUNK = 12  # batches per task: small enough that the progress bar moves
+CHUNK = 4  # batches per task; a task answers them under every case
 
 
 @dataclass(frozen=True)
@@ -39,54 +39,52 @@ class Bench:
         self.model, self.processor = load(plan.model, getattr(torch, plan.dtype), plan.device)
         self.canvases = Canvases("test", plan.seed, None if plan.items is None else load_items(plan.items))
         self.questions = draw_questions(self.canvases, plan.questions)
-        self._encoded: dict[tuple[int, bool], list[BatchFeature]] = {}
 
     def chunks(self) -> range:
         """First question of each chunk."""
         return range(0, len(self.questions), CHUNK * self.plan.batch_size)
 
-    def run(self, case: Case, start: int) -> Result:
-        """Answer one chunk under one case."""
+    def run(self, every: Sequence[Case], start: int) -> list[Result]:
+        """Answer one chunk under every case."""
         questions = self.questions[start : start + CHUNK * self.plan.batch_size]
-        key = (start, case.wrong_image)
-        if key not in self._encoded:
-            self._encoded[key] = encode(
-                self.processor, self.canvases, questions, self.plan.batch_size, case.wrong_image
-            )
-        return evaluate(self.model, self.processor, case, self._encoded[key], questions)
+        encoded = {
+            wrong: encode(self.processor, self.canvases, questions, self.plan.batch_size, wrong)
+            for wrong in {case.wrong_image for case in every}
+        }
+        with early_layers_remembered(self.model):
+            return [evaluate(self.model, self.processor, c, encoded[c.wrong_image], questions) for c in every]
 
 
-def run_cases(bench: Bench, every: Sequence[Case], jobs: int, advance: Callable[[Case, int], None]) -> list[Result]:
+def run_cases(bench: Bench, every: Sequence[Case], jobs: int, advance: Callable[[int], None]) -> list[Result]:
     """Answer all questions under every case.
 
     Args:
         bench: Used as it is for one job; its plan is sent to the processes of several.
         every: The cases; results come in this order and do not depend on `jobs`.
         jobs: Processes. Each gets its share of the cores as torch threads.
-        advance: Called after each chunk with its case and its number of questions.
+        advance: Called after each chunk with the number of answers.
     """
     results = [Result(case) for case in every]
+    for parts in _all_chunks(bench, every, jobs):
+        for result, part in zip(results, parts, strict=True):
+            result.add(part)
+        advance(sum(part.total for part in parts))
+    return results
+
+
+def _all_chunks(bench: Bench, every: Sequence[Case], jobs: int) -> Iterator[list[Result]]:
     if jobs == 1:
-        for result in results:
-            for start in bench.chunks():
-                part = bench.run(result.case, start)
-                result.add(part)
-                advance(part.case, part.total)
-        return results
+        yield from (bench.run(every, start) for start in bench.chunks())
+        return
     threads = max(1, (os.cpu_count() or 1) // jobs)
     for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
         # glibc of the new processes keeps freed memory: fresh pages for every activation cost a tenth of the time.
         os.environ.setdefault(name, str(2**32))
     # spawn: a forked process would inherit torch's threads in an unusable state.
     with ProcessPoolExecutor(jobs, get_context("spawn"), _start_process, (threads,)) as pool:
-        tasks: dict[Future[Result], Result] = {}
-        for start in bench.chunks():
-            tasks |= {pool.submit(_run_in_process, bench.plan, r.case, start): r for r in results}
+        tasks = [pool.submit(_run_in_process, bench.plan, every, start) for start in bench.chunks()]
         for task in as_completed(tasks):
-            part = task.result()
-            tasks[task].add(part)
-            advance(part.case, part.total)
-    return results
+            yield task.result()
 
 
 def _start_process(threads: int) -> None:
@@ -99,5 +97,5 @@ def _bench(plan: Plan) -> Bench:
     return Bench(plan)
 
 
-def _run_in_process(plan: Plan, case: Case, start: int) -> Result:
-    return _bench(plan).run(case, start)
+def _run_in_process(plan: Plan, every: Sequence[Case], start: int) -> list[Result]:
+    return _bench(plan).run(every, start)

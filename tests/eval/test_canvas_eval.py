@@ -16,6 +16,7 @@ import vltok
 from eval.canvas import plots, table
 from eval.canvas.__main__ import main
 from eval.canvas.data import KINDS, Canvases
+from eval.canvas.memory import early_layers_remembered
 from eval.canvas.model import MODEL_DIR, load
 from eval.canvas.pool import Bench, Plan, run_cases
 from eval.canvas.runner import Case, Result, cases, draw_questions, encode, evaluate, kept_patches, time_prefill
@@ -69,11 +70,36 @@ def test_the_wrong_image_control_shows_each_question_another_canvas(shipped):
     assert torch.equal(shown[True][0], shown[False][first])
 
 
+def test_remembered_layers_replay_equal_inputs_only_and_leave_the_model_as_it_was(shipped):
+    model, processor = shipped
+    canvases = Canvases("val", 2)
+    batches = encode(processor, canvases, draw_questions(canvases, 8), 4, wrong_image=False)[:2]
+    tower = model.model.vision_tower
+    before = dict(tower.named_modules())
+    with torch.inference_mode():
+        plain = [tower(batch["pixel_values"], output_hidden_states=True).hidden_states for batch in batches]
+        with early_layers_remembered(model):
+            calls = []
+            attention = tower.encoder.layers[0].self_attn.inner
+            hook = attention.register_forward_hook(lambda *_: calls.append(1))
+            for _ in range(3):
+                for batch, expected in zip(batches, plain, strict=True):
+                    states = tower(batch["pixel_values"], output_hidden_states=True).hidden_states
+                    assert len(states) == 6 and all(map(torch.equal, states, expected))
+            assert len(calls) == 2
+            nudged = batches[0]["pixel_values"].clone()
+            nudged[3, 2, 100, 100] += 0.5
+            assert not torch.equal(tower(nudged, output_hidden_states=True).hidden_states[-2], plain[0][-2])
+            hook.remove()
+    after = dict(tower.named_modules())
+    assert before.keys() == after.keys() and all(before[name] is after[name] for name in before)
+
+
 def test_several_processes_count_what_one_counts():
     bench = Bench(Plan(MODEL_DIR, "float32", "cpu", None, 3, 20, 1))
     every = [Case("unpruned", 1.0), Case("random", 0.05, vltok.RandomTokens(keep_ratio=0.05))]
     seen = []
-    one, two = (run_cases(bench, every, jobs, lambda case, count: seen.append(count)) for jobs in (1, 2))
+    one, two = (run_cases(bench, every, jobs, seen.append) for jobs in (1, 2))
     assert one == two
     assert sum(seen) == 2 * 2 * len(bench.questions) and one[0].total == len(bench.questions)
 
