@@ -30,7 +30,7 @@ class Gain(Method):
     width: int = 64
 
     def attach(self, view: Any, edits: Edits, run: Run) -> None:
-        projector = view._model.multi_modal_projector
+        projector = view.host.multi_modal_projector
         edits.add_child(projector, "gain", nn.Linear(self.width, self.width))
         edits.after(projector, lambda module, args, kwargs, output: output + module.gain(output))
 
@@ -197,14 +197,15 @@ def weighted(model, tmp_path) -> Path:
     return tmp_path
 
 
-def names(model: nn.Module) -> list[str]:
-    prefix = next(name for name, module in model.named_modules() if name.endswith("multi_modal_projector"))
-    return [f"{prefix}.gain.bias", f"{prefix}.gain.weight"]
+NAMES = ["multi_modal_projector.gain.bias", "multi_modal_projector.gain.weight"]
 
 
-def test_only_weights_the_method_added_are_written_under_their_names_in_the_model(model, weighted):
+def test_only_weights_the_method_added_are_written_whatever_the_model_is_wrapped_in(model, weighted, tmp_path):
     saved = load_file(weighted / "vltok.safetensors")
-    assert sorted(saved) == names(model)
+    assert sorted(saved) == NAMES
+    with vltok.apply(nn.ModuleDict({"wrapped": model}), Gain()) as handle:
+        vltok.save(handle, tmp_path / "wrapped")
+    assert sorted(load_file(tmp_path / "wrapped" / "vltok.safetensors")) == NAMES
     assert all((tensor == 0.5).all() for tensor in saved.values())
 
 
@@ -231,7 +232,7 @@ def test_weights_take_the_dtype_of_the_model(model, weighted):
 @pytest.mark.parametrize("damage", ["missing file", "missing tensor", "extra tensor", "shape", "not safetensors"])
 def test_weights_that_do_not_fit_are_refused(model, weighted, damage):
     path = weighted / "vltok.safetensors"
-    saved, (bias, _) = load_file(path), names(model)
+    saved, (bias, _) = load_file(path), NAMES
     if damage == "missing file":
         path.unlink()
     elif damage == "not safetensors":

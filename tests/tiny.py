@@ -91,9 +91,15 @@ class TinyFamily:
         model.generation_config.suppress_tokens = sorted({0, 1, 3} | placeholders)
         return model
 
-    def inputs(self, prompts: Sequence[str], images: Sequence[Image.Image] = (), padding_side: str = "left") -> Any:
+    def inputs(
+        self,
+        prompts: Sequence[str],
+        images: Sequence[Image.Image] = (),
+        padding_side: str = "left",
+        processor: Any = None,
+    ) -> Any:
         """Process prompts in which "<image>" stands for an image of `images`."""
-        processor = self.processor()
+        processor = processor or self.processor()
         text = [prompt.replace("<image>", self.image) for prompt in prompts]
         return processor(
             text=text, images=list(images) or None, padding=True, padding_side=padding_side, return_tensors="pt"

@@ -10,9 +10,9 @@ Importing it loads torch only; transformers arrives with the model you hand in.
 from vltok import errors, nn
 from vltok.api import Handle, apply
 from vltok.method import Method
-from vltok.methods import DivPrune, FasterVLM, RandomTokens, StrideTokens, ToDRE
+from vltok.methods import DivPrune, FasterVLM, RandomTokens, StrideTokens, ToDRE, TokenPacker
 from vltok.report import Report
-from vltok.serialization import load, save
+from vltok.serialization import from_pretrained, load, save
 from vltok.version import __version__
 
 __all__ = [
@@ -24,9 +24,11 @@ __all__ = [
     "Report",
     "StrideTokens",
     "ToDRE",
+    "TokenPacker",
     "__version__",
     "apply",
     "errors",
+    "from_pretrained",
     "load",
     "nn",
     "save",

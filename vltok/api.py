@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, TextIO
 
 import torch
@@ -13,6 +14,7 @@ from vltok import families
 from vltok.edits import Edits
 from vltok.method import Method, Run
 from vltok.report import Report
+from vltok.version import __version__
 
 _STDOUT = object()
 
@@ -24,10 +26,23 @@ class Handle:
         model: The model as it was passed to `apply`.
         methods: The methods, in the order they were applied.
         family: Name of the model's family.
+        processor: The model's processor, if one was passed.
+        host: The part of the model that the family is about; names of added weights count from it, whatever wraps it.
     """
 
-    def __init__(self, model: nn.Module, methods: tuple[Method, ...], family: str, edits: Edits, run: Run) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        methods: tuple[Method, ...],
+        family: str,
+        edits: Edits,
+        run: Run,
+        host: nn.Module,
+        processor: Any = None,
+    ) -> None:
         self.model = model
+        self.host = host
+        self.processor = processor
         self.methods = methods
         self.family = family
         self._edits = edits
@@ -58,9 +73,14 @@ class Handle:
             file: Where to print; standard output by default, None for nowhere.
         """
         report = self._run.results.get("pruning", Report())
+        report = replace(report, condensed=self._run.results.get("condensed"))
         if file is not None:
             print(report, file=sys.stdout if file is _STDOUT else file)
         return report
+
+    def settings(self) -> dict[str, Any]:
+        """What is on the model, as plain data: the vltok version, the family, and every method with its settings."""
+        return settings(self.family, self.methods)
 
     def loss(self) -> torch.Tensor:
         """Sum of the loss terms of the last call, a scalar to add to the model's own loss; 0 where there are none."""
@@ -105,7 +125,14 @@ def apply(model: nn.Module, method: Method | Iterable[Method], *, processor: Any
     try:
         for item in methods:
             item.attach(view, edits, run)
+        if edits.added_modules:
+            view.mark_checkpoint(edits, settings(view.family.name, methods))
     except BaseException:
         edits.undo()
         raise
-    return Handle(model, methods, view.family.name, edits, run)
+    return Handle(model, methods, view.family.name, edits, run, view.host, processor)
+
+
+def settings(family: str, methods: Iterable[Method]) -> dict[str, Any]:
+    """Describe methods on a model of a family as plain data, the head of every file that vltok writes."""
+    return {"vltok_version": __version__, "family": family, "methods": [method.to_dict() for method in methods]}

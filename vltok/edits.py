@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,7 @@ class Edits:
     def __init__(self) -> None:
         self._edits: list[_Edit] = []
         self._added: list[nn.Module] = []
+        self._hooks: Counter[nn.Module] = Counter()  # how many of these edits' hooks are on a module
 
     def __len__(self) -> int:
         return len(self._edits)
@@ -46,6 +48,7 @@ class Edits:
     def before(self, module: nn.Module, hook: Callable[..., Any]) -> None:
         """Call `hook(module, args, kwargs)` before the module's forward; it may return new (args, kwargs)."""
         handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+        self._hooks[module] += 1
         self._edits.append(_Edit(handle.remove))
 
     def after(self, module: nn.Module, hook: Callable[..., Any], *, always: bool = False) -> None:
@@ -57,10 +60,14 @@ class Edits:
             always: Call it also when the forward raised.
         """
         handle = module.register_forward_hook(hook, with_kwargs=True, always_call=always)
+        self._hooks[module] += 1
         self._edits.append(_Edit(handle.remove))
 
     def swap(self, parent: nn.Module, name: str, module: nn.Module) -> None:
-        """Put `module` in the place of the child `parent.name`; train or eval mode goes with the place."""
+        """Put `module` in the place of the child `parent.name`; train or eval mode goes with the place.
+
+        A later handle that hooks the new module would go on watching it after it left, so that handle must go first.
+        """
         old = parent.get_submodule(name)
         module.train(old.training)
         setattr(parent, name, module)
@@ -70,7 +77,13 @@ class Edits:
             old.train(module.training)
             setattr(parent, name, old)
 
-        self._edits.append(_Edit(undo, parent, "child", name, lambda: getattr(parent, name, None) is module))
+        hooks = _count_hooks(module) - self._hooks[module]
+
+        def is_in_place() -> bool:
+            is_last = _count_hooks(module) == hooks + self._hooks[module]
+            return is_last and getattr(parent, name, None) is module
+
+        self._edits.append(_Edit(undo, parent, "child", name, is_in_place))
 
     def add_child(self, parent: nn.Module, name: str, module: nn.Module) -> None:
         """Register `module` as a further child of `parent`.
@@ -117,3 +130,8 @@ class Edits:
         while self._edits:
             self._edits.pop().undo()
         self._added.clear()
+        self._hooks.clear()
+
+
+def _count_hooks(module: nn.Module) -> int:
+    return len(module._forward_hooks) + len(module._forward_pre_hooks)

@@ -9,10 +9,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from vltok.methods.packer import TokenPackerProjector
 from vltok.methods.todre import Pivot, Strategy, ToDRE, choose_pivot, select_diverse
 from vltok.tokens import gather_tokens, keep_count
 
-__all__ = ["DiversitySelector"]
+__all__ = ["DiversitySelector", "TokenPackerProjector"]
 
 
 class DiversitySelector(nn.Module):

@@ -25,10 +25,26 @@ class RelevanceRecord:
 
 
 @dataclass(frozen=True)
-class Report:
-    """What the attached pruning methods did at the last prompt with images.
+class Condensed:
+    """What a condensing projector did in its last call.
 
     Attributes:
+        pictures: Pictures, or crops and tiles of pictures, that were projected.
+        patches: Patches of each, as the projector got them.
+        tokens: Visual tokens that each became.
+    """
+
+    pictures: int
+    patches: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the attached methods did at the last prompt with images.
+
+    Attributes:
+        condensed: What a condensing projector did, or None where there is none. The rest is what pruning did.
         visual_tokens: Visual tokens of each image of each sample before pruning.
         kept_tokens: Visual tokens kept of each image of each sample at the entry of the language model.
         keep_indices: Which ones, ascending positions within the image, (K,) each.
@@ -38,6 +54,7 @@ class Report:
         relevance: Stage 2 at each candidate layer, for each sample.
     """
 
+    condensed: Condensed | None = None
     visual_tokens: list[list[int]] = field(default_factory=list)
     kept_tokens: list[list[int]] = field(default_factory=list)
     keep_indices: list[list[torch.Tensor]] = field(default_factory=list)
@@ -47,9 +64,14 @@ class Report:
     relevance: list[list[RelevanceRecord]] = field(default_factory=list)
 
     def __str__(self) -> str:
-        if not self.visual_tokens:
-            return "no prompt with images since the method was attached"
         lines = []
+        if self.condensed is not None:
+            each = self.condensed
+            lines.append(
+                f"projector: {each.patches} patches -> {each.tokens} visual tokens in each of {each.pictures} pictures"
+            )
+        elif not self.visual_tokens:
+            return "no prompt with images since the method was attached"
         for row, (before, after) in enumerate(zip(self.visual_tokens, self.kept_tokens, strict=True)):
             images = ", ".join(f"{n} -> {k}" for n, k in zip(before, after, strict=True)) or "no image"
             layers = _runs(self.tokens_per_layer[row].tolist())

@@ -1,8 +1,12 @@
-"""save() and load(): the methods on a model as a small folder, settings as JSON and added weights as safetensors."""
+"""save() and load(): the methods on a model as a small folder, settings as JSON and added weights as safetensors.
+
+from_pretrained() loads a whole model that transformers saved while methods with weights of their own were on it.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +15,8 @@ from torch import nn
 
 from vltok.api import Handle, apply
 from vltok.errors import CheckpointError
+from vltok.families import CONFIG_FIELD
 from vltok.method import Method
-from vltok.version import __version__
 
 CONFIG_FILE = "vltok_config.json"
 WEIGHTS_FILE = "vltok.safetensors"
@@ -33,14 +37,14 @@ def save(handle: Handle, folder: str | Path) -> None:
         raise ValueError("this handle was removed from its model, so there is nothing to save; save before remove()")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config = {
-        "vltok_version": __version__,
-        "family": handle.family,
-        "methods": [method.to_dict() for method in handle.methods],
-    }
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_folder(folder, handle.settings(), added_state_dict(handle))
+
+
+def write_folder(folder: Path, settings: dict[str, Any], weights: Mapping[str, torch.Tensor]) -> None:
+    """Write vltok_config.json, and vltok.safetensors if there are weights; an older one is removed."""
+    (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     (folder / WEIGHTS_FILE).unlink(missing_ok=True)
-    if weights := added_state_dict(handle):
+    if weights:
         from safetensors.torch import save_file
 
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / WEIGHTS_FILE)
@@ -65,25 +69,88 @@ def load(model: nn.Module, folder: str | Path, *, processor: Any = None) -> Hand
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no {CONFIG_FILE}; give a folder written by vltok.save()")
-    config = _read(path)
+    return _apply_saved(model, _read(path), processor, path, folder / WEIGHTS_FILE)
+
+
+def from_pretrained(folder: str | Path, *, processor: Any = None, **options: Any) -> Handle:
+    """Load a model that `save_pretrained` wrote while methods with weights of their own were on it.
+
+    Such a checkpoint says in its config what was on the model, and transformers refuses to load it without that.
+
+    Args:
+        folder: What `handle.model.save_pretrained` wrote, a local folder.
+        processor: The model's processor; by default the one saved in the folder.
+        options: For the model's own `from_pretrained`, such as dtype or device_map.
+
+    Returns:
+        The handle; the model is `handle.model`, its processor `handle.processor`.
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
+        CheckpointError: If the checkpoint was not saved with vltok methods on it, or doesn't fit this version.
+    """
+    import transformers
+
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} has no config.json; give a folder written by the model's save_pretrained()")
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    record = getattr(config, CONFIG_FIELD, None)
+    if not isinstance(record, dict) or "restore" not in record:
+        raise CheckpointError(
+            f"{folder} was saved without vltok methods that have weights on it; load it with transformers, and "
+            "methods with vltok.apply() or vltok.load()"
+        )
+    record = dict(record)
+    before = record.pop("restore")
+    settings = _check(record, f"{folder / 'config.json'}, field {CONFIG_FIELD!r}")
+    delattr(config, CONFIG_FIELD)
+    _set_fields(config, before.get("config", {}))
+    if processor is None:
+        processor = transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
+        _set_fields(processor, before.get("processor", {}))
+    names = [name for name in config.architectures or () if isinstance(getattr(transformers, name, None), type)]
+    model_class = getattr(transformers, names[0]) if names else transformers.AutoModelForImageTextToText
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # it would list the new weights as strangers, and miss the old ones
+    try:
+        model = model_class.from_pretrained(folder, config=config, local_files_only=True, **options)
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    return _apply_saved(model, settings, processor, folder / "config.json", *_weight_files(folder))
+
+
+def _apply_saved(model: nn.Module, config: dict[str, Any], processor: Any, source: Path, *weight_files: Path) -> Handle:
     writer = config["vltok_version"]
     methods = [Method.from_dict(data, writer) for data in config["methods"]]
     handle = apply(model, methods, processor=processor)
     try:
         if handle.family != config["family"]:
             raise CheckpointError(
-                f"{folder} was saved from a {config['family']} model, this is a {handle.family} model"
+                f"{source} was saved from a {config['family']} model, this is a {handle.family} model"
             )
-        _load_weights(handle, folder / WEIGHTS_FILE)
+        _load_weights(handle, *weight_files)
     except BaseException:
         handle.remove()
         raise
     return handle
 
 
+def _set_fields(target: object, fields: Mapping[str, Any]) -> None:
+    for name, value in fields.items():
+        setattr(target, name, value)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Where a saved model's added weights are: vltok's own file, or else all of transformers' files."""
+    if (folder / WEIGHTS_FILE).is_file():
+        return [folder / WEIGHTS_FILE]
+    return sorted(path for path in folder.glob("*.safetensors"))
+
+
 def added_state_dict(handle: Handle) -> dict[str, torch.Tensor]:
-    """Weights the handle's methods brought into the model, by their names in the model."""
-    names = {module: name for name, module in handle.model.named_modules()}
+    """Weights the handle's methods brought into the model, by their names in `handle.host`."""
+    names = {module: name for name, module in handle.host.named_modules()}
     return {
         f"{names[module]}.{key}": tensor
         for module in handle.added_modules
@@ -96,39 +163,61 @@ def _read(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} is not a JSON file: {error}") from error
+    return _check(config, str(path))
+
+
+def _check(config: Any, source: str) -> dict[str, Any]:
     if not isinstance(config, dict) or (missing := _FIELDS - config.keys()):
-        raise CheckpointError(f"{path} lacks {', '.join(sorted(missing if isinstance(config, dict) else _FIELDS))}")
+        raise CheckpointError(f"{source} lacks {', '.join(sorted(missing if isinstance(config, dict) else _FIELDS))}")
     if unknown := config.keys() - _FIELDS:
         raise CheckpointError(
-            f"{path} has unknown fields {', '.join(sorted(unknown))} (written by vltok {config['vltok_version']})"
+            f"{source} has unknown fields {', '.join(sorted(unknown))} (written by vltok {config['vltok_version']})"
         )
     methods = config["methods"]
     if not isinstance(methods, list) or not all(isinstance(settings, dict) for settings in methods):
-        raise CheckpointError(f'{path}: "methods" must be a list of settings, one per method, got {methods!r}')
+        raise CheckpointError(f'{source}: "methods" must be a list of settings, one per method, got {methods!r}')
     return config
 
 
-def _load_weights(handle: Handle, path: Path) -> None:
+def _load_weights(handle: Handle, *files: Path) -> None:
     expected = added_state_dict(handle)
-    if not expected and not path.exists():
+    files = tuple(path for path in files if path.exists())
+    if not expected and not files:
         return
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        found = load_file(path) if path.exists() else {}
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
+    found: dict[str, torch.Tensor] = {}
+    for path in files:
+        found |= _read_weights(path, expected.keys())
+    place = ", ".join(map(str, files)) or "the folder"
     if found.keys() != expected.keys():
         raise CheckpointError(
-            f"{path} doesn't fit: missing {sorted(expected.keys() - found.keys())}, "
+            f"{place} doesn't fit: missing {sorted(expected.keys() - found.keys())}, "
             f"unexpected {sorted(found.keys() - expected.keys())}"
         )
     with torch.no_grad():
         for name, tensor in expected.items():
             if tensor.shape != found[name].shape:
                 raise CheckpointError(
-                    f"{name} has shape {tuple(found[name].shape)} in {path}, expected {tuple(tensor.shape)}"
+                    f"{name} has shape {tuple(found[name].shape)} in {place}, expected {tuple(tensor.shape)}"
                 )
         for name, tensor in expected.items():
             tensor.copy_(found[name])
+
+
+def _read_weights(path: Path, wanted: Collection[str]) -> dict[str, torch.Tensor]:
+    """All weights of vltok's own file; of a whole model's file those wanted, found behind any prefix."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            if path.name == WEIGHTS_FILE:
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            names = {name: key for key in file.keys() for name in _ends(key) if name in wanted}  # noqa: SIM118
+            return {name: file.get_tensor(key) for name, key in names.items()}
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
+
+
+def _ends(key: str) -> list[str]:
+    """A dotted name and what is left of it without its first parts: a.b.c, b.c, c."""
+    parts = key.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]

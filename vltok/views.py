@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
+from torch import nn
 
 if TYPE_CHECKING:
     from vltok.edits import Edits
@@ -76,6 +77,52 @@ class RelevanceJudge(Protocol):
     def judge(
         self, mass: torch.Tensor, is_visual: torch.Tensor, is_text: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
+
+
+@dataclass(frozen=True)
+class ProjectorSite:
+    """Where the projector of a vision-language model stands, for a method that puts another in its place.
+
+    Attributes:
+        old: The projector in place.
+        layers: Its two linear layers, if it is linear, exact GELU, linear; else None.
+        grid: Patches of one picture (or crop) of the vision tower, (H, W), prefix tokens not counted.
+        dim: Width of the vision tower, C.
+        hidden: Width of the language model, D.
+        depth: Layers of the vision tower; hidden state 0 is its embeddings, `depth` its last layer.
+        levels: Hidden states that the old projector reads, in 0..depth.
+    """
+
+    old: nn.Module
+    layers: tuple[nn.Linear, nn.Linear] | None
+    grid: tuple[int, int]
+    dim: int
+    hidden: int
+    depth: int
+    levels: tuple[int, ...]
+
+
+class ProjectorView(Protocol):
+    """A vision-language model as a method sees it that condenses visual tokens in the projector."""
+
+    def projector_site(self) -> ProjectorSite:
+        """Say where the projector stands.
+
+        Raises:
+            UnsupportedModelError: If this model's projector can't be replaced.
+        """
+
+    def swap_projector(
+        self, edits: Edits, run: Run, projector: nn.Module, levels: tuple[int, ...], scale_factor: int
+    ) -> None:
+        """Put `projector` in the place of the old one.
+
+        It gets the hidden states `levels` concatenated on channels, (B, N, len(levels) * C), and returns
+        (B, N / scale_factor^2, D). The model's processor writes that many placeholders from then on.
+
+        Raises:
+            ValueError: If there is no processor, or it doesn't belong to the model.
+        """
 
 
 class LanguageView(Protocol):

@@ -13,7 +13,7 @@ from torch import nn
 from vltok.edits import Edits
 from vltok.errors import UnsupportedModelError
 from vltok.method import Run
-from vltok.views import LanguageView, RelevanceJudge, TokenSelector
+from vltok.views import LanguageView, ProjectorSite, ProjectorView, RelevanceJudge, TokenSelector
 
 if TYPE_CHECKING:
     from vltok.families.base import VlmFamily
@@ -26,34 +26,61 @@ FAMILIES = {
     "transformers.models.internvl": ("internvl", "InternVL"),
 }
 
+CONFIG_FIELD = "vltok"  # of a model's config: what was on it when it was saved
 
-class VlmView(LanguageView):
+
+class VlmView(LanguageView, ProjectorView):
     """A vision-language model, its parts found by its family."""
 
     def __init__(self, family: VlmFamily, model: nn.Module, processor: Any) -> None:
         self.family = family
         self.processor = processor
-        self._model = model
+        self.host = model
         self._engine: PruningEngine | None = None
+        self._restore: dict[str, dict[str, Any]] = {}
 
     def on_visual_tokens(self, edits: Edits, run: Run, selector: TokenSelector) -> None:
-        self._pruning(edits, run).use_selector(edits, self._model, selector)
+        self._pruning(edits, run).use_selector(edits, self.host, selector)
 
     def on_decoder_layers(self, edits: Edits, run: Run, judge: RelevanceJudge) -> None:
-        self._pruning(edits, run).use_judge(edits, self._model, judge)
+        self._pruning(edits, run).use_judge(edits, self.host, judge)
+
+    def projector_site(self) -> ProjectorSite:
+        return self.family.projector_site(self.host)
+
+    def swap_projector(
+        self, edits: Edits, run: Run, projector: nn.Module, levels: tuple[int, ...], scale_factor: int
+    ) -> None:
+        if self._engine is not None or self._is_pruned():
+            raise ValueError(
+                "the visual tokens that the projector in place returns are already pruned; replace the projector first: "
+                "vltok.apply(model, [projector method, pruning method], processor=processor)"
+            )
+        self._restore = self.family.swap_projector(
+            edits, run, self.host, self.processor, projector, levels, scale_factor
+        )
+
+    def mark_checkpoint(self, edits: Edits, settings: dict[str, Any]) -> None:
+        """Note in the model's config what is on it, so that a checkpoint saved meanwhile says how to load it."""
+        edits.set_attribute(self.host.config, CONFIG_FIELD, {**settings, "restore": self._restore})
+
+    def _is_pruned(self) -> bool:
+        from vltok.families.pruning import PruningEngine
+
+        hooks = self.host._forward_pre_hooks.values()
+        return any(isinstance(getattr(hook, "__self__", None), PruningEngine) for hook in hooks)
 
     def _pruning(self, edits: Edits, run: Run) -> PruningEngine:
         from vltok.families.pruning import PruningEngine
 
         if self._engine is None:
-            hooks = self._model._forward_pre_hooks.values()
-            if any(isinstance(getattr(hook, "__self__", None), PruningEngine) for hook in hooks):
+            if self._is_pruned():
                 raise ValueError(
                     "this model's visual tokens are already pruned; remove that handle first, or apply the methods "
                     "together: vltok.apply(model, [first, second])"
                 )
             self._engine = PruningEngine(self.family, run)
-            self._engine.install(edits, self._model)
+            self._engine.install(edits, self.host)
         return self._engine
 
 

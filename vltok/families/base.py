@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from vltok.edits import Edits
 from vltok.errors import UnsupportedModelError
+from vltok.families.projector import swap_projector
 from vltok.families.vision import Encoding, ImageTokens, VisionRecorder
-from vltok.views import AttentionRequest
+from vltok.method import Run
+from vltok.views import AttentionRequest, ProjectorSite
 
 
 class VlmFamily:
@@ -72,6 +74,30 @@ class VlmFamily:
             if hasattr(layer, name):
                 return getattr(layer, name)
         raise UnsupportedModelError(f"{type(layer).__name__} has no attention module that vltok knows")
+
+    def projector_site(self, model: nn.Module) -> ProjectorSite:
+        """Say where the projector stands.
+
+        Raises:
+            UnsupportedModelError: If this family's projector can't be replaced, or not in this member.
+        """
+        raise UnsupportedModelError(
+            f"the projector of {self.title} merges patches itself and its processor counts on that, so it can't be "
+            "replaced; models that can: LLaVA-1.5 and its kin (llava), LLaVA-NeXT (llava_next)"
+        )
+
+    def swap_projector(
+        self,
+        edits: Edits,
+        run: Run,
+        model: nn.Module,
+        processor: Any,
+        projector: nn.Module,
+        levels: tuple[int, ...],
+        scale_factor: int,
+    ) -> dict[str, dict[str, Any]]:
+        """Replace the projector, see `ProjectorView.swap_projector`. Returns what config and processor held before."""
+        return swap_projector(edits, run, model, processor, projector, levels, scale_factor)
 
     def image_token_id(self, model: nn.Module) -> int:
         """The id of the placeholder."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 
 from vltok.errors import UnsupportedInputError, UnsupportedModelError
 from vltok.families.base import VlmFamily
+from vltok.families.projector import projector_site
 from vltok.families.vision import Encoding, ImageTokens
+from vltok.views import ProjectorSite
 
 TOWERS = ("clip_vision_model", "siglip_vision_model")
 
@@ -27,6 +31,9 @@ class Llava(VlmFamily):
                 f"a {self.title} model with a {kind!r} vision tower is not supported; supported are {', '.join(TOWERS)}"
             )
 
+    def projector_site(self, model: nn.Module) -> ProjectorSite:
+        return projector_site(model)
+
     def images(self, model: nn.Module, encoding: Encoding, runs: list[int]) -> list[ImageTokens]:
         rows, length = encoding.features.shape[:2]
         attention = self.token_attention(model, encoding)
@@ -38,6 +45,11 @@ class Llava(VlmFamily):
         attention = self.patch_attention(model, encoding)
         if attention is None:
             return None
+        rows, columns = (side // self.patch_size(model) for side in encoding.pixels_shape[-2:])
+        scale = math.isqrt(max(1, attention.shape[1] // encoding.features.shape[1]))
+        if scale > 1 and encoding.features.shape[1] * scale**2 == rows * columns:  # a token stands for a region
+            regions = attention.unflatten(1, (rows // scale, scale, columns // scale, scale))
+            attention = regions.mean((2, 4)).flatten(1)
         prefix = encoding.features.shape[1] - attention.shape[1]
         if prefix < 0:
             raise UnsupportedInputError(

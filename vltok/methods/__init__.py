@@ -5,5 +5,6 @@ from vltok.methods.fastervlm import FasterVLM
 from vltok.methods.random_tokens import RandomTokens
 from vltok.methods.stride import StrideTokens
 from vltok.methods.todre import ToDRE
+from vltok.methods.token_packer import TokenPacker
 
-__all__ = ["DivPrune", "FasterVLM", "RandomTokens", "StrideTokens", "ToDRE"]
+__all__ = ["DivPrune", "FasterVLM", "RandomTokens", "StrideTokens", "ToDRE", "TokenPacker"]

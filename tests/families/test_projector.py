@@ -1,0 +1,214 @@
+"""Replacing the projector: what reaches it, what the processor writes, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from prompts import probe
+from tiny import LLAVA, LLAVA_NEXT, LLAVA_SIGLIP, QWEN2_5_VL, picture, shared_model, sharpen
+from torch import nn
+from unchanged import unchanged
+
+import vltok
+from vltok.errors import EditConflictError, UnsupportedModelError
+
+WORDS = ["w1 <image> w2", "<image> w3 <image>"]
+PACKER = vltok.TokenPacker(scale_factor=2)
+
+
+def pictures(family):
+    return [picture(seed, family.size) for seed in range(3)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", [LLAVA, LLAVA_SIGLIP], ids=["cls", "no cls"])
+def test_the_projector_gets_the_patches_of_its_levels(family):
+    model, processor = shared_model(family), family.processor()
+    with vltok.apply(model, vltok.TokenPacker(levels=(0, 1, 3)), processor=processor) as handle:
+        inputs = family.inputs(WORDS, pictures(family), processor=processor)
+        found = torch.stack(model.get_image_features(inputs["pixel_values"]).pooler_output)
+        states = model.model.vision_tower(inputs["pixel_values"], output_hidden_states=True).hidden_states
+        patches = [states[level][:, 1:] if family.has_cls else states[level] for level in (0, 1, 3)]
+        assert torch.equal(found, handle.added_modules[0](torch.cat(patches, dim=-1)))
+
+
+def test_config_and_processor_follow_and_come_back():
+    model, processor = shared_model(LLAVA), LLAVA.processor()
+    with unchanged(model):
+        handle = vltok.apply(model, PACKER, processor=processor)
+        assert model.config.vision_feature_layer == [1, 2]
+        assert model.config.image_seq_length == 4
+        assert processor.patch_size == 28
+        assert (LLAVA.inputs(WORDS[:1], pictures(LLAVA)[:1], processor=processor)["input_ids"] == 4).sum() == 4
+        assert model.config.vltok["methods"] == [PACKER.to_dict() | {"levels": None}]
+        handle.remove()
+    assert processor.patch_size == 14
+    assert processor.to_dict() == LLAVA.processor().to_dict()
+
+
+def test_the_report_says_what_was_condensed(capsys):
+    model, processor = shared_model(LLAVA), LLAVA.processor()
+    with vltok.apply(model, PACKER, processor=processor) as handle:
+        assert "no prompt with images" in str(handle.report(file=None))
+        model(**LLAVA.inputs(WORDS, pictures(LLAVA), processor=processor))
+        report = handle.report()
+    assert capsys.readouterr().out == "projector: 16 patches -> 4 visual tokens in each of 3 pictures\n"
+    assert report.condensed == vltok.report.Condensed(pictures=3, patches=16, tokens=4)
+
+
+@pytest.mark.parametrize("method", [vltok.ToDRE(num_keep=2), vltok.FasterVLM(num_keep=2)], ids=["todre", "fastervlm"])
+def test_condensed_tokens_can_be_pruned_in_one_call_or_two(method):
+    model, processor = shared_model(LLAVA), LLAVA.processor()
+    torch.manual_seed(0)
+    with vltok.apply(model, [PACKER, method], processor=processor) as handle:
+        inputs = LLAVA.inputs(WORDS, pictures(LLAVA), processor=processor)
+        together = model(**inputs).logits
+        report = handle.report(file=None)
+    assert (
+        report.condensed.tokens == 4 and report.visual_tokens == [[4], [4, 4]] and report.kept_tokens == [[2], [2, 2]]
+    )
+    torch.manual_seed(0)
+    with vltok.apply(model, PACKER, processor=processor), vltok.apply(model, method):
+        assert torch.equal(model(**inputs).logits, together)
+
+
+def test_attention_over_regions_is_the_mean_over_their_patches():
+    model, processor = shared_model(LLAVA), LLAVA.processor()
+    shown = pictures(LLAVA)[:1]
+    (before,) = probe(model, LLAVA.inputs(WORDS[:1], shown), "cls")
+    with vltok.apply(model, PACKER, processor=processor):
+        (after,) = probe(model, LLAVA.inputs(WORDS[:1], shown, processor=processor), "cls")
+    expected = nn.functional.avg_pool2d(before.attention.view(1, 4, 4), 2).flatten(1)
+    torch.testing.assert_close(after.attention, expected)
+
+
+def test_pruning_that_watches_the_old_projector_is_in_the_way():
+    model, processor = shared_model(LLAVA), LLAVA.processor()
+    refused = pytest.raises(ValueError, match="replace the projector first")
+    with vltok.apply(model, vltok.StrideTokens(num_keep=2)), unchanged(model), refused:
+        vltok.apply(model, PACKER, processor=processor)
+    with unchanged(model), pytest.raises(ValueError, match="replace the projector first"):
+        vltok.apply(model, [vltok.StrideTokens(num_keep=2), PACKER], processor=processor)
+    assert processor.patch_size == 14
+
+
+def test_a_projector_that_a_later_handle_watches_cannot_leave_before_it():
+    model, processor = shared_model(LLAVA), LLAVA.processor()
+    with unchanged(model):
+        first = vltok.apply(model, PACKER, processor=processor)
+        second = vltok.apply(model, vltok.StrideTokens(num_keep=2))
+        with pytest.raises(EditConflictError, match="remove the later handle first"):
+            first.remove()
+        second.remove()
+        first.remove()
+
+
+def larger_next() -> nn.Module:
+    """A LLaVA-NeXT whose crops have 4 x 4 patches."""
+    from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
+
+    config = LLAVA_NEXT.build("sdpa").config.to_dict()
+    config["vision_config"]["image_size"] = 56
+    config["image_grid_pinpoints"] = [[56, 112], [112, 56], [112, 112]]
+    return sharpen(LlavaNextForConditionalGeneration(LlavaNextConfig(**config)))
+
+
+@pytest.fixture(scope="module")
+def next_pair():
+    processor = LLAVA_NEXT.processor()
+    processor.image_processor.size = {"shortest_edge": 56}
+    processor.image_processor.crop_size = {"height": 56, "width": 56}
+    processor.image_processor.image_grid_pinpoints = [[56, 112], [112, 56], [112, 112]]
+    return larger_next(), processor
+
+
+@torch.no_grad()
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(width=st.integers(20, 200), height=st.integers(20, 200))
+def test_llava_next_lays_out_fewer_tokens_for_pictures_of_any_shape(next_pair, width, height):
+    model, processor = next_pair
+    shown = [picture(0, (width, height))]
+    with vltok.apply(model, vltok.TokenPacker(2, init="pool"), processor=processor):
+        inputs = processor(text=["w1 <image> w2"], images=shown, return_tensors="pt")
+        (packed,) = model.get_image_features(inputs["pixel_values"], inputs["image_sizes"]).pooler_output
+        assert len(packed) == (inputs["input_ids"] == 4).sum()
+        model(**inputs)
+    plain = processor(text=["w1 <image> w2"], images=shown, return_tensors="pt")
+    (full,) = model.get_image_features(plain["pixel_values"], plain["image_sizes"]).pooler_output
+    assert len(packed) < len(full) / 2
+    newline = model.model.image_newline
+    assert (packed == newline).all(-1).sum() * 2 in ((full == newline).all(-1).sum() + odd for odd in (-2, -1, 0, 1, 2))
+
+
+def test_each_refusal_names_the_cause_and_leaves_the_model_alone():
+    model, processor = shared_model(LLAVA), LLAVA.processor()
+    refusals = [
+        (PACKER, None, ValueError, "needs the processor"),
+        (PACKER, QWEN2_5_VL.processor(), ValueError, "Qwen2_5_VLProcessor is no processor of this model"),
+        (
+            PACKER,
+            LLAVA_SIGLIP.processor(),
+            ValueError,
+            "vision_feature_select_strategy is 'full', the model's 'default'",
+        ),
+        (vltok.TokenPacker(3), processor, ValueError, "doesn't divide the grid of 4 x 4 patches; .* do: 2, 4"),
+    ]
+    for method, given_processor, error, message in refusals:
+        with unchanged(model), pytest.raises(error, match=message):
+            vltok.apply(model, method, processor=given_processor)
+    wrong = LLAVA.processor()
+    wrong.image_token_id = 7
+    with unchanged(model), pytest.raises(ValueError, match="image_token_id is 7, the model's 4"):
+        vltok.apply(model, PACKER, processor=wrong)
+
+
+def test_a_processor_that_serves_another_condensed_model_is_refused():
+    model, other, processor = shared_model(LLAVA), LLAVA.model(), LLAVA.processor()
+    refused = pytest.raises(ValueError, match="patch_size is 28, the model's 14; it was saved, or is in use")
+    with vltok.apply(model, PACKER, processor=processor), unchanged(other), refused:
+        vltok.apply(other, PACKER, processor=processor)
+    assert processor.patch_size == 14
+
+
+def test_models_whose_features_are_no_grid_of_patches_are_refused():
+    model = LLAVA.model()
+    model.config.vision_feature_select_strategy = "full"
+    with pytest.raises(UnsupportedModelError, match=r"leaves the \[CLS\] token among the patches"):
+        vltok.apply(model, PACKER, processor=LLAVA.processor())
+    with torch.device("meta"):
+        offloaded = LLAVA.build("sdpa")
+    with pytest.raises(UnsupportedModelError, match="offloaded"):
+        vltok.apply(offloaded, PACKER, processor=LLAVA.processor())
+
+
+def test_a_text_model_is_refused():
+    with pytest.raises(UnsupportedModelError, match="has no visual tokens that vltok can reach"):
+        vltok.apply(shared_model(LLAVA).model.language_model, PACKER, processor=LLAVA.processor())
+
+
+def test_from_pretrained_refuses_folders_it_did_not_mark(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
+        vltok.from_pretrained(tmp_path)
+    shared_model(LLAVA).save_pretrained(tmp_path)
+    LLAVA.processor().save_pretrained(tmp_path)
+    with pytest.raises(vltok.errors.CheckpointError, match="saved without vltok methods"):
+        vltok.from_pretrained(tmp_path)
+
+
+def test_from_pretrained_takes_options_and_names_missing_weights(tmp_path):
+    model, processor = LLAVA.model(), LLAVA.processor()
+    with vltok.apply(model, PACKER, processor=processor):
+        model.save_pretrained(tmp_path)
+        processor.save_pretrained(tmp_path)
+    assert vltok.from_pretrained(tmp_path, dtype=torch.bfloat16).added_modules[0].mlp[0].weight.dtype == torch.bfloat16
+    own = LLAVA.processor()
+    assert vltok.from_pretrained(tmp_path, processor=own).processor is own and own.patch_size == 28
+    model.save_pretrained(tmp_path)  # without the new projector
+    config = (tmp_path / "config.json").read_text()
+    with vltok.apply(model, PACKER, processor=processor):
+        model.config.save_pretrained(tmp_path)
+    assert (tmp_path / "config.json").read_text() != config
+    with pytest.raises(vltok.errors.CheckpointError, match=r"missing .*multi_modal_projector\.clip_attn"):
+        vltok.from_pretrained(tmp_path)

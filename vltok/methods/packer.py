@@ -1,0 +1,271 @@
+"""TokenPackerProjector: one visual token from each s x s region of patches, as a module.
+
+Paper: https://arxiv.org/abs/2407.02392 (Li et al., IJCV 2025). A point query, the region's patch at low resolution,
+gathers what the region's patches hold at several depths of the vision tower. Parameters carry the released names, and
+results are those of the released module. Differs from it in how they are computed: keys and values are never projected
+by the attention, their projections are moved to the query and to the weighted mean of the values, of which there are
+s^2 times fewer; and under autograd only the outputs of the large matrix products are held.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from vltok.errors import CheckpointError
+
+NORM_EPS = 1e-6
+ATTENTION_PARTS = 4  # a batch attends in so many parts under autograd: the backward pass recomputes one at a time
+
+
+class _GeluLinear(torch.autograd.Function):
+    """linear(gelu(x)) that holds x alone for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(F.gelu(x), weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        x, weight = ctx.saved_tensors
+        grad = grad.to(x.dtype)  # under autocast the product ran in x's dtype, whatever the weight's
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.ops.aten.gelu_backward(grad @ weight.to(x.dtype), x)
+        rows = grad.flatten(0, -2)
+        if ctx.needs_input_grad[1]:
+            grad_weight = (rows.mT @ F.gelu(x).flatten(0, -2)).to(weight.dtype)
+        if ctx.needs_input_grad[2]:
+            grad_bias = rows.sum(0).to(weight.dtype)
+        return grad_x, grad_weight, grad_bias
+
+
+def _needs_lean_backward() -> bool:
+    """Whether autograd records here. A compiler plans what to hold and what to recompute by itself."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+class GeluMlp(nn.Sequential):
+    """Linear, exact GELU, Linear: parameters 0.* and 2.*. Under autograd the GELU is recomputed, not held."""
+
+    def __init__(self, in_features: int, hidden_features: int, out_features: int) -> None:
+        super().__init__(nn.Linear(in_features, hidden_features), nn.GELU(), nn.Linear(hidden_features, out_features))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not _needs_lean_backward():
+            return super().forward(x)
+        return _GeluLinear.apply(self[0](x), self[2].weight, self[2].bias)
+
+
+class RegionAttention(nn.Module):
+    """Multi-head attention of one query to the few keys of its own region, with torch.nn.MultiheadAttention's weights.
+
+    Computes the same as projecting all keys and values: q . (W k) = (W^T q) . k, the bias of the keys shifts all scores
+    of a region alike, and the weights of a region sum to one.
+
+    Args:
+        dim: Width of queries, keys, values and output, E.
+        num_heads: Heads; divides `dim`.
+    """
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
+        self.in_proj_bias = nn.Parameter(torch.empty(3 * dim))
+        self.out_proj = nn.Linear(dim, dim)
+
+    def forward(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Attend: query (R, E), keys and values (R, S, E) -> (R, E)."""
+        heads, dim = self.num_heads, query.shape[-1]
+        q_weight, k_weight, v_weight = self.in_proj_weight.chunk(3)
+        q_bias, _, v_bias = self.in_proj_bias.chunk(3)
+        query = F.linear(query, q_weight, q_bias) * (dim // heads) ** -0.5
+        query = query.unflatten(-1, (heads, -1)).transpose(0, 1)  # (heads, R, E / heads)
+        probe = (query @ k_weight.to(query.dtype).unflatten(0, (heads, -1))).transpose(0, 1)  # (R, heads, E)
+        weights = (probe @ keys.mT.to(probe.dtype)).softmax(-1).to(probe.dtype)  # (R, heads, S)
+        mean = (weights @ values.to(probe.dtype)).transpose(0, 1)  # (heads, R, E)
+        out = (mean @ v_weight.to(mean.dtype).unflatten(0, (heads, -1)).mT).transpose(0, 1)  # (R, heads, E / heads)
+        return self.out_proj(out.flatten(1) + v_bias.to(out.dtype))
+
+    def extra_repr(self) -> str:
+        return f"dim={self.out_proj.in_features}, num_heads={self.num_heads}"
+
+
+class TokenPackerProjector(nn.Module):
+    """Condense patch features of several tower levels into one token per region (TokenPacker), ready for the LM.
+
+    Paper: https://arxiv.org/abs/2407.02392. Needs training, or released weights: see `from_official`.
+
+    Args:
+        grid: Patches of an image, (H, W) or the side of a square; both sides divisible by `scale_factor`.
+        dim: Width of one level of the vision tower, C.
+        hidden: Width of the language model, D.
+        scale_factor: Side s of a region, at least 1: N patches become N / s^2 tokens.
+        num_levels: Levels of the tower that come concatenated on channels.
+        embed_dim: Width inside, E.
+        num_heads: Attention heads; divides `embed_dim`.
+
+    Raises:
+        ValueError: If a size is below 1, or `scale_factor` doesn't divide the grid, or `num_heads` not `embed_dim`.
+    """
+
+    def __init__(
+        self,
+        grid: int | tuple[int, int],
+        dim: int,
+        hidden: int,
+        scale_factor: int,
+        num_levels: int = 4,
+        embed_dim: int = 1024,
+        num_heads: int = 8,
+    ) -> None:
+        super().__init__()
+        self.grid = (grid, grid) if isinstance(grid, int) else tuple(grid)
+        sizes = {"dim": dim, "hidden": hidden, "num_levels": num_levels, "embed_dim": embed_dim, "num_heads": num_heads}
+        for name, value in {**sizes, "scale_factor": scale_factor, "grid": min(self.grid)}.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if any(side % scale_factor for side in self.grid):
+            fitting = [s for s in range(2, min(self.grid) + 1) if not any(side % s for side in self.grid)]
+            raise ValueError(
+                f"scale_factor={scale_factor} doesn't divide the grid of {self.grid[0]} x {self.grid[1]} patches; "
+                f"scale factors that do: {', '.join(map(str, fitting)) or 'none but 1'}"
+            )
+        if embed_dim % num_heads:
+            raise ValueError(f"embed_dim must be divisible by num_heads, got {embed_dim} and {num_heads}")
+        self.dim, self.hidden, self.scale_factor, self.num_levels = dim, hidden, scale_factor, num_levels
+        self.q_proj_1 = nn.Linear(dim, embed_dim, bias=False)
+        self.k_proj_1 = GeluMlp(num_levels * dim, embed_dim, embed_dim)
+        self.v_proj_1 = GeluMlp(num_levels * dim, embed_dim, embed_dim)
+        self.ln_q_1 = nn.LayerNorm(embed_dim, eps=NORM_EPS)
+        self.ln_k_1 = nn.LayerNorm(embed_dim, eps=NORM_EPS)
+        self.ln_v_1 = nn.LayerNorm(embed_dim, eps=NORM_EPS)
+        self.clip_attn = RegionAttention(embed_dim, num_heads)
+        self.mlp = GeluMlp(embed_dim, hidden, hidden)
+        self.reset_parameters()
+
+    @property
+    def num_tokens(self) -> int:
+        """Visual tokens that an image becomes, N / s^2."""
+        return self.grid[0] * self.grid[1] // self.scale_factor**2
+
+    def reset_parameters(self) -> None:
+        """Draw the published start: truncated normal of 0.02 for linear layers, Xavier for the attention's inputs."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+        nn.init.xavier_uniform_(self.clip_attn.in_proj_weight)
+        nn.init.zeros_(self.clip_attn.in_proj_bias)
+
+    def forward(self, features: torch.Tensor, coarse: torch.Tensor | None = None) -> torch.Tensor:
+        """Condense the patches of each image.
+
+        Args:
+            features: Levels of the tower, concatenated on channels, (B, N, num_levels * C), patches row by row.
+            coarse: The level that point queries are made from, (B, N, C); the last of `features` by default.
+
+        Returns:
+            Visual tokens, (B, N / s^2, D), regions row by row.
+
+        Raises:
+            ValueError: If a shape is not as said above.
+        """
+        batch, patches = features.shape[0], self.grid[0] * self.grid[1]
+        if features.shape[1:] != (patches, self.num_levels * self.dim):
+            raise ValueError(
+                f"features must be (B, {patches}, {self.num_levels * self.dim}): the patches of a "
+                f"{self.grid[0]} x {self.grid[1]} grid without prefix tokens, {self.num_levels} levels of {self.dim} "
+                f"channels; got {tuple(features.shape)}"
+            )
+        coarse = features[..., -self.dim :] if coarse is None else coarse
+        if coarse.shape != (batch, patches, self.dim):
+            raise ValueError(f"coarse must be {(batch, patches, self.dim)}, got {tuple(coarse.shape)}")
+        query = self.q_proj_1(self._points(coarse))  # (B, M, E)
+        keys, values = self.k_proj_1(features), self.v_proj_1(features)  # (B, N, E)
+        if not _needs_lean_backward():
+            return self.mlp(self._attend(query, keys, values))
+        parts = zip(*(x.split(max(1, math.ceil(batch / ATTENTION_PARTS))) for x in (query, keys, values)), strict=True)
+        tokens = [checkpoint(self._attend, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+        return self.mlp(torch.cat(tokens))
+
+    def _points(self, coarse: torch.Tensor) -> torch.Tensor:
+        """Resize the patch map by 1 / s, bilinearly and without antialiasing: (B, N, C) -> (B, M, C)."""
+        image = coarse.float().mT.unflatten(-1, self.grid)  # (B, C, H, W)
+        size = tuple(side // self.scale_factor for side in self.grid)
+        points = F.interpolate(image, size=size, mode="bilinear", align_corners=False)
+        return points.flatten(2).mT.to(coarse.dtype)
+
+    def _regions(self, x: torch.Tensor) -> torch.Tensor:
+        """Gather the patches of each region, row by row inside it: (B, N, E) -> (B * M, s * s, E)."""
+        s = self.scale_factor
+        rows, columns = (side // s for side in self.grid)
+        x = x.unflatten(1, (rows, s, columns, s)).transpose(2, 3)  # (B, rows, columns, s, s, E)
+        return x.flatten(3, 4).flatten(0, 2)
+
+    def _attend(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Normalise and let each point attend to its own region: (B, M, E), twice (B, N, E) -> (B, M, E)."""
+        keys, values = self.ln_k_1(self._regions(keys)), self.ln_v_1(self._regions(values))
+        out = self.clip_attn(self.ln_q_1(query).flatten(0, 1), keys, values)
+        return out.unflatten(0, query.shape[:2])
+
+    def extra_repr(self) -> str:
+        return (
+            f"grid={self.grid}, dim={self.dim}, hidden={self.hidden}, scale_factor={self.scale_factor}, "
+            f"num_levels={self.num_levels}"
+        )
+
+    @classmethod
+    def from_official(
+        cls,
+        state_dict: Mapping[str, torch.Tensor],
+        grid: int | tuple[int, int] = 24,
+        scale_factor: int = 2,
+        num_heads: int = 8,
+    ) -> TokenPackerProjector:
+        """Build the projector that released weights belong to.
+
+        Args:
+            state_dict: Weights with the official names, bare or behind a common prefix ("model.mm_projector."); a whole
+                checkpoint's will do. Sizes, dtype and device are read from them.
+            grid: Patches of an image, which weights don't tell.
+            scale_factor: Side of a region, which weights don't tell.
+            num_heads: Attention heads, which weights don't tell.
+
+        Raises:
+            CheckpointError: If weights are missing, unexpected or of the wrong shape; the message lists them.
+        """
+        anchor = "q_proj_1.weight"
+        prefix = next((name.removesuffix(anchor) for name in state_dict if name.endswith(anchor)), "")
+        own = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
+        sizing = (anchor, "k_proj_1.0.weight", "mlp.0.weight")
+        if all(own[name].dim() == 2 if name in own else False for name in sizing):
+            embed_dim, dim = own[anchor].shape
+            levels, hidden = own["k_proj_1.0.weight"].shape[1] // dim, own["mlp.0.weight"].shape[0]
+        else:
+            dim, hidden, levels, embed_dim = 1024, 4096, 4, 1024  # to name what is missing
+        with torch.device("meta"):
+            projector = cls(grid, dim, hidden, scale_factor, levels, embed_dim, num_heads)
+        expected = projector.state_dict()
+        problems = [f"missing {', '.join(names)}" for names in [sorted(expected.keys() - own.keys())] if names]
+        problems += [f"unexpected {', '.join(names)}" for names in [sorted(own.keys() - expected.keys())] if names]
+        problems += [
+            f"{name} has shape {tuple(own[name].shape)}, expected {tuple(value.shape)}"
+            for name, value in expected.items()
+            if name in own and own[name].shape != value.shape
+        ]
+        if problems:
+            raise CheckpointError(f"these are not the weights of a TokenPacker projector: {'; '.join(problems)}")
+        projector.load_state_dict({name: value.clone() for name, value in own.items()}, assign=True)
+        return projector
