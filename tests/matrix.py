@@ -62,6 +62,7 @@ class Pair:
 
 
 REFUSED = {("tokenpacker", "qwen2_5_vl-no-cls"), ("tokenpacker", "internvl-cls")}
+REFUSED |= {(name, "llava_onevision-no-cls") for name in PRUNING}
 EVERY: dict[tuple[str, str], Pair] = {
     **{(name, key): Pair(family, make(), True) for name, make in PRUNING.items() for key, family in FAMILIES.items()},
     **{

@@ -13,6 +13,8 @@ import pytest
 import transformers
 from tiny import LLAVA, QWEN2_5_VL, TinyFamily, picture
 
+import vltok
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 CHAT = "{% for part in messages[0].content %}{{ part.text if part.type == 'text' else %r }} {% endfor %}"
 
@@ -79,6 +81,23 @@ def test_prune_llava_takes_other_families(run, image, tmp_path):
     printed = run("prune_llava.py", image, "w1 w2", "--model", folder)
     before, after = re.search(r"visual tokens (\d+) -> (\d+)", printed).groups()
     assert int(after) == max(1, round(0.1 * int(before)))
+
+
+def test_tokenpacker_llava_prints_both_answers_and_the_report(run, image, tmp_path):
+    folder = saved(LLAVA, tmp_path / "model")
+    printed = run("tokenpacker_llava.py", image, "w1 w2", "--model", folder)
+    assert "projector: 16 patches -> 4 visual tokens (pictures, crops: 1)" in printed
+    answers = dict(line.split(": ", 1) for line in printed.splitlines())
+    assert set(answers["condensed"].split()) <= {f"w{i}" for i in range(40)}
+    assert answers["condensed"] != answers["all visual tokens"]
+
+
+def test_tokenpacker_llava_loads_trained_weights(run, image, tmp_path):
+    folder, model = saved(LLAVA, tmp_path / "model"), LLAVA.model()
+    with vltok.apply(model, vltok.TokenPacker(scale_factor=4), processor=LLAVA.processor()) as handle:
+        vltok.save(handle, tmp_path / "adapter")
+    printed = run("tokenpacker_llava.py", image, "w1 w2", "--model", folder, "--adapter", tmp_path / "adapter")
+    assert "projector: 16 patches -> 1 visual tokens" in printed
 
 
 @pytest.mark.parametrize("model", ["somebody/a-model-nobody-has", "an/empty/folder", "only-a-processor"])

@@ -171,6 +171,45 @@ def _llava_next_processor() -> Any:
     )
 
 
+ONEVISION_SPECIALS = [*SPECIALS, "<video>"]
+
+
+def _llava_onevision(attention: str) -> nn.Module:
+    from transformers import (
+        LlavaOnevisionConfig,
+        LlavaOnevisionForConditionalGeneration,
+        Qwen2Config,
+        SiglipVisionConfig,
+    )
+
+    config = LlavaOnevisionConfig(
+        vision_config=SiglipVisionConfig(**TOWER, image_size=56, patch_size=14, vision_use_head=False),
+        text_config=Qwen2Config(**TEXT),
+        image_token_index=4,
+        video_token_index=5,
+        image_grid_pinpoints=[[56, 112], [112, 56], [112, 112], [168, 168]],
+        vision_aspect_ratio="anyres_max_4",  # 168 x 168 is nine crops: more than four are shrunk
+        attn_implementation=attention,
+    )
+    return LlavaOnevisionForConditionalGeneration(config)
+
+
+def _llava_onevision_processor() -> Any:
+    from transformers import LlavaOnevisionImageProcessor, LlavaOnevisionProcessor, LlavaOnevisionVideoProcessor
+
+    size = {"height": 56, "width": 56}
+    return LlavaOnevisionProcessor(
+        image_processor=LlavaOnevisionImageProcessor(
+            size=size, image_grid_pinpoints=[[56, 112], [112, 56], [112, 112], [168, 168]]
+        ),
+        tokenizer=tokenizer(ONEVISION_SPECIALS),
+        video_processor=LlavaOnevisionVideoProcessor(size=size),
+        num_image_tokens=16,
+        vision_feature_select_strategy="full",
+        vision_aspect_ratio="anyres_max_4",
+    )
+
+
 QWEN_SPECIALS = [*SPECIALS[:4], "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
 QWEN_PATCHES = {"patch_size": 4, "temporal_patch_size": 2}
 
@@ -251,6 +290,17 @@ LLAVA_SIGLIP = TinyFamily(
 )
 # 84 x 50: a thumbnail, four crops of which a strip above and below is cut off, and four newlines. 42 x 84: two crops.
 LLAVA_NEXT = TinyFamily("llava_next", _llava_next, _llava_next_processor, "<image>", (84, 50), (42, 84), True, (37, 33))
+# 112 x 100: a thumbnail, four crops of which two rows are cut off, and a newline in every row; 168 x 150 is shrunk.
+LLAVA_ONEVISION = TinyFamily(
+    "llava_onevision",
+    _llava_onevision,
+    _llava_onevision_processor,
+    "<image>",
+    (112, 100),
+    (168, 150),
+    False,
+    (88, 79),
+)
 QWEN2_5_VL = TinyFamily(
     "qwen2_5_vl",
     _qwen2_5_vl,
@@ -263,7 +313,8 @@ QWEN2_5_VL = TinyFamily(
 )
 # 112 x 56: two tiles and a thumbnail of 16 tokens each. 56 x 56: a single tile.
 INTERNVL = TinyFamily("internvl", _internvl, _internvl_processor, "<IMG_CONTEXT>", (112, 56), (56, 56), True, (48, 16))
-ALL = [LLAVA, LLAVA_SIGLIP, LLAVA_NEXT, QWEN2_5_VL, INTERNVL]
+PRUNABLE = [LLAVA, LLAVA_SIGLIP, LLAVA_NEXT, QWEN2_5_VL, INTERNVL]
+ALL = [*PRUNABLE, LLAVA_ONEVISION]
 
 
 @functools.lru_cache

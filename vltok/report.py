@@ -68,7 +68,7 @@ class Report:
         if self.condensed is not None:
             each = self.condensed
             lines.append(
-                f"projector: {each.patches} patches -> {each.tokens} visual tokens in each of {each.pictures} pictures"
+                f"projector: {each.patches} patches -> {each.tokens} visual tokens (pictures, crops: {each.pictures})"
             )
         elif not self.visual_tokens:
             return "no prompt with images since the method was attached"

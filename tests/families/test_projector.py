@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from prompts import probe
-from tiny import LLAVA, LLAVA_NEXT, LLAVA_SIGLIP, QWEN2_5_VL, picture, shared_model, sharpen
+from tiny import LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, LLAVA_SIGLIP, QWEN2_5_VL, picture, shared_model, sharpen
 from torch import nn
 from unchanged import unchanged
 
@@ -54,7 +55,7 @@ def test_the_report_says_what_was_condensed(capsys):
         assert "no prompt with images" in str(handle.report(file=None))
         model(**LLAVA.inputs(WORDS, pictures(LLAVA), processor=processor))
         report = handle.report()
-    assert capsys.readouterr().out == "projector: 16 patches -> 4 visual tokens in each of 3 pictures\n"
+    assert capsys.readouterr().out == "projector: 16 patches -> 4 visual tokens (pictures, crops: 3)\n"
     assert report.condensed == vltok.report.Condensed(pictures=3, patches=16, tokens=4)
 
 
@@ -142,6 +143,31 @@ def test_llava_next_lays_out_fewer_tokens_for_pictures_of_any_shape(next_pair, w
     assert (packed == newline).all(-1).sum() * 2 in ((full == newline).all(-1).sum() + odd for odd in (-2, -1, 0, 1, 2))
 
 
+@torch.no_grad()
+@settings(max_examples=25, deadline=None)
+@given(width=st.integers(20, 200), height=st.integers(20, 200))
+def test_llava_onevision_lays_out_fewer_tokens_for_pictures_of_any_shape(width, height):
+    model, processor = shared_model(LLAVA_ONEVISION), LLAVA_ONEVISION.processor()
+    shown = [picture(0, (width, height))]
+    with vltok.apply(model, PACKER, processor=processor):
+        inputs = LLAVA_ONEVISION.inputs(["w1 <image> w2"], shown, processor=processor)
+        model(**inputs)
+    packed, full = (
+        (ids == 4).sum() for ids in (inputs["input_ids"], LLAVA_ONEVISION.inputs(["<image>"], shown)["input_ids"])
+    )
+    assert packed < full / 2
+
+
+@torch.no_grad()
+def test_llava_onevision_condenses_the_frames_of_videos():
+    model, processor = shared_model(LLAVA_ONEVISION), LLAVA_ONEVISION.processor()
+    video = torch.stack([torch.from_numpy(np.array(picture(seed))) for seed in range(3)]).permute(0, 3, 1, 2)
+    with vltok.apply(model, PACKER, processor=processor):
+        inputs = processor(text=["w1 <video> w2"], videos=[video], return_tensors="pt")
+        assert (inputs["input_ids"] == 5).sum() == 3 * 1 + 1, "2 x 2 tokens pooled to one in each frame, and a newline"
+        assert model(**inputs).logits.isfinite().all()
+
+
 def test_each_refusal_names_the_cause_and_leaves_the_model_alone():
     model, processor = shared_model(LLAVA), LLAVA.processor()
     refusals = [
@@ -166,7 +192,7 @@ def test_each_refusal_names_the_cause_and_leaves_the_model_alone():
 
 def test_a_processor_that_serves_another_condensed_model_is_refused():
     model, other, processor = shared_model(LLAVA), LLAVA.model(), LLAVA.processor()
-    refused = pytest.raises(ValueError, match="patch_size is 28, the model's 14; it was saved, or is in use")
+    refused = pytest.raises(ValueError, match="patch_size is 28, the model's 14; was it saved, or is it in use")
     with vltok.apply(model, PACKER, processor=processor), unchanged(other), refused:
         vltok.apply(other, PACKER, processor=processor)
     assert processor.patch_size == 14

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 FAMILIES = {
     "transformers.models.llava": ("llava", "Llava"),
     "transformers.models.llava_next": ("llava_next", "LlavaNext"),
+    "transformers.models.llava_onevision": ("llava_onevision", "LlavaOnevision"),
     "transformers.models.qwen2_5_vl": ("qwen2_5_vl", "Qwen2_5_VL"),
     "transformers.models.internvl": ("internvl", "InternVL"),
 }
@@ -53,7 +54,7 @@ class VlmView(LanguageView, ProjectorView):
     ) -> None:
         if self._engine is not None or self._is_pruned():
             raise ValueError(
-                "the visual tokens that the projector in place returns are already pruned; replace the projector first: "
+                "the tokens that the projector in place returns are already being pruned; replace the projector first: "
                 "vltok.apply(model, [projector method, pruning method], processor=processor)"
             )
         self._restore = self.family.swap_projector(
@@ -79,6 +80,7 @@ class VlmView(LanguageView, ProjectorView):
                     "this model's visual tokens are already pruned; remove that handle first, or apply the methods "
                     "together: vltok.apply(model, [first, second])"
                 )
+            self.family.check_pruning(self.host)
             self._engine = PruningEngine(self.family, run)
             self._engine.install(edits, self.host)
         return self._engine

@@ -33,7 +33,10 @@ class VlmFamily:
         return any(name in ("class_embedding", "cls_token") for name in names)
 
     def check(self, model: nn.Module) -> None:
-        """Raise UnsupportedModelError if this member of the family can't be pruned."""
+        """Raise UnsupportedModelError if this member of the family can't be handled."""
+
+    def check_pruning(self, model: nn.Module) -> None:
+        """Raise UnsupportedModelError if the visual tokens of this member can't be pruned."""
         config = model.language_model.config
         types = getattr(config, "layer_types", None)
         sliding = any("full" not in kind for kind in types) if types else getattr(config, "sliding_window", None)
@@ -83,8 +86,13 @@ class VlmFamily:
         """
         raise UnsupportedModelError(
             f"the projector of {self.title} merges patches itself and its processor counts on that, so it can't be "
-            "replaced; models that can: LLaVA-1.5 and its kin (llava), LLaVA-NeXT (llava_next)"
+            "replaced; families that can: llava (LLaVA-1.5 and its kin), llava_next, llava_onevision"
         )
+
+    def processor_fields(self, model: nn.Module, scale_factor: int) -> dict[str, tuple[Any, Any]]:
+        """What the processor counts placeholders by: for each field its value now, and for s^2 times fewer."""
+        size = model.config.vision_config.patch_size
+        return {"patch_size": (size, size * scale_factor)}
 
     def swap_projector(
         self,
@@ -97,7 +105,8 @@ class VlmFamily:
         scale_factor: int,
     ) -> dict[str, dict[str, Any]]:
         """Replace the projector, see `ProjectorView.swap_projector`. Returns what config and processor held before."""
-        return swap_projector(edits, run, model, processor, projector, levels, scale_factor)
+        fields = self.processor_fields(model, scale_factor)
+        return swap_projector(edits, run, model, processor, fields, projector, levels, scale_factor)
 
     def image_token_id(self, model: nn.Module) -> int:
         """The id of the placeholder."""

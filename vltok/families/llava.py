@@ -24,7 +24,6 @@ class Llava(VlmFamily):
     model_class = "LlavaModel"
 
     def check(self, model: nn.Module) -> None:
-        super().check(model)
         kind = model.config.vision_config.model_type
         if kind not in TOWERS:
             raise UnsupportedModelError(

@@ -41,7 +41,7 @@ class LlavaNext(Llava):
         scale_factor: int,
     ) -> dict[str, dict[str, Any]]:
         before = super().swap_projector(edits, run, model, processor, projector, levels, scale_factor)
-        edits.set_attribute(model, "pack_image_features", CoarserPatches(model, scale_factor))
+        edits.set_attribute(model, "pack_image_features", CoarserPatches(model, "pack_image_features", scale_factor))
         return before
 
     def images(self, model: nn.Module, encoding: Encoding, runs: list[int]) -> list[ImageTokens]:
@@ -94,19 +94,19 @@ class Overheard:
 
 
 class CoarserPatches:
-    """`pack_image_features` of a model whose crops have patches `scale` times as wide and high.
+    """A method of a model that reads the config as if patches were `scale` times as wide and high.
 
     It looks the method up on its owner's class at each call, so a deepcopy of the owner calls its own.
     """
 
-    def __init__(self, owner: nn.Module, scale: int) -> None:
-        self._owner, self._scale = owner, scale
+    def __init__(self, owner: nn.Module, name: str, scale: int) -> None:
+        self._owner, self._name, self._scale = owner, name, scale
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         owner, vision = self._owner, self._owner.config.vision_config
         coarser = _With(vision, patch_size=vision.patch_size * self._scale)
         stand_in = _With(owner, config=_With(owner.config, vision_config=coarser))
-        return type(owner).pack_image_features(stand_in, *args, **kwargs)
+        return getattr(type(owner), self._name)(stand_in, *args, **kwargs)
 
 
 class _With:

@@ -52,7 +52,14 @@ def projector_site(model: nn.Module) -> ProjectorSite:
 
 
 def swap_projector(
-    edits: Edits, run: Run, model: nn.Module, processor: Any, projector: nn.Module, levels: tuple[int, ...], scale: int
+    edits: Edits,
+    run: Run,
+    model: nn.Module,
+    processor: Any,
+    fields: dict[str, tuple[Any, Any]],
+    projector: nn.Module,
+    levels: tuple[int, ...],
+    scale: int,
 ) -> dict[str, dict[str, Any]]:
     """Swap the projector, and make config and processor follow it.
 
@@ -62,18 +69,14 @@ def swap_projector(
     Raises:
         ValueError: If the processor is missing or doesn't belong to the model.
     """
-    check_processor(model, processor)
+    check_processor(model, processor, {name: now for name, (now, _) in fields.items()})
     vision = model.config.vision_config
+    config_fields = {"vision_feature_layer": list(levels), "projector_hidden_act": GUARD}
+    if hasattr(model.config, "image_seq_length"):
+        config_fields["image_seq_length"] = (vision.image_size // vision.patch_size // scale) ** 2
     changes = {
-        "config": (
-            model.config,
-            {
-                "vision_feature_layer": list(levels),
-                "image_seq_length": (vision.image_size // vision.patch_size // scale) ** 2,
-                "projector_hidden_act": GUARD,
-            },
-        ),
-        "processor": (processor, {"patch_size": processor.patch_size * scale}),
+        "config": (model.config, config_fields),
+        "processor": (processor, {name: then for name, (_, then) in fields.items()}),
     }
     before = {part: {name: getattr(target, name) for name in fields} for part, (target, fields) in changes.items()}
     edits.swap(model, "multi_modal_projector", projector)
@@ -84,7 +87,7 @@ def swap_projector(
     return before
 
 
-def check_processor(model: nn.Module, processor: Any) -> None:
+def check_processor(model: nn.Module, processor: Any, fields: dict[str, Any]) -> None:
     """Raise ValueError unless the processor writes a placeholder for each patch that this model's projector gets."""
     remedy = "pass the model's own: vltok.apply(model, method, processor=processor)"
     if processor is None:
@@ -93,7 +96,7 @@ def check_processor(model: nn.Module, processor: Any) -> None:
         )
     config = model.config
     expected = {
-        "patch_size": config.vision_config.patch_size,
+        **fields,
         "image_token_id": config.image_token_id,
         "vision_feature_select_strategy": config.vision_feature_select_strategy,
     }
@@ -104,9 +107,7 @@ def check_processor(model: nn.Module, processor: Any) -> None:
         found = getattr(processor, name)
         if found != value:
             hint = (
-                "; it was saved, or is in use, while a projector was replaced: set it back"
-                if name == "patch_size" and isinstance(found, int) and found % value == 0
-                else ""
+                "; was it saved, or is it in use, while a projector is replaced? Set it back" if name in fields else ""
             )
             raise ValueError(f"the processor's {name} is {found!r}, the model's {value!r}{hint}; {remedy}")
 
