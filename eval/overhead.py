@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import nn
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import Cache, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import vltok
 from vltok.methods.selector import Selector
@@ -179,7 +179,9 @@ class Bench:
         with vltok.apply(self.model, Fixed(self.shape.keep_ratio, positions="reindex", indices=self.kept)):
             pruned = self.whole()
         answer = pruned.sequences[:, self.ids.shape[1] :]
-        lengths = [[layer.get_seq_length() for layer in side.past_key_values.layers] for side in (native, pruned)]
+        # Versions of transformers differ in what they call the cache of an output.
+        caches = [next(value for value in side.values() if isinstance(value, Cache)) for side in (native, pruned)]
+        lengths = [[layer.get_seq_length() for layer in cache.layers] for cache in caches]
         if not torch.equal(answer, native.sequences) or lengths[0] != lengths[1]:
             raise RuntimeError(f"the sides differ: {native.sequences} and {answer}, KV entries {lengths}")
 

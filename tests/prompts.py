@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field
 
 import reference
 import torch
 from tiny import TinyFamily, picture
+from transformers import LlamaForCausalLM
 
 import vltok
 from vltok.methods.selector import Selector
@@ -21,6 +23,10 @@ PROMPTS = {  # the text, and for each image whether it has the family's size (0)
     "text only": ("w3 w4", []),
 }
 BATCH = ["two images", "text around", "image first", "text only"]
+
+# What the installed transformers calls the KV cache, and all words its models take for it.
+CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
+CACHE_WORDS = sorted({CACHE, "past_key_values"})
 
 
 def pictures(family: TinyFamily, name: str):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from matrix import EVERY, PAIRS, REFUSED, Pair
+from prompts import CACHE
 from tiny import LLAVA_ONEVISION, TinyFamily, picture, shared_model
 
 import vltok
@@ -315,7 +316,7 @@ def test_hidden_states_come_back_at_the_length_of_the_prompt(pair, model):
 def test_report_tells_what_the_cache_holds(pair, model):
     inputs = batch(pair)
     with pair.apply(model) as handle, torch.no_grad():
-        cache = model(**inputs, use_cache=True).past_key_values
+        cache = model(**inputs, use_cache=True)[CACHE]
         report = handle.report(file=None)
     method = pair.method
     keys = [layer.keys for layer in cache.layers]

@@ -7,14 +7,15 @@ import copy
 import pytest
 import tiny
 import torch
-from test_contract import batch, generate, logits, shared_model, single
+from prompts import CACHE, batch, generate, single
+from tiny import shared_model
 from torch import nn
 
 import vltok
 from vltok.errors import UnsupportedInputError
 
 
-@pytest.fixture(params=tiny.ALL, ids=lambda family: f"{family.name}-{family.has_cls}")
+@pytest.fixture(params=tiny.PRUNABLE, ids=lambda family: f"{family.name}-{family.has_cls}")
 def family(request):
     return request.param
 
@@ -22,6 +23,11 @@ def family(request):
 @pytest.fixture
 def model(family):
     return shared_model(family)
+
+
+@torch.no_grad()
+def logits(model, inputs):
+    return model(**inputs).logits
 
 
 def test_a_selector_and_a_judge_from_two_methods_work_together(family, model):
@@ -54,7 +60,7 @@ def test_two_methods_for_the_same_job_are_refused(model, methods):
 
 
 def test_the_bare_model_and_positional_arguments_work_as_well(family, model):
-    inputs = dict(single(family, 1))
+    inputs = dict(single(family, "two images"))
     with vltok.apply(model, vltok.DivPrune(num_keep=3)), torch.no_grad():
         expected = model.model(**inputs).last_hidden_state
         ids = inputs.pop("input_ids")
@@ -70,12 +76,12 @@ def test_a_wrapped_model_is_found(family, model):
             self.inner = inner
 
     with vltok.apply(Wrapper(model), vltok.DivPrune(num_keep=3)) as handle:
-        logits(model, single(family, 0))
+        logits(model, single(family, "text around"))
         assert handle.report(file=None).kept_tokens == [[3]]
 
 
 def test_prompts_given_as_embeddings_are_pruned_alike(family, model):
-    inputs = dict(single(family, 1))
+    inputs = dict(single(family, "two images"))
     with vltok.apply(model, vltok.DivPrune(num_keep=3)) as handle, torch.no_grad():
         positions = {}
         if "mm_token_type_ids" in inputs:  # Qwen2.5-VL makes its positions from the ids
@@ -90,11 +96,11 @@ def test_prompts_given_as_embeddings_are_pruned_alike(family, model):
 
 
 def test_lookahead_decoding_equals_greedy_or_is_refused(family, model):
-    inputs = single(family, 0)
+    inputs = single(family, "text around")
     with vltok.apply(model, vltok.ToDRE(num_keep=3, tau=1.0, depth=0.5)):
-        expected = generate(model, inputs, max_new_tokens=8)
+        expected = generate(model, inputs, steps=8)
         try:
-            actual = generate(model, inputs, max_new_tokens=8, prompt_lookup_num_tokens=2)
+            actual = generate(model, inputs, steps=8, prompt_lookup_num_tokens=2)
         except (UnsupportedInputError, ValueError):
             return
     assert torch.equal(actual, expected)
@@ -105,18 +111,18 @@ def test_a_cache_that_was_emptied_takes_a_new_prompt_or_plain_text(family, model
     with torch.no_grad():
         plain = model(**text).logits
     with vltok.apply(model, vltok.StrideTokens(num_keep=2)), torch.no_grad():
-        first = model(**single(family, 0), use_cache=True)
-        cache = first.past_key_values
+        first = model(**single(family, "text around"), use_cache=True)
+        cache = first[CACHE]
         cache.reset()
-        assert torch.equal(model(**text, past_key_values=cache).logits, plain)
+        assert torch.equal(model(**text, **{CACHE: cache}).logits, plain)
         cache.reset()
-        assert torch.equal(model(**single(family, 0), past_key_values=cache).logits, first.logits)
+        assert torch.equal(model(**single(family, "text around"), **{CACHE: cache}).logits, first.logits)
 
 
 def test_a_copy_made_between_two_calls_carries_no_graph(family, model):
     twin = copy.deepcopy(model)
     handle = vltok.apply(twin, vltok.ToDRE(num_keep=3))
-    twin(**single(family, 0)).logits.sum().backward()
+    twin(**single(family, "text around")).logits.sum().backward()
     copy.deepcopy(twin)
     handle.remove()
 

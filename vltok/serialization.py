@@ -109,8 +109,9 @@ def from_pretrained(folder: str | Path, *, processor: Any = None, **options: Any
     if processor is None:
         processor = transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
         _set_fields(processor, before.get("processor", {}))
-    names = [name for name in config.architectures or () if isinstance(getattr(transformers, name, None), type)]
-    model_class = getattr(transformers, names[0]) if names else transformers.AutoModelForImageTextToText
+    known = [getattr(transformers, name, None) for name in config.architectures or ()]
+    known = [each for each in known if isinstance(each, type) and issubclass(each, transformers.PreTrainedModel)]
+    model_class = known[0] if known else transformers.AutoModelForImageTextToText
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # it would list the new weights as strangers, and miss the old ones
     try:

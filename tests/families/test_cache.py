@@ -8,7 +8,7 @@ import pytest
 import reference
 import tiny
 import torch
-from prompts import batch, generate, row, rows, single
+from prompts import CACHE, batch, generate, row, rows, single
 from tiny import TinyFamily, shared_model
 from transformers import DynamicCache, MistralConfig, Qwen2Config, StaticCache
 
@@ -53,7 +53,7 @@ def test_text_goes_on_after_a_pruned_prompt(family, model, case, name, explicit)
     method, options = case
     whole = row(model, family, name)
     with vltok.apply(model, method) as handle:
-        cache = model(**single(family, name), use_cache=True).past_key_values
+        cache = model(**single(family, name), use_cache=True)[CACHE]
         report = handle.report(file=None)
         picks = report.keep_indices[0]
         if report.relevance and report.relevance[0] and not report.relevance[0][0].dropped:
@@ -62,7 +62,7 @@ def test_text_goes_on_after_a_pruned_prompt(family, model, case, name, explicit)
         words, at = [9, 10, 11, 12, 13], whole.next_position
         for chunk in ([9], [10, 11, 12], [13]):
             extra = {"position_ids": positions(family, at, len(chunk))} if explicit else {}
-            output = model(input_ids=ids(*chunk), past_key_values=cache, **extra)
+            output = model(input_ids=ids(*chunk), **{CACHE: cache}, **extra)
             at += len(chunk)
             done = words[: words.index(chunk[-1]) + 1]
             expected = expect(whole, model, picks, done, **options)[-len(chunk) :]
@@ -76,12 +76,12 @@ def test_text_goes_on_after_a_padded_batch(family, model, case):
     fresh = torch.ones_like(words)
     fresh[0, 2] = 0  # the first row has only two new words
     with vltok.apply(model, method) as handle:
-        cache = model(**inputs, use_cache=True).past_key_values
+        cache = model(**inputs, use_cache=True)[CACHE]
         picks = handle.report(file=None).keep_indices
         mask = torch.cat([inputs.attention_mask, fresh], dim=1)
-        first = model(input_ids=words, attention_mask=mask, past_key_values=cache).logits
+        first = model(input_ids=words, attention_mask=mask, **{CACHE: cache}).logits
         mask = torch.cat([mask, torch.ones_like(words)], dim=1)
-        second = model(input_ids=words, attention_mask=mask, past_key_values=cache).logits
+        second = model(input_ids=words, attention_mask=mask, **{CACHE: cache}).logits
     for index, whole in enumerate(rows(model, family)):
         own = options if whole.images else {}
         expected = expect(whole, model, picks[index], words[index].tolist(), **own)
@@ -98,15 +98,15 @@ def test_a_cache_is_cropped_copied_and_repeated(family, model, case):
     method, options = case
     whole = row(model, family, "two images")
     with vltok.apply(model, method) as handle:
-        cache = model(**single(family, "two images"), use_cache=True).past_key_values
+        cache = model(**single(family, "two images"), use_cache=True)[CACHE]
         picks = handle.report(file=None).keep_indices[0]
-        model(input_ids=ids(9, 10, 11), past_key_values=cache)
+        model(input_ids=ids(9, 10, 11), **{CACHE: cache})
         branch = copy.deepcopy(cache)
         cache.crop(-2)
-        cropped = model(input_ids=ids(12, 13), past_key_values=cache).logits
-        copied = model(input_ids=ids(14), past_key_values=branch).logits
+        cropped = model(input_ids=ids(12, 13), **{CACHE: cache}).logits
+        copied = model(input_ids=ids(14), **{CACHE: branch}).logits
         cache.batch_repeat_interleave(2)
-        repeated = model(input_ids=torch.tensor([[15], [16]]), past_key_values=cache).logits
+        repeated = model(input_ids=torch.tensor([[15], [16]]), **{CACHE: cache}).logits
     torch.testing.assert_close(cropped[0], expect(whole, model, picks, [9, 12, 13], **options)[-2:], **CLOSE)
     torch.testing.assert_close(copied[0], expect(whole, model, picks, [9, 10, 11, 14], **options)[-1:], **CLOSE)
     for index, word in enumerate((15, 16)):
@@ -121,7 +121,7 @@ def test_generate_goes_on_from_the_new_words_with_a_mask_of_the_whole_conversati
         output = model(**inputs, use_cache=True)
         picks = handle.report(file=None).keep_indices[0]
         mask = torch.ones(1, inputs.input_ids.shape[1] + 2, dtype=torch.long)
-        turn = {"input_ids": ids(9, 10), "attention_mask": mask, "past_key_values": output.past_key_values}
+        turn = {"input_ids": ids(9, 10), "attention_mask": mask, CACHE: output[CACHE]}
         words = generate(model, turn)[0].tolist()
     assert words == reference.greedy(reference.extend(whole, model, [9, 10]), model, picks, 5, **options)
 
@@ -148,12 +148,12 @@ def test_a_prefill_in_chunks_is_right_where_the_images_are_in_one_and_refused_el
 
 
 def test_images_on_top_of_a_filled_cache_are_refused(family, model, handle):
-    cache = model(input_ids=ids(9, 10), use_cache=True).past_key_values
+    cache = model(input_ids=ids(9, 10), use_cache=True)[CACHE]
     with pytest.raises(UnsupportedInputError, match="whole conversation with a fresh"):
-        model(**single(family, "two images"), past_key_values=cache)
-    cache = model(**single(family, "text around"), use_cache=True).past_key_values
+        model(**single(family, "two images"), **{CACHE: cache})
+    cache = model(**single(family, "text around"), use_cache=True)[CACHE]
     with pytest.raises(UnsupportedInputError, match="whole conversation with a fresh"):
-        model(**single(family, "two images"), past_key_values=cache)
+        model(**single(family, "two images"), **{CACHE: cache})
 
 
 def test_static_caches_are_refused(family, model, handle):
@@ -161,7 +161,7 @@ def test_static_caches_are_refused(family, model, handle):
     with pytest.raises(UnsupportedInputError, match="StaticCache reserves room"):
         generate(model, inputs, cache_implementation="static")
     with pytest.raises(UnsupportedInputError, match="StaticCache reserves room"):
-        model(**inputs, past_key_values=StaticCache(config=model.config.get_text_config(), max_cache_len=200))
+        model(**inputs, **{CACHE: StaticCache(config=model.config.get_text_config(), max_cache_len=200)})
 
 
 def test_ready_made_attention_maps_and_hidden_images_are_refused(family, model, handle):
@@ -204,34 +204,34 @@ def test_generate_on_a_pruned_cache_is_refused_where_it_counts_entries(family, m
     turn = torch.cat([output.sequences, ids(9, 10)], dim=1)
     for given in (turn, turn[:, -3:], turn[:, -1:]):
         with pytest.raises(UnsupportedInputError, match="generate\\(\\) can't take up a pruned cache"):
-            generate(model, {"input_ids": given, "past_key_values": copy.deepcopy(output.past_key_values)})
+            generate(model, {"input_ids": given, CACHE: copy.deepcopy(output[CACHE])})
     whole = {**inputs, "input_ids": turn, "attention_mask": torch.ones_like(turn)}
     if "mm_token_type_ids" in inputs:
         new = turn.shape[1] - inputs.input_ids.shape[1]
         whole["mm_token_type_ids"] = torch.nn.functional.pad(inputs.mm_token_type_ids, (0, new))
     with pytest.raises(UnsupportedInputError, match="filled KV cache"):
-        generate(model, {**whole, "past_key_values": copy.deepcopy(output.past_key_values)})
+        generate(model, {**whole, CACHE: copy.deepcopy(output[CACHE])})
     assert generate(model, whole).shape == (1, 5), "with a fresh cache the conversation goes on"
 
 
 def test_words_that_do_not_follow_the_pruned_prompt_are_refused(family, model, handle):
     inputs = single(family, "two images")
-    cache = model(**inputs, use_cache=True).past_key_values
+    cache = model(**inputs, use_cache=True)[CACHE]
     held = cache.get_seq_length()
     for extra in ({"position_ids": positions(family, held, 1)}, {"attention_mask": torch.ones(1, held + 1)}):
         with pytest.raises(UnsupportedInputError, match="attention_mask or position_ids say otherwise"):
-            model(input_ids=ids(9), past_key_values=cache, **extra)
-    twice = model(**batch(family, names=["two images", "two images"]), use_cache=True).past_key_values
+            model(input_ids=ids(9), **{CACHE: cache}, **extra)
+    twice = model(**batch(family, names=["two images", "two images"]), use_cache=True)[CACHE]
     with pytest.raises(UnsupportedInputError, match="2 rows, but 3 rows"):
-        model(input_ids=ids(9).expand(3, -1), past_key_values=twice)
+        model(input_ids=ids(9).expand(3, -1), **{CACHE: twice})
     with pytest.raises(UnsupportedInputError, match="through the whole model"):
-        model.model.language_model(input_ids=ids(9), past_key_values=cache)
-    expected = model(input_ids=ids(9), past_key_values=copy.deepcopy(cache)).logits
+        model.model.language_model(input_ids=ids(9), **{CACHE: cache})
+    expected = model(input_ids=ids(9), **{CACHE: copy.deepcopy(cache)}).logits
     cache.crop(-1)
     with pytest.raises(UnsupportedInputError, match="cropped back to its prompt"):
-        model(input_ids=ids(9), past_key_values=cache)
-    fresh = model(**inputs, past_key_values=DynamicCache(), use_cache=True).past_key_values
-    torch.testing.assert_close(model(input_ids=ids(9), past_key_values=fresh).logits, expected, **CLOSE)
+        model(input_ids=ids(9), **{CACHE: cache})
+    fresh = model(**inputs, **{CACHE: DynamicCache()}, use_cache=True)[CACHE]
+    torch.testing.assert_close(model(input_ids=ids(9), **{CACHE: fresh}).logits, expected, **CLOSE)
 
 
 @pytest.mark.parametrize(
@@ -260,9 +260,9 @@ def test_a_fault_words_counted_by_cache_entries_is_caught(family, model, monkeyp
 
     def mismatch() -> float:
         with vltok.apply(model, METHODS["keep"][0]) as handle:
-            cache = model(**single(family, "two images"), use_cache=True).past_key_values
+            cache = model(**single(family, "two images"), use_cache=True)[CACHE]
             picks = handle.report(file=None).keep_indices[0]
-            logits = model(input_ids=ids(9, 10), past_key_values=cache).logits[0]
+            logits = model(input_ids=ids(9, 10), **{CACHE: cache}).logits[0]
         return float((logits - expect(whole, model, picks, [9, 10], hidden_after=2)).abs().max())
 
     assert mismatch() < 2e-5

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from prompts import batch, generate, pictures, probe, row, rows, single
+from prompts import CACHE, batch, generate, pictures, probe, row, rows, single
 from tiny import QWEN2_5_VL, picture, shared_model
 
 import vltok
@@ -166,9 +166,9 @@ def test_text_after_a_prompt_that_ends_with_the_last_placeholder(size):
     )
     assert len(whole.positions[:, -1].unique()) > 1
     with vltok.apply(model, PRUNE) as handle:
-        cache = model(**inputs, use_cache=True).past_key_values
+        cache = model(**inputs, use_cache=True)[CACHE]
         picks = handle.report(file=None).keep_indices[0]
-        logits = model(input_ids=torch.tensor([[7, 10, 11]]), past_key_values=cache).logits[0]
+        logits = model(input_ids=torch.tensor([[7, 10, 11]]), **{CACHE: cache}).logits[0]
     expected = reference.logits(reference.extend(whole, model, [7, 10, 11]), picks)[0][-3:]
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
 

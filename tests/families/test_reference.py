@@ -8,7 +8,7 @@ import itertools
 import pytest
 import reference
 import torch
-from prompts import PROMPTS, batch, generate, row, rows, single
+from prompts import CACHE, PROMPTS, batch, generate, row, rows, single
 from tiny import TinyFamily, shared_model
 
 import vltok
@@ -68,7 +68,7 @@ def test_stage_2_without_stage_1_at_any_layer(family, model, layers):
     expected, where = reference.logits(whole, everything, hidden_after=layers[0])
     text = ~whole.visual[where]
     torch.testing.assert_close(output.logits[0][text], expected[text], **CLOSE)
-    lengths = [layer.keys.shape[-2] for layer in output.past_key_values.layers]
+    lengths = [layer.keys.shape[-2] for layer in output[CACHE].layers]
     assert lengths == [len(where)] * layers[0] + [int(text.sum())] * (4 - layers[0])
     assert report.tokens_per_layer[0].tolist() == lengths
 
@@ -115,7 +115,7 @@ def test_rows_of_a_batch_that_drop_after_different_layers(family, model):
         report = handle.report(file=None)
         words = torch.full((len(drop_after), 2), 9)
         mask = torch.cat([inputs.attention_mask, torch.ones_like(words)], dim=1)
-        after = model(input_ids=words, attention_mask=mask, past_key_values=output.past_key_values).logits
+        after = model(input_ids=words, attention_mask=mask, **{CACHE: output[CACHE]}).logits
     for index, (whole, layer) in enumerate(zip(rows(model, family), drop_after, strict=True)):
         longer = reference.extend(whole, model, [9, 9])
         expected, where = reference.logits(longer, report.keep_indices[index], hidden_after=layer)

@@ -24,6 +24,7 @@ from vltok.edits import Edits
 from vltok.errors import UnsupportedInputError, UnsupportedModelError
 from vltok.families.base import VlmFamily
 from vltok.families.cache import PrunedCache
+from vltok.families.cache_name import CACHE, cache_in
 from vltok.families.prompt import Prompt, next_position
 from vltok.families.vision import VisionRecorder
 from vltok.method import Run
@@ -122,7 +123,7 @@ class PruningEngine:
         encoded = kwargs.get("mm_encoder_outputs") or {}
         if kwargs.get("pixel_values_videos") is not None or encoded.get("video") is not None:
             raise UnsupportedInputError("visual tokens of videos can't be pruned yet; remove the handle to run videos")
-        record = PrunedCache.of(kwargs.get("past_key_values"))
+        record = PrunedCache.of(cache_in(kwargs))
         if kwargs.get("pixel_values") is not None or encoded.get("image") is not None:
             self.call = self._open_prompt(module, kwargs, encoded.get("image"))
         elif record is not None:
@@ -134,7 +135,7 @@ class PruningEngine:
         self.call = None
 
     def _open_prompt(self, module: nn.Module, kwargs: dict, encoded: object | None) -> Prompt:
-        mask, cache, ids = (kwargs.get(name) for name in ("attention_mask", "past_key_values", "input_ids"))
+        mask, ids, cache = kwargs.get("attention_mask"), kwargs.get("input_ids"), cache_in(kwargs)
         if getattr(cache, "is_compileable", False):
             raise UnsupportedInputError(
                 f"{type(cache).__name__} reserves room for every token of the prompt, so pruning can't shorten it; use "
@@ -164,7 +165,7 @@ class PruningEngine:
 
     def before_language_model(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Stage 1: let only the kept tokens in."""
-        if self.call is None and PrunedCache.of(kwargs.get("past_key_values")) is not None:
+        if self.call is None and PrunedCache.of(cache_in(kwargs)) is not None:
             raise UnsupportedInputError("a pruned KV cache must be continued through the whole model")
         if not isinstance(self.call, Prompt):
             return None
@@ -194,7 +195,7 @@ class PruningEngine:
                 state if state is None else layout.unpack(state)
                 for layout, state in zip(layouts, output.hidden_states, strict=True)
             )
-        cache = output.past_key_values
+        cache = getattr(output, CACHE)
         if cache is not None and cache.get_seq_length() > 0:
             PrunedCache(
                 length=prompt.visual.shape[1],
@@ -256,8 +257,8 @@ class PruningEngine:
                     config=module.self_attn.config,
                     inputs_embeds=hidden,
                     attention_mask=real,
-                    past_key_values=kwargs.get("past_key_values"),
                     layer_idx=index,
+                    **{CACHE: cache_in(kwargs)},
                 )
             kwargs = {**kwargs, "attention_mask": call.masks[group]}
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
@@ -267,7 +268,7 @@ def _continue(kwargs: dict, record: PrunedCache) -> Continuation:
     """Translate mask and positions of tokens that arrive on top of a pruned cache."""
     tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
     batch, count = tokens.shape[:2]
-    record.follow(kwargs["past_key_values"].get_seq_length(), batch)
+    record.follow(cache_in(kwargs).get_seq_length(), batch)
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
     fits = mask is None or (mask.dim() == 2 and mask.shape[1] == record.length + count)
     if fits and positions is not None:
@@ -321,7 +322,7 @@ def _attention_mass(module: nn.Module, args: tuple, kwargs: dict, columns: torch
     hooks = [module.v_proj.register_forward_hook(replace), module.o_proj.register_forward_pre_hook(read)]
     training, module.training = module.training, False  # no attention dropout here
     try:
-        module.forward(*args, **{**kwargs, "past_key_values": None})
+        module.forward(*args, **{**kwargs, CACHE: None})
     finally:
         module.training = training
         for hook in hooks:

@@ -97,7 +97,7 @@ class TokenPacker(Method):
                     f'{"" if site.layers else " and is built otherwise"}; use init="random"'
                 )
             start_from_pooling(projector, *site.layers)
-        parameter = next(site.old.parameters())
+        parameter = next(p for p in site.old.parameters() if p.is_floating_point())
         view.swap_projector(edits, run, projector.to(parameter.device, parameter.dtype), levels, self.scale_factor)
 
     def _levels_of(self, site: ProjectorSite) -> tuple[int, ...]:
