@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "serialization": {"api", "errors", "families", "method"},
     "families": {"attention", "edits", "errors", "method", "report", "tokens", "views"},
     "methods": {"attention", "edits", "errors", "kernels", "method", "tokens", "views"},
+    "processing": {"errors", "methods", "version"},
     "nn": {"methods", "tokens"},
     "views": {"edits", "method"},
     "method": {"edits", "errors"},
@@ -36,6 +37,7 @@ MAY_IMPORT = {
 LIBRARIES = {
     "families": {"torch", "transformers", "timm"},
     "serialization": {"torch", "safetensors", "transformers"},
+    "processing": {"torch", "transformers"},
     "kernels": {"torch", "triton"},
 }
 

@@ -23,7 +23,7 @@ def blocks(language: str) -> list[str]:
 def test_the_python_of_the_readme_runs_from_top_to_bottom(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(transformers.AutoModelForImageTextToText, "from_pretrained", lambda name, dtype: LLAVA.model())
-    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", lambda name: LLAVA.processor())
+    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", lambda name, **options: LLAVA.processor())
     picture(0, (80, 50)).save("kitchen.jpg")
     scope: dict[str, object] = {"__name__": "readme"}
     assert len(blocks("python")) >= 4
