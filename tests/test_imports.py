@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "serialization": {"api", "errors", "families", "method"},
     "families": {"attention", "edits", "errors", "method", "report", "tokens", "views"},
     "methods": {"attention", "edits", "errors", "kernels", "method", "tokens", "views"},
+    "convert": {"api", "errors", "methods", "serialization"},
     "processing": {"errors", "methods", "version"},
     "nn": {"methods", "tokens"},
     "views": {"edits", "method"},
@@ -37,6 +38,7 @@ MAY_IMPORT = {
 LIBRARIES = {
     "families": {"torch", "transformers", "timm"},
     "serialization": {"torch", "safetensors", "transformers"},
+    "convert": {"torch", "safetensors", "tqdm", "transformers", "typer"},
     "processing": {"torch", "transformers"},
     "kernels": {"torch", "triton"},
 }
