@@ -1,4 +1,4 @@
-"""`python -m eval.canvas`: what pruning visual tokens does to a trained model, on unseen digits and photo regions."""
+"""`python -m eval.canvas`: what fewer visual tokens do to a trained model, on unseen digits and photo regions."""
 
 import os
 import platform
@@ -11,14 +11,14 @@ import transformers
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from transformers import AutoProcessor
+from transformers import AutoProcessor, BatchFeature
 
 import vltok
 from eval.canvas import plots, table
 from eval.canvas.data import load_items
 from eval.canvas.model import MODEL_DIR
 from eval.canvas.pool import Bench, Plan, run_cases
-from eval.canvas.runner import Case, cases, encode, kept_patches, time_prefill
+from eval.canvas.runner import ADAPTERS, Case, cases, encode, kept_patches, time_prefill
 
 TIMING_BATCH = 8
 SHOWN_CANVASES = range(6)
@@ -46,7 +46,7 @@ def main(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     model: Annotated[Path, typer.Option(help="Folder of the trained model.")] = MODEL_DIR,
 ) -> None:
-    """Answer test questions unpruned and under every pruning method; print a table, write it, draw it."""
+    """Answer test questions unpruned, pruned and condensed; print a table, write it, draw it."""
     started = time.perf_counter()
     mode = QUICK if quick else FULL
     ratios = _parse_ratios(keep_ratios or mode["keep_ratios"])
@@ -55,7 +55,7 @@ def main(
     plan = Plan(model, dtype, device, items, seed, questions or mode["questions"], batch_size)
     _check_items(plan)
     bench = Bench(plan)
-    every = cases(ratios, seed)
+    every = cases(ratios, seed, ADAPTERS if model == MODEL_DIR else None)
     out.mkdir(parents=True, exist_ok=True)
 
     columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -63,13 +63,18 @@ def main(
         answering = progress.add_task("answering questions", total=len(bench.questions) * len(every))
         jobs = jobs or _default_jobs(device)
         results = run_cases(bench, every, jobs, lambda count: progress.advance(answering, count))
-        pruned = [case for case in every if case.method is not None]
-        timing = progress.add_task("timing the prefill", total=len(pruned) * mode["rounds"])
-        first = encode(bench.processor, bench.canvases, bench.questions[:TIMING_BATCH], TIMING_BATCH, wrong_image=False)
-        ratio_of = time_prefill(
-            bench.model, pruned, first[0], mode["rounds"], lambda count: progress.advance(timing, count)
+        changed = [result for result in results if not result.case.is_plain]
+        timing = progress.add_task("timing the prefill", total=len(changed) * mode["rounds"])
+        batches = [_first_batch(bench, result.case) for result in changed]
+        ratios_of_time = time_prefill(
+            bench.model,
+            bench.processor,
+            _first_batch(bench, every[0]),
+            list(zip([result.case for result in changed], batches, strict=True)),
+            mode["rounds"],
+            lambda count: progress.advance(timing, count),
         )
-        for result, ratio in zip([r for r in results if r.case.method is not None], ratio_of, strict=True):
+        for result, ratio in zip(changed, ratios_of_time, strict=True):
             result.prefill_ratio = ratio
 
     rows = table.records(results)
@@ -93,14 +98,22 @@ def main(
     table.write(rows, settings, out)
     plots.plot_accuracy(rows, out / "accuracy.png")
     shown_ratio = min(ratios, key=lambda ratio: abs(ratio - 0.1))
-    _draw_kept(bench, [case for case in pruned if case.keep_ratio == shown_ratio], out / "kept.png")
+    selectors = [result.case for result in changed if not result.case.condenses]
+    _draw_kept(bench, [case for case in selectors if case.keep_ratio == shown_ratio], out / "kept.png")
     console = Console()
-    Console(width=max(console.width, 170)).print(table.render(rows))
+    Console(width=max(console.width, 180)).print(table.render(rows))
     console.print(table.stage2_note(rows), highlight=False)
     seconds = time.perf_counter() - started
     console.print(
         f"{len(bench.questions)} questions x {len(every)} rows in {seconds:.0f} s; written to {out}", highlight=False
     )
+
+
+def _first_batch(bench: Bench, case: Case) -> BatchFeature:
+    """The first few questions, encoded for a case, in one batch."""
+    with case.put_on(bench.model, bench.processor):
+        first = bench.questions[:TIMING_BATCH]
+        return encode(bench.processor, bench.canvases, first, TIMING_BATCH, wrong_image=False)[0]
 
 
 def _draw_kept(bench: Bench, pruned: list[Case], path: Path) -> None:

@@ -19,6 +19,7 @@ def block_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor,
     scaling: float,
+    prefix: int = PREFIX,
     **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention inside the prefix, masked attention for the rows after it.
@@ -28,15 +29,16 @@ def block_attention(
         query, key, value: (B, heads, T, head width).
         attention_mask: Additive, (B, 1, T, T); its prefix rows must be causal.
         scaling: Factor on the scores.
+        prefix: Length of the prefix. What a decoder is called with beyond its own arguments comes here.
         kwargs: Ignored: what else transformers passes.
 
     Returns:
         Output, (B, T, heads, head width), and no attention weights.
     """
     inside = F.scaled_dot_product_attention(
-        query[:, :, :PREFIX], key[:, :, :PREFIX], value[:, :, :PREFIX], is_causal=True, scale=scaling
+        query[:, :, :prefix], key[:, :, :prefix], value[:, :, :prefix], is_causal=True, scale=scaling
     )
-    scores = (query[:, :, PREFIX:] * scaling) @ key.mT + attention_mask[:, :, PREFIX:]
+    scores = (query[:, :, prefix:] * scaling) @ key.mT + attention_mask[:, :, prefix:]
     after = scores.softmax(-1) @ value
     return torch.cat([inside, after], dim=2).transpose(1, 2).contiguous(), None
 

@@ -56,6 +56,15 @@ class Batch:
         allowed = causal & (same | in_prefix)
         return torch.zeros(allowed.shape).masked_fill_(~allowed, torch.finfo(torch.float32).min)[:, None]
 
+    def condensed(self, num_visual: int) -> "Batch":
+        """The same pictures and questions in sequences with `num_visual` visual tokens; the dense targets stay."""
+        cut = NUM_VISUAL - num_visual
+        fields = ("input_ids", "position_ids", "block", "target", "kind")
+        shorter = {name: getattr(self, name)[:, cut:].clone() for name in fields}
+        shorter["input_ids"][:, 0] = self.input_ids[:, 0]  # <s>
+        shorter["position_ids"] -= cut
+        return replace(self, **shorter)
+
 
 class BatchStream(Dataset):
     """Batch number k of a stream is always the same, so a resumed run sees the batches it would have seen."""

@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration
 
-from eval.canvas.batches import IGNORE, NUM_VISUAL, Batch
+from eval.canvas.batches import IGNORE, Batch
 from eval.canvas.data import KINDS, MAX_ITEMS
 
 
@@ -98,17 +98,24 @@ def answer_loss(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropy of the answers (and, lightly, of the </s> after them), and the per-kind hits.
 
+    Args:
+        model: Its decoder and output head are used.
+        projected: Visual tokens, (B, N, D), as many as the batch's prefix has room for.
+        batch: The questions.
+
     Returns:
         The loss, and (2, kinds): answers right and answers asked per kind.
     """
     decoder = model.model.language_model
     words = decoder.embed_tokens(batch.input_ids)
-    embeds = torch.cat([words[:, :1], projected, words[:, 1 + NUM_VISUAL :]], dim=1)
+    prefix = 1 + projected.shape[1]
+    embeds = torch.cat([words[:, :1], projected, words[:, prefix:]], dim=1)
     hidden = decoder(
         inputs_embeds=embeds,
         attention_mask=batch.attention_mask(),
         position_ids=batch.position_ids,
         use_cache=False,
+        prefix=prefix,
     ).last_hidden_state
     scored = batch.target != IGNORE
     logits, target, kind = model.lm_head(hidden[scored]), batch.target[scored], batch.kind[scored]

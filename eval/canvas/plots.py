@@ -1,4 +1,4 @@
-"""Canvas VQA pictures: accuracy against the visual tokens kept, and which patches each method kept."""
+"""Canvas VQA pictures: accuracy against the number of visual tokens, and which patches each method kept."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +19,8 @@ STYLES = {
     "FasterVLM": ("#008176", "D", "-"),
     "stride": ("#eeaa22", "^", "-"),
     "random": ("#777777", "v", "-"),
+    "TokenPacker": ("#7b3294", "P", "-"),
+    "average pooling": ("#7b3294", "X", ":"),
 }
 
 
@@ -28,6 +30,7 @@ def plot_accuracy(rows: Sequence[dict[str, object]], path: Path) -> None:
     named = {row["method"]: row for row in rows if row["keep_ratio"] == 1.0}
     for axis, kind in zip(axes, KINDS, strict=True):
         for number, (name, (colour, marker, line)) in enumerate(STYLES.items()):
+            beside = 1.025 ** (number - (len(STYLES) - 1) / 2)  # points stand side by side, not on top of each other
             points = sorted((row for row in rows if row["method"] == name), key=lambda row: row["visual_tokens"])
             if not points or points[0][f"{kind}_accuracy"] is None:
                 continue
@@ -35,7 +38,7 @@ def plot_accuracy(rows: Sequence[dict[str, object]], path: Path) -> None:
             low = 100 * np.array([row[f"{kind}_low"] for row in points])
             high = 100 * np.array([row[f"{kind}_high"] for row in points])
             axis.errorbar(
-                [row["visual_tokens"] * 1.025 ** (number - 2.5) for row in points],  # side by side, not on top
+                [row["visual_tokens"] * beside for row in points],
                 accuracy,
                 yerr=np.maximum(0, [accuracy - low, high - accuracy]),
                 label=name,
@@ -58,12 +61,12 @@ def plot_accuracy(rows: Sequence[dict[str, object]], path: Path) -> None:
         axis.xaxis.set_minor_locator(NullLocator())
         axis.set_xticklabels([str(tick) for tick in ticks])
         axis.set_title(kind)
-        axis.set_xlabel("visual tokens kept")
+        axis.set_xlabel("visual tokens")
         axis.set_ylim(0, 102)
         axis.grid(alpha=0.25)
     axes[0].set_ylabel("accuracy, %")
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=-(-len(labels) // 2), frameon=False)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

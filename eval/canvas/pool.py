@@ -9,8 +9,9 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+from transformers import BatchFeature
 
-from eval.canvas.data import Canvases, load_items
+from eval.canvas.data import Canvases, Question, load_items
 from eval.canvas.memory import early_layers_remembered
 from eval.canvas.model import load
 from eval.canvas.runner import Case, Result, draw_questions, encode, evaluate
@@ -47,12 +48,20 @@ class Bench:
     def run(self, every: Sequence[Case], start: int) -> list[Result]:
         """Answer one chunk under every case."""
         questions = self.questions[start : start + CHUNK * self.plan.batch_size]
-        encoded = {
-            wrong: encode(self.processor, self.canvases, questions, self.plan.batch_size, wrong)
-            for wrong in {case.wrong_image for case in every}
-        }
+        encoded: dict[tuple[bool, float], list[BatchFeature]] = {}
+        results = []
         with early_layers_remembered(self.model):
-            return [evaluate(self.model, self.processor, c, encoded[c.wrong_image], questions) for c in every]
+            for case in every:
+                key = (case.wrong_image, case.keep_ratio if case.condenses else 1.0)
+                if key not in encoded:
+                    encoded[key] = self.encode(case, questions)
+                results.append(evaluate(self.model, self.processor, case, encoded[key], questions))
+        return results
+
+    def encode(self, case: Case, questions: Sequence[Question]) -> list[BatchFeature]:
+        """Processor outputs of questions in batches; a case that condenses has fewer placeholders."""
+        with case.put_on(self.model, self.processor):
+            return encode(self.processor, self.canvases, questions, self.plan.batch_size, case.wrong_image)
 
 
 def run_cases(bench: Bench, every: Sequence[Case], jobs: int, advance: Callable[[int], None]) -> list[Result]:

@@ -3,29 +3,59 @@
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
-from transformers import BatchFeature, LlavaForConditionalGeneration, ProcessorMixin
+from transformers import BatchFeature, Cache, LlavaForConditionalGeneration, ProcessorMixin
+from transformers.utils import ModelOutput
 
 import vltok
 from eval.canvas.data import KINDS, Canvases, Question
 
 MAX_NEW_TOKENS = 2  # the answer and </s>
+ADAPTERS = Path(__file__).parent / "adapters"  # of `python -m eval.canvas.condense --adapters`
+SCALES = (2, 4)  # sides of the regions of patches that condensing projectors make one token of
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the table: a method at one keep ratio, or the unpruned model when `method` is None.
+    """One row of the table: a method at one keep ratio, or the unpruned model without method and adapter.
 
-    `wrong_image` shows every question the next canvas instead of its own: what the words alone give.
+    Attributes:
+        name: In the table.
+        keep_ratio: Share of the visual tokens that the language model gets.
+        method: What is put on the model.
+        wrong_image: Show every question the next canvas instead of its own: what the words alone give.
+        adapter: A folder for vltok.load instead of `method`: a method with trained weights.
     """
 
     name: str
     keep_ratio: float
     method: vltok.Method | None = None
     wrong_image: bool = False
+    adapter: Path | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is the model as it is."""
+        return self.method is None and self.adapter is None
+
+    @property
+    def condenses(self) -> bool:
+        """Whether it puts another projector into the model, so that pictures have fewer placeholders."""
+        return self.adapter is not None or isinstance(self.method, vltok.TokenPacker)
+
+    def put_on(
+        self, model: LlavaForConditionalGeneration, processor: ProcessorMixin
+    ) -> AbstractContextManager[vltok.Handle | None]:
+        """Put the case on the model and its processor until the block ends."""
+        if self.adapter is not None:
+            return vltok.load(model, self.adapter, processor=processor)
+        if self.method is not None:
+            return vltok.apply(model, self.method, processor=processor)
+        return nullcontext()
 
 
 @dataclass
@@ -61,8 +91,11 @@ class Result:
         return self.hits[kind] / self.asked[kind] if self.asked[kind] else float("nan")
 
 
-def cases(keep_ratios: Sequence[float], seed: int) -> list[Case]:
-    """The unpruned model, the wrong-image control, then every method at every keep ratio."""
+def cases(keep_ratios: Sequence[float], seed: int, adapters: Path | None = ADAPTERS) -> list[Case]:
+    """The unpruned model, the wrong-image control, every method at every keep ratio, then condensing projectors.
+
+    `adapters` is the folder of those that were trained for the model, None for a model that has none.
+    """
     makers: dict[str, Callable[[float], vltok.Method]] = {
         "ToDRE, stage 1": lambda ratio: vltok.ToDRE(keep_ratio=ratio, relevance=False),
         "ToDRE, stages 1+2": lambda ratio: vltok.ToDRE(keep_ratio=ratio),
@@ -72,7 +105,15 @@ def cases(keep_ratios: Sequence[float], seed: int) -> list[Case]:
         "random": lambda ratio: vltok.RandomTokens(keep_ratio=ratio, seed=seed),
     }
     fixed = [Case("unpruned", 1.0), Case("unpruned, wrong image", 1.0, wrong_image=True)]
-    return fixed + [Case(name, ratio, make(ratio)) for ratio in keep_ratios for name, make in makers.items()]
+    pruned = [Case(name, ratio, make(ratio)) for ratio in keep_ratios for name, make in makers.items()]
+    condensed = []
+    for scale in SCALES:
+        if adapters is not None:
+            condensed.append(Case("TokenPacker", scale**-2, adapter=adapters / f"tokenpacker-s{scale}"))
+        # An untrained TokenPacker that starts from pooling is average pooling before the model's own projector.
+        untrained = vltok.TokenPacker(scale_factor=scale, init="pool")
+        condensed.append(Case("average pooling", scale**-2, untrained))
+    return fixed + pruned + condensed
 
 
 def draw_questions(canvases: Canvases, count: int) -> list[Question]:
@@ -119,23 +160,25 @@ def evaluate(
     """Answer all questions by greedy generation and count what it cost.
 
     Args:
-        model: In eval mode; the case's method is put on it and taken off again.
+        model: In eval mode; the case is put on it and taken off again.
         processor: Decodes the answers.
         case: What to run.
-        batches: As made by `encode` for these questions.
+        batches: As made by `encode` for these questions, while the case was on model and processor.
         questions: In the order of the batches.
     """
     result = Result(case)
     num_layers = model.config.text_config.num_hidden_layers
     cache_bytes: list[int] = []
 
-    def note_cache(module: torch.nn.Module, args: tuple, output: object) -> None:
-        cache_bytes.append(sum(layer.keys.nbytes + layer.values.nbytes for layer in output.past_key_values.layers))
+    def note_cache(module: torch.nn.Module, args: tuple, output: ModelOutput) -> None:
+        # Versions of transformers differ in what they call the cache of an output.
+        cache = next(value for value in output.values() if isinstance(value, Cache))
+        cache_bytes.append(sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers))
 
     hook = model.register_forward_hook(note_cache)
     asked = iter(questions)
     try:
-        with vltok.apply(model, case.method) if case.method is not None else nullcontext() as handle:
+        with case.put_on(model, processor) as handle:
             for batch in batches:
                 inputs = batch.to(model.device, model.dtype)
                 cache_bytes.clear()
@@ -147,11 +190,11 @@ def evaluate(
                     result.asked[question.kind] += 1
                     result.hits[question.kind] += word == question.answer
                 result.kv_bytes += cache_bytes[0]  # the first forward is the prefill
-                if handle is None:
+                report = vltok.Report() if handle is None else handle.report(file=None)
+                if handle is None or report.condensed is not None:  # the prompt says what the decoder works on
                     result.layer_tokens += float(inputs["attention_mask"].sum())
                     result.visual_tokens += int((inputs["input_ids"] == model.config.image_token_id).sum())
                 else:
-                    report = handle.report(file=None)
                     result.layer_tokens += float(report.tokens_per_layer.sum()) / num_layers
                     result.visual_tokens += sum(sum(kept) for kept in report.kept_tokens)
                     result.relevance += [(r.alpha_tv, r.dropped) for sample in report.relevance for r in sample]
@@ -163,18 +206,27 @@ def evaluate(
 @torch.inference_mode()
 def time_prefill(
     model: LlavaForConditionalGeneration,
-    pruned: Sequence[Case],
-    batch: BatchFeature,
+    processor: ProcessorMixin,
+    plain: BatchFeature,
+    others: Sequence[tuple[Case, BatchFeature]],
     rounds: int,
     advance: Callable[[int], None] = lambda count: None,
 ) -> list[float]:
     """Prefill time of each case as a ratio to the unpruned model, the picture's encoding included.
 
     Each ratio is to an unpruned run at most three runs before, in this process; the median over `rounds` is returned.
-    """
-    inputs = batch.to(model.device, model.dtype)
 
-    def seconds() -> float:
+    Args:
+        model: In eval mode; each case is put on it and taken off again.
+        processor: The model's.
+        plain: What the unpruned model gets.
+        others: The cases, each with the same questions as encoded for it.
+        rounds: Times that each case is run.
+        advance: Called after each run with 1.
+    """
+
+    def seconds(batch: BatchFeature) -> float:
+        inputs = batch.to(model.device, model.dtype)
         if model.device.type == "cuda":
             torch.cuda.synchronize()
         start = time.perf_counter()
@@ -183,14 +235,14 @@ def time_prefill(
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    seconds()
-    ratios: list[list[float]] = [[] for _ in pruned]
+    seconds(plain)
+    ratios: list[list[float]] = [[] for _ in others]
     for _ in range(rounds):
-        for number, (case, found) in enumerate(zip(pruned, ratios, strict=True)):
+        for number, ((case, batch), found) in enumerate(zip(others, ratios, strict=True)):
             if number % 3 == 0:
-                plain = seconds()
-            with vltok.apply(model, case.method):
-                found.append(seconds() / plain)
+                unpruned = seconds(plain)
+            with case.put_on(model, processor):
+                found.append(seconds(batch) / unpruned)
             advance(1)
     return [statistics.median(found) for found in ratios]
 

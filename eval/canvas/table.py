@@ -64,7 +64,7 @@ def render(rows: Sequence[dict[str, object]]) -> Table:
         caption="tokens, KV cache: mean per question; tokens/layer counts text, mean over layers; "
         "prefill: time as a ratio to unpruned, picture encoding included",
     )
-    table.add_column("keep", justify="right")
+    table.add_column("keep", justify="right", no_wrap=True)
     table.add_column("method", no_wrap=True)
     for kind in KINDS:
         table.add_column(kind, justify="right", no_wrap=True)

@@ -151,7 +151,7 @@ class Trainer:
                 optimizer.load_state_dict(saved)
 
     def _train_step(self, phase: Phase, batch: Batch) -> dict[str, float]:
-        factor = _rate_factor(self.step, phase)
+        factor = rate_factor(self.step, phase)
         for optimizer, rate in zip(self.optimizers, (phase.muon_rate, phase.adam_rate), strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = rate * factor
@@ -209,7 +209,7 @@ def _average(records: list[dict[str, float]]) -> dict[str, float]:
     return {name: round(sum(values) / len(values), 4) for name, values in pairs.items()}
 
 
-def _rate_factor(step: int, phase: Phase) -> float:
+def rate_factor(step: int, phase: Phase) -> float:
     """Linear warm-up over the first 5 % (at most 100 steps), then linear down to `end`."""
     warm = min(100, max(1, phase.steps // 20))
     if step < warm:

@@ -19,9 +19,11 @@ from eval.canvas.data import KINDS, Canvases
 from eval.canvas.memory import early_layers_remembered
 from eval.canvas.model import MODEL_DIR, load
 from eval.canvas.pool import Bench, Plan, run_cases
+from eval.canvas.pooled import PooledProjector
 from eval.canvas.runner import Case, Result, cases, draw_questions, encode, evaluate, kept_patches, time_prefill
 
 METHODS = ["ToDRE, stage 1", "ToDRE, stages 1+2", "DivPrune", "FasterVLM", "stride", "random"]
+CONDENSED = [("TokenPacker", 0.25), ("average pooling", 0.25), ("TokenPacker", 0.0625), ("average pooling", 0.0625)]
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +44,51 @@ def test_wilson_of_no_questions_is_not_a_number():
     assert all(math.isnan(value) for value in table.wilson(0, 0))
 
 
-def test_cases_are_the_unpruned_model_a_control_and_every_method_at_every_ratio():
+def test_cases_are_the_unpruned_model_a_control_every_method_at_every_ratio_and_condensing_projectors():
     every = cases([0.5, 0.1], seed=4)
     assert [case.name for case in every[:2]] == ["unpruned", "unpruned, wrong image"]
-    assert [(case.name, case.keep_ratio) for case in every[2:]] == [(m, r) for r in (0.5, 0.1) for m in METHODS]
-    assert all(case.method.keep_ratio == case.keep_ratio for case in every[2:])
-    assert every[-1].method == vltok.RandomTokens(keep_ratio=0.1, seed=4)
+    assert all(case.is_plain for case in every[:2]) and not any(case.is_plain for case in every[2:])
+    pruned, condensed = every[2:-4], every[-4:]
+    assert [(case.name, case.keep_ratio) for case in pruned] == [(m, r) for r in (0.5, 0.1) for m in METHODS]
+    assert all(case.method.keep_ratio == case.keep_ratio for case in pruned)
+    assert pruned[-1].method == vltok.RandomTokens(keep_ratio=0.1, seed=4)
+    assert [(case.name, case.keep_ratio) for case in condensed] == CONDENSED
+    assert [case.condenses for case in every] == [False] * (len(every) - 4) + [True] * 4
+
+
+def test_a_model_without_adapters_is_condensed_by_pooling_only():
+    every = cases([0.1], seed=4, adapters=None)
+    assert [(case.name, case.keep_ratio) for case in every[-2:]] == CONDENSED[1::2]
+    assert all(case.adapter is None for case in every)
+
+
+def test_untrained_pooling_answers_as_pooled_patches_before_the_models_own_projector():
+    bench = Bench(Plan(MODEL_DIR, "float32", "cpu", None, 3, 20, 8))
+    questions = bench.questions[:8]
+    case = Case("average pooling", 0.25, vltok.TokenPacker(scale_factor=2, init="pool"))
+    batch = bench.encode(case, questions)[0]
+    with torch.no_grad():
+        with case.put_on(bench.model, bench.processor):
+            logits = bench.model(**batch).logits
+        old = bench.model.model.multi_modal_projector
+        bench.model.model.multi_modal_projector = PooledProjector(old, 2)
+        torch.testing.assert_close(bench.model(**batch).logits, logits, atol=2e-2, rtol=1e-3)
+
+
+def test_condensed_cases_count_placeholders_text_and_cache_and_leave_model_and_processor_as_they_were():
+    bench = Bench(Plan(MODEL_DIR, "float32", "cpu", None, 3, 20, 8))
+    every = [Case("unpruned", 1.0), *cases([0.1], seed=0)[-4:]]
+    projector = bench.model.model.multi_modal_projector
+    results = bench.run(every, 0)
+    plain = results[0]
+    assert bench.processor.patch_size == 8 and bench.model.model.multi_modal_projector is projector
+    assert bench.run(every[:1], 0) == [plain]
+    per_entry = 6 * 2 * 128 * 4  # layers, key and value, width, float32
+    for result, tokens in zip(results[1:], (64, 64, 16, 16), strict=True):
+        cut = (256 - tokens) * plain.total
+        assert result.total == plain.total and result.visual_tokens == tokens * plain.total
+        assert result.layer_tokens == plain.layer_tokens - cut
+        assert result.kv_bytes == plain.kv_bytes - per_entry * cut
 
 
 def test_questions_are_those_of_whole_canvases():
@@ -137,7 +178,12 @@ def test_prefill_ratios_and_kept_patches_come_one_per_case_and_picture(shipped):
     questions = draw_questions(canvases, 4)[:4]
     batch = encode(processor, canvases, questions, 4, wrong_image=False)[0]
     every = cases([0.1], 0)[2:]
-    ratios = time_prefill(model, every, batch, rounds=1)
+    others = []
+    for case in every:
+        with case.put_on(model, processor):
+            others.append((case, encode(processor, canvases, questions, 4, wrong_image=False)[0]))
+    ratios = time_prefill(model, processor, batch, others, rounds=1)
+    assert processor.patch_size == 8
     assert len(ratios) == len(every) and all(ratio > 0 for ratio in ratios)
     kept = kept_patches(model, every[0], batch)
     assert [len(positions) for positions in kept] == [26] * 4
@@ -183,11 +229,16 @@ def test_the_command_writes_the_table_and_draws_the_pictures(tmp_path):
     assert run.exit_code == 0, run.output
     assert "unpruned, wrong image" in run.output
     written = json.loads((out / "results.json").read_text())
-    assert [row["method"] for row in written["results"]] == ["unpruned", "unpruned, wrong image", *METHODS]
+    assert [row["method"] for row in written["results"]] == [
+        "unpruned",
+        "unpruned, wrong image",
+        *METHODS,
+        *(name for name, _ in CONDENSED),
+    ]
     assert written["settings"]["questions"] >= 8 and written["settings"]["split"] == "test"
     with (out / "results.csv").open() as file:
         flat = list(csv.DictReader(file))
-    assert [float(row["visual_tokens"]) for row in flat] == [256, 256] + [26] * 6
+    assert [float(row["visual_tokens"]) for row in flat] == [256, 256] + [26] * 6 + [64, 64, 16, 16]
     for name in ("accuracy.png", "kept.png"):
         picture = np.asarray(Image.open(out / name).convert("RGB"))
         assert min(picture.shape[:2]) > 300 and picture.std() > 5
