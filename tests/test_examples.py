@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import socket
@@ -98,6 +99,18 @@ def test_tokenpacker_llava_loads_trained_weights(run, image, tmp_path):
         vltok.save(handle, tmp_path / "adapter")
     printed = run("tokenpacker_llava.py", image, "w1 w2", "--model", folder, "--adapter", tmp_path / "adapter")
     assert "projector: 16 patches -> 1 visual tokens" in printed
+
+
+def test_finetune_tokenpacker_trains_a_projector_that_loads_and_answers(run, image, tmp_path):
+    folder = saved(LLAVA, tmp_path / "model", with_template=False)
+    turns = [{"from": "human", "value": "<image>\nw1"}, {"from": "gpt", "value": "w2 w3"}]
+    rows = [{"id": i, "image": image.name, "conversations": turns} for i in range(4)]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    arguments = (folder, tmp_path / "data.json", tmp_path / "out", "--steps", 3, "--batch", 2)
+    printed = run("finetune_tokenpacker.py", *arguments)
+    assert "16 patches -> 4 visual tokens" in printed
+    handle = vltok.load(LLAVA.model(), tmp_path / "out/adapter", processor=LLAVA.processor())
+    assert handle.methods == (vltok.TokenPacker(scale_factor=2, init="pool"),)
 
 
 @pytest.mark.parametrize("model", ["somebody/a-model-nobody-has", "an/empty/folder", "only-a-processor"])

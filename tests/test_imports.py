@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "families": {"attention", "edits", "errors", "method", "report", "tokens", "views"},
     "methods": {"attention", "edits", "errors", "kernels", "method", "tokens", "views"},
     "convert": {"api", "errors", "methods", "serialization"},
+    "train": {"api", "errors", "families", "method", "processing", "serialization"},
     "processing": {"errors", "methods", "version"},
     "nn": {"methods", "tokens"},
     "views": {"edits", "method"},
@@ -39,6 +40,7 @@ LIBRARIES = {
     "families": {"torch", "transformers", "timm"},
     "serialization": {"torch", "safetensors", "transformers"},
     "convert": {"torch", "safetensors", "tqdm", "transformers", "typer"},
+    "train": {"torch", "transformers", "PIL", "datasets", "jinja2", "peft", "safetensors", "typer"},
     "processing": {"torch", "transformers"},
     "kernels": {"torch", "triton"},
 }

@@ -37,7 +37,8 @@ def projector_site(model: nn.Module) -> ProjectorSite:
         raise UnsupportedModelError("the projector's weights are offloaded (on the meta device); load it onto a device")
     layers = (getattr(old, "linear_1", None), getattr(old, "linear_2", None))
     is_mlp = config.projector_hidden_act == "gelu" and all(
-        isinstance(layer, nn.Linear) and layer.weight.is_floating_point() for layer in layers  # not quantized
+        isinstance(layer, nn.Linear) and layer.weight.is_floating_point()
+        for layer in layers  # not quantized
     )
     given = config.vision_feature_layer
     depth = vision.num_hidden_layers

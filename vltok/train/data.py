@@ -1,0 +1,234 @@
+"""Conversations about pictures: from a LLaVA JSON file or a table of the datasets library to samples, checked."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+
+from vltok.errors import VltokError
+
+IMAGE = "<image>"  # stands in a question for each of its pictures, whatever a model's own placeholder is
+ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+Role = Literal["system", "user", "assistant"]
+_SHOWN = 5  # faulty samples that an error lists
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    Image.DecompressionBombError,
+)  # what PIL raises for bad files
+
+
+class SampleError(VltokError, ValueError):
+    """A sample that can't be trained on. The message names it."""
+
+
+class BadImageError(SampleError):
+    """A picture that is missing or can't be decoded. The message names the file and the sample."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn of a conversation; pictures stand in its text as "<image>"."""
+
+    role: Role
+    text: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One conversation: alternating questions and answers, perhaps a system turn before, and its pictures in order.
+
+    Attributes:
+        name: What errors and warnings call it.
+        turns: The turns.
+        images: A picture each: a file, the bytes of one, or a PIL image.
+    """
+
+    name: str
+    turns: tuple[Turn, ...]
+    images: tuple[str | Path | bytes | Image.Image, ...] = ()
+
+
+def read_sample(record: Mapping[str, Any], name: str | None = None, images: str | Path | None = None) -> Sample:
+    """Read a record as LLaVA writes it, or a row with the columns usual for `datasets`.
+
+    Pictures are in "image" or "images": a file or PIL image, the dict that an undecoded datasets.Image gives, or a list
+    of these. Turns are in "conversations" ({"from": "human" | "gpt", "value": ...}) or "messages" ({"role": "user" |
+    "assistant", "content": a text, or parts of type "text" and "image"}). An answer that no question precedes is left
+    out, as LLaVA does.
+
+    Args:
+        record: The record.
+        name: Its name, if it has no "id".
+        images: Folder that paths of pictures count from.
+
+    Raises:
+        SampleError: If something is missing or of another kind, if turns don't alternate, or if there are more or fewer
+            "<image>" than pictures.
+    """
+    if not isinstance(record, Mapping):
+        raise SampleError(f"{name or 'a sample'} must be an object with an image and conversations, got {record!r}")
+    name = f"sample {record['id']!r}" if record.get("id") is not None else name or "a sample without id"
+    turns = record.get("conversations") or record.get("messages")
+    if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
+        raise SampleError(f'{name} has no turns: "conversations" or "messages" must be a list of them, got {turns!r}')
+    inline: list[Any] = []
+    read = [_read_turn(turn, name, inline) for turn in turns]
+    first = next((index for index, turn in enumerate(read) if turn.role != "system"), len(read))
+    while first < len(read) and read[first].role == "assistant":
+        del read[first]
+    _check_order(read, name)
+    given = next((record[key] for key in ("image", "images") if record.get(key) is not None), inline)
+    given = list(given) if isinstance(given, (list, tuple)) else [given]
+    pictures = tuple(_source(item, name, Path(images) if images is not None else None) for item in given)
+    count = sum(turn.text.count(IMAGE) for turn in read)
+    if count != len(pictures):
+        raise SampleError(
+            f"{name} has {len(pictures)} pictures but {count} {IMAGE} in its questions; write one {IMAGE} where each "
+            "picture belongs"
+        )
+    return Sample(name, tuple(read), pictures)
+
+
+def _read_turn(turn: Any, name: str, inline: list[Any]) -> Turn:
+    """Read one turn; pictures that stand in it are appended to `inline`."""
+    if not isinstance(turn, Mapping):
+        raise SampleError(f"{name}: a turn must be an object, got {turn!r}")
+    who, content = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+    if who not in ROLES:
+        raise SampleError(f"{name}: a turn is from {who!r}; allowed are {', '.join(map(repr, ROLES))}")
+    if isinstance(content, Sequence) and not isinstance(content, str):
+        content = "".join(_read_part(part, name, inline) for part in content)
+    if not isinstance(content, str):
+        raise SampleError(f"{name}: the text of a turn must be a string, got {content!r}")
+    if IMAGE in content and ROLES[who] != "user":
+        raise SampleError(f"{name}: {IMAGE} stands in a turn from {who!r}; pictures belong into questions")
+    return Turn(ROLES[who], content)
+
+
+def _read_part(part: Any, name: str, inline: list[Any]) -> str:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind == "text" and isinstance(part.get("text"), str):
+        return part["text"]
+    if kind == "image":
+        inline += [part[key] for key in ("image", "path") if part.get(key) is not None][:1]
+        return IMAGE
+    raise SampleError(f'{name}: a part of a turn must be of type "text" (with a text) or "image", got {part!r}')
+
+
+def _check_order(turns: Sequence[Turn], name: str) -> None:
+    roles = [turn.role for turn in turns]
+    spoken = roles[1:] if roles[:1] == ["system"] else roles
+    if "system" in spoken or any(role != ("user", "assistant")[index % 2] for index, role in enumerate(spoken)):
+        raise SampleError(f"{name}: questions and answers must take turns, got {', '.join(roles)}")
+    if "assistant" not in spoken:
+        raise SampleError(f"{name} has no answer to learn from")
+
+
+def _source(item: Any, name: str, folder: Path | None) -> str | Path | bytes | Image.Image:
+    if isinstance(item, Mapping):
+        item = item.get("bytes") or item.get("path")
+    if isinstance(item, (bytes, Image.Image)):
+        return item
+    if not isinstance(item, (str, Path)):
+        raise SampleError(f"{name}: a picture must be a file or a PIL image, got {item!r}")
+    return item if folder is None else folder / item
+
+
+def open_image(source: str | Path | bytes | Image.Image, name: str) -> Image.Image:
+    """Open and decode a picture as RGB.
+
+    Raises:
+        BadImageError: If it is missing or can't be decoded.
+    """
+    try:
+        if isinstance(source, Image.Image):
+            return source.convert("RGB")
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            return image.convert("RGB")
+    except _UNREADABLE as error:
+        file = "a picture given as bytes" if isinstance(source, bytes) else str(source)
+        raise BadImageError(f"{name}: can't open {file}: {error}") from error
+
+
+def pad_square(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    """Centre a picture on a square of its longer side."""
+    side = max(image.size)
+    if image.size == (side, side):
+        return image
+    square = Image.new("RGB", (side, side), background)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+class Conversations(torch.utils.data.Dataset):
+    """Samples for the trainer, by index. Pictures are opened later, by the collator.
+
+    Args:
+        records: A list of records, or a `datasets.Dataset`; see `read_sample`.
+        images: Folder that paths of pictures count from.
+    """
+
+    def __init__(self, records: Sequence[Mapping[str, Any]], images: str | Path | None = None) -> None:
+        if len(records) == 0:
+            raise SampleError("there are no samples to train on")
+        self.records = records
+        self.images = images
+
+    @classmethod
+    def from_file(cls, path: str | Path, images: str | Path | None = None) -> Conversations:
+        """Open a LLaVA JSON file, all of whose samples are checked, or a folder of `Dataset.save_to_disk`.
+
+        Args:
+            path: The file or folder.
+            images: Folder that paths of pictures count from; by default the one the JSON file is in.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            SampleError: If the file is no JSON list of samples; the first faulty samples are listed.
+        """
+        path = Path(path)
+        if path.is_dir():
+            import datasets
+
+            return cls(datasets.load_from_disk(str(path)), images)
+        try:
+            records = json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise SampleError(f"{path} is not a JSON file: {error}") from error
+        if not isinstance(records, list):
+            raise SampleError(f"{path} must hold a list of samples, got {type(records).__name__}")
+        data = cls(records, path.parent if images is None else images)
+        data.check()
+        return data
+
+    def check(self) -> None:
+        """Read every sample without its pictures.
+
+        Raises:
+            SampleError: If samples are faulty; the first ones are listed.
+        """
+        faults = []
+        for index in range(len(self)):
+            try:
+                self[index]
+            except SampleError as error:
+                faults.append(str(error))
+        if faults:
+            more = f"\n... and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
+            raise SampleError(f"{len(faults)} faulty samples:\n" + "\n".join(faults[:_SHOWN]) + more)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Sample:
+        return read_sample(self.records[index], f"sample {index}", self.images)
