@@ -122,7 +122,8 @@ def main(
 ) -> None:
     """Fine-tune a vision-language model with vltok methods on it.
 
-    On several GPUs: accelerate launch --multi_gpu --num_processes N -m vltok.train ... Nothing is downloaded unless --download asks for it.
+    On several GPUs: accelerate launch --multi_gpu --num_processes N -m vltok.train ...
+    Nothing is downloaded unless --download asks for it.
     """
     plan = RECIPES[recipe]
     low = _pick_dtype(dtype)
