@@ -189,19 +189,28 @@ def _load_weights(handle: Handle, *files: Path) -> None:
     for path in files:
         found |= _read_weights(path, expected.keys())
     place = ", ".join(map(str, files)) or "the folder"
+    copy_weights(expected, found, place)
+
+
+@torch.no_grad()
+def copy_weights(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor], place: str | Path) -> None:
+    """Copy what was found at `place` into the tensors that are expected, all or none of them.
+
+    Raises:
+        CheckpointError: If names or shapes differ.
+    """
     if found.keys() != expected.keys():
         raise CheckpointError(
             f"{place} doesn't fit: missing {sorted(expected.keys() - found.keys())}, "
             f"unexpected {sorted(found.keys() - expected.keys())}"
         )
-    with torch.no_grad():
-        for name, tensor in expected.items():
-            if tensor.shape != found[name].shape:
-                raise CheckpointError(
-                    f"{name} has shape {tuple(found[name].shape)} in {place}, expected {tuple(tensor.shape)}"
-                )
-        for name, tensor in expected.items():
-            tensor.copy_(found[name])
+    for name, tensor in expected.items():
+        if tensor.shape != found[name].shape:
+            raise CheckpointError(
+                f"{name} has shape {tuple(found[name].shape)} in {place}, expected {tuple(tensor.shape)}"
+            )
+    for name, tensor in expected.items():
+        tensor.copy_(found[name])
 
 
 def _read_weights(path: Path, wanted: Collection[str]) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ from torch import nn
 
 from vltok.edits import Edits
 from vltok.errors import UnsupportedModelError
-from vltok.families.projector import swap_projector
+from vltok.families.projector import CoarserPatches, swap_projector
 from vltok.families.vision import Encoding, ImageTokens, VisionRecorder
 from vltok.method import Run
 from vltok.views import AttentionRequest, ProjectorSite
@@ -22,6 +22,7 @@ class VlmFamily:
     title: ClassVar[str]
     model_class: ClassVar[str]
     multi_axis_positions: ClassVar[bool] = False
+    patch_counters: ClassVar[tuple[str, ...]] = ()  # methods of the model that count a picture's patches by its config
 
     def tower(self, model: nn.Module) -> nn.Module:
         """The vision tower."""
@@ -106,7 +107,10 @@ class VlmFamily:
     ) -> dict[str, dict[str, Any]]:
         """Replace the projector, see `ProjectorView.swap_projector`. Returns what config and processor held before."""
         fields = self.processor_fields(model, scale_factor)
-        return swap_projector(edits, run, model, processor, fields, projector, levels, scale_factor)
+        before = swap_projector(edits, run, model, processor, fields, projector, levels, scale_factor)
+        for name in self.patch_counters:
+            edits.set_attribute(model, name, CoarserPatches(model, name, scale_factor))
+        return before
 
     def image_token_id(self, model: nn.Module) -> int:
         """The id of the placeholder."""

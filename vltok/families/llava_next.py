@@ -15,7 +15,6 @@ from vltok.edits import Edits
 from vltok.errors import UnsupportedInputError
 from vltok.families.llava import Llava
 from vltok.families.vision import Encoding, ImageTokens, VisionRecorder
-from vltok.method import Run
 
 
 class LlavaNext(Llava):
@@ -24,25 +23,12 @@ class LlavaNext(Llava):
     name = "llava_next"
     title = "LLaVA-NeXT"
     model_class = "LlavaNextModel"
+    patch_counters = ("pack_image_features",)
 
     def watch_vision(self, edits: Edits, model: nn.Module, recorder: VisionRecorder) -> None:
         super().watch_vision(edits, model, recorder)
         # The sizes of the pictures decide the layout, and pass through no module, only through this method.
         edits.set_attribute(model, "get_image_features", Overheard(model, "get_image_features", recorder.overhear))
-
-    def swap_projector(
-        self,
-        edits: Edits,
-        run: Run,
-        model: nn.Module,
-        processor: Any,
-        projector: nn.Module,
-        levels: tuple[int, ...],
-        scale_factor: int,
-    ) -> dict[str, dict[str, Any]]:
-        before = super().swap_projector(edits, run, model, processor, projector, levels, scale_factor)
-        edits.set_attribute(model, "pack_image_features", CoarserPatches(model, "pack_image_features", scale_factor))
-        return before
 
     def images(self, model: nn.Module, encoding: Encoding, runs: list[int]) -> list[ImageTokens]:
         sizes = encoding.extras.get("image_sizes")
@@ -91,33 +77,6 @@ class Overheard:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self._listener(**self.__signature__.bind(*args, **kwargs).arguments)
         return getattr(type(self._owner), self.__name__)(self._owner, *args, **kwargs)
-
-
-class CoarserPatches:
-    """A method of a model that reads the config as if patches were `scale` times as wide and high.
-
-    It looks the method up on its owner's class at each call, so a deepcopy of the owner calls its own.
-    """
-
-    def __init__(self, owner: nn.Module, name: str, scale: int) -> None:
-        self._owner, self._name, self._scale = owner, name, scale
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        owner, vision = self._owner, self._owner.config.vision_config
-        coarser = _With(vision, patch_size=vision.patch_size * self._scale)
-        stand_in = _With(owner, config=_With(owner.config, vision_config=coarser))
-        return getattr(type(owner), self._name)(stand_in, *args, **kwargs)
-
-
-class _With:
-    """Stands for an object some of whose attributes are others."""
-
-    def __init__(self, base: object, **replaced: object) -> None:
-        self._base = base
-        vars(self).update(replaced)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._base, name)
 
 
 def _starts(counts: list[int]) -> list[int]:

@@ -6,12 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from vltok.edits import Edits
 from vltok.errors import UnsupportedModelError
 from vltok.families.base import VlmFamily
-from vltok.families.llava_next import CoarserPatches
 from vltok.families.projector import projector_site
-from vltok.method import Run
 from vltok.views import ProjectorSite
 
 
@@ -21,6 +18,7 @@ class LlavaOnevision(VlmFamily):
     name = "llava_onevision"
     title = "LLaVA-OneVision"
     model_class = "LlavaOnevisionModel"
+    patch_counters = ("pack_image_features", "apply_pooling")
 
     def check_pruning(self, model: nn.Module) -> None:
         raise UnsupportedModelError(
@@ -34,18 +32,3 @@ class LlavaOnevision(VlmFamily):
     def processor_fields(self, model: nn.Module, scale_factor: int) -> dict[str, tuple[Any, Any]]:
         side = model.config.vision_config.image_size // model.config.vision_config.patch_size
         return {"num_image_tokens": (side**2, (side // scale_factor) ** 2)}
-
-    def swap_projector(
-        self,
-        edits: Edits,
-        run: Run,
-        model: nn.Module,
-        processor: Any,
-        projector: nn.Module,
-        levels: tuple[int, ...],
-        scale_factor: int,
-    ) -> dict[str, dict[str, Any]]:
-        before = super().swap_projector(edits, run, model, processor, projector, levels, scale_factor)
-        for name in ("pack_image_features", "apply_pooling"):
-            edits.set_attribute(model, name, CoarserPatches(model, name, scale_factor))
-        return before

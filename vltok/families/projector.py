@@ -124,3 +124,30 @@ class _Note:
     def after_projector(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         patches = (args[0] if args else next(iter(kwargs.values()))).shape[1]
         self.run.report("condensed", Condensed(pictures=output.shape[0], patches=patches, tokens=output.shape[1]))
+
+
+class CoarserPatches:
+    """A method of a model that reads the config as if patches were `scale` times as wide and high.
+
+    It looks the method up on its owner's class at each call, so a deepcopy of the owner calls its own.
+    """
+
+    def __init__(self, owner: nn.Module, name: str, scale: int) -> None:
+        self._owner, self._name, self._scale = owner, name, scale
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        owner, vision = self._owner, self._owner.config.vision_config
+        coarser = _With(vision, patch_size=vision.patch_size * self._scale)
+        stand_in = _With(owner, config=_With(owner.config, vision_config=coarser))
+        return getattr(type(owner), self._name)(stand_in, *args, **kwargs)
+
+
+class _With:
+    """Stands for an object some of whose attributes are others."""
+
+    def __init__(self, base: object, **replaced: object) -> None:
+        self._base = base
+        vars(self).update(replaced)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._base, name)

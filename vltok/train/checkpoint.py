@@ -15,7 +15,7 @@ from torch import nn
 
 from vltok.api import Handle
 from vltok.errors import CheckpointError
-from vltok.serialization import WEIGHTS_FILE, added_state_dict, write_folder
+from vltok.serialization import WEIGHTS_FILE, added_state_dict, copy_weights, write_folder
 
 ADAPTER, MODEL = "adapter", "model"
 
@@ -74,7 +74,7 @@ class TrainedWeights:
         folder = Path(folder)
         found = _read(folder / ADAPTER / WEIGHTS_FILE) if self.added else {}
         state = self.model.state_dict()
-        _copy({name: state[full] for name, full in self.added.items()}, found, folder / ADAPTER)
+        copy_weights({name: state[full] for name, full in self.added.items()}, found, folder / ADAPTER)
         if (folder / MODEL).is_dir() == self.only_added:
             raise CheckpointError(
                 f"{folder} was written when {'more than' if self.only_added else 'nothing but'} what the methods added "
@@ -86,11 +86,11 @@ class TrainedWeights:
         if is_lora(self.model):
             from peft import get_peft_model_state_dict
 
-            _copy(get_peft_model_state_dict(self.model, save_embedding_layers=False), found, folder / MODEL)
+            copy_weights(get_peft_model_state_dict(self.model, save_embedding_layers=False), found, folder / MODEL)
             return
         held = {state[name].data_ptr() for name in found if name in state}  # files hold tied weights once
         expected = {name: tensor for name, tensor in state.items() if name in found or tensor.data_ptr() not in held}
-        _copy(expected, found, folder / MODEL)
+        copy_weights(expected, found, folder / MODEL)
 
 
 def _read(*files: Path) -> dict[str, torch.Tensor]:
@@ -102,19 +102,3 @@ def _read(*files: Path) -> dict[str, torch.Tensor]:
         except (SafetensorError, FileNotFoundError) as error:
             raise CheckpointError(f"{path} can't be read: {error}") from error
     return found
-
-
-def _copy(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor], place: Path) -> None:
-    if found.keys() != expected.keys():
-        raise CheckpointError(
-            f"{place} doesn't fit: missing {sorted(expected.keys() - found.keys())}, "
-            f"unexpected {sorted(found.keys() - expected.keys())}"
-        )
-    for name, tensor in expected.items():
-        if tensor.shape != found[name].shape:
-            raise CheckpointError(
-                f"{name} has shape {tuple(found[name].shape)} in {place}, expected {tuple(tensor.shape)}"
-            )
-    with torch.no_grad():
-        for name, tensor in expected.items():
-            tensor.copy_(found[name])
