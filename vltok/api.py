@@ -24,7 +24,7 @@ class Handle:
 
     Attributes:
         model: The model as it was passed to `apply`.
-        methods: The methods, in the order they were applied.
+        methods: The methods, in the order they were applied, with what they left to the model filled in.
         family: Name of the model's family.
         processor: The model's processor, if one was passed.
         host: The part of the model that the family is about; names of added weights count from it, whatever wraps it.
@@ -123,14 +123,16 @@ def apply(model: nn.Module, method: Method | Iterable[Method], *, processor: Any
     view = families.view(model, processor)
     edits, run = Edits(), Run()
     try:
+        settled: tuple[Method, ...] = ()
         for item in methods:
-            item.attach(view, edits, run)
+            settled += (item.settled(view),)
+            settled[-1].attach(view, edits, run)
         if edits.added_modules:
-            view.mark_checkpoint(edits, settings(view.family.name, methods))
+            view.mark_checkpoint(edits, settings(view.family.name, settled))
     except BaseException:
         edits.undo()
         raise
-    return Handle(model, methods, view.family.name, edits, run, view.host, processor)
+    return Handle(model, settled, view.family.name, edits, run, view.host, processor)
 
 
 def settings(family: str, methods: Iterable[Method]) -> dict[str, Any]:

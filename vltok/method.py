@@ -48,6 +48,14 @@ class Method:
     version: ClassVar[int] = 1
     training_free: ClassVar[bool] = True
 
+    def settled(self, view: Any) -> Method:
+        """Return these settings with all that they leave to the model filled in, which is what gets applied and saved.
+
+        A saved folder then means the same on any model, however that one would fill them in. Nothing is left open by
+        default.
+        """
+        return self
+
     def attach(self, view: Any, edits: Edits, run: Run) -> None:
         """Attach to a model seen through `view`, with every change in `edits` and every result in `run`."""
         raise NotImplementedError(f"{type(self).__name__} must define attach()")

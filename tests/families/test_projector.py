@@ -43,7 +43,7 @@ def test_config_and_processor_follow_and_come_back():
         assert model.config.image_seq_length == 4
         assert processor.patch_size == 28
         assert (LLAVA.inputs(WORDS[:1], pictures(LLAVA)[:1], processor=processor)["input_ids"] == 4).sum() == 4
-        assert model.config.vltok["methods"] == [PACKER.to_dict() | {"levels": None}]
+        assert model.config.vltok["methods"] == [PACKER.to_dict() | {"levels": (1, 2), "embed_dim": 32, "num_heads": 1}]
         handle.remove()
     assert processor.patch_size == 14
     assert processor.to_dict() == LLAVA.processor().to_dict()
@@ -212,6 +212,16 @@ def test_models_whose_features_are_no_grid_of_patches_are_refused():
 def test_a_text_model_is_refused():
     with pytest.raises(UnsupportedModelError, match="has no visual tokens that vltok can reach"):
         vltok.apply(shared_model(LLAVA).model.language_model, PACKER, processor=LLAVA.processor())
+
+
+def test_a_saved_adapter_reads_its_own_levels_on_any_model(tmp_path):
+    with vltok.apply(shared_model(LLAVA), PACKER, processor=LLAVA.processor()) as handle:
+        vltok.save(handle, tmp_path)
+    other = LLAVA.model()
+    other.config.vision_feature_layer = -1
+    with vltok.load(other, tmp_path, processor=LLAVA.processor()) as handle:
+        assert other.config.vision_feature_layer == [1, 2]
+        assert handle.methods[0].levels == (1, 2)
 
 
 def test_from_pretrained_refuses_folders_it_did_not_mark(tmp_path):

@@ -8,7 +8,7 @@ regions and projects them as the model always did, instead of speaking noise.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, get_args
 
 import torch
@@ -72,33 +72,38 @@ class TokenPacker(Method):
             if not self.levels or list(self.levels) != sorted(set(self.levels)):
                 raise ValueError(f"levels must be different hidden states in ascending order, got {self.levels}")
 
-    def attach(self, view: ProjectorView, edits: Edits, run: Run) -> None:
+    def settled(self, view: ProjectorView) -> TokenPacker:
         site = view.projector_site()
+        embed_dim = self.embed_dim or site.dim * (2 if self.init == "pool" else 1)
+        heads = self.num_heads or _heads(embed_dim)
+        return replace(self, levels=self._levels_of(site), embed_dim=embed_dim, num_heads=heads)
+
+    def attach(self, view: ProjectorView, edits: Edits, run: Run) -> None:
+        site, method = view.projector_site(), self.settled(view)
         if isinstance(site.old, TokenPackerProjector):
             raise ValueError(
                 "this model's visual tokens are already condensed by TokenPacker; remove that handle first"
             )
-        levels = self._levels_of(site)
-        embed_dim = self.embed_dim or site.dim * (2 if self.init == "pool" else 1)
         projector = TokenPackerProjector(
             grid=site.grid,
             dim=site.dim,
             hidden=site.hidden,
             scale_factor=self.scale_factor,
-            num_levels=len(levels),
-            embed_dim=embed_dim,
-            num_heads=self.num_heads or _heads(embed_dim),
+            num_levels=len(method.levels),
+            embed_dim=method.embed_dim,
+            num_heads=method.num_heads,
         )
         if self.init == "pool":
-            if site.layers is None or site.levels != levels[-1:]:
+            if site.layers is None or site.levels != method.levels[-1:]:
                 raise UnsupportedModelError(
                     f'init="pool" continues a projector of two linear layers with a GELU between, that reads the last '
-                    f"of levels={levels}; {type(site.old).__name__} reads {site.levels}"
+                    f"of levels={method.levels}; {type(site.old).__name__} reads {site.levels}"
                     f'{"" if site.layers else " and is built otherwise"}; use init="random"'
                 )
             start_from_pooling(projector, *site.layers)
         parameter = next(p for p in site.old.parameters() if p.is_floating_point())
-        view.swap_projector(edits, run, projector.to(parameter.device, parameter.dtype), levels, self.scale_factor)
+        projector.to(parameter.device, parameter.dtype)
+        view.swap_projector(edits, run, projector, method.levels, self.scale_factor)
 
     def _levels_of(self, site: ProjectorSite) -> tuple[int, ...]:
         if self.levels is None:
