@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, TypeVar
@@ -10,6 +13,7 @@ import torch
 
 from vltok.edits import Edits
 from vltok.errors import CheckpointError
+from vltok.version import __version__
 
 _METHODS: dict[str, type[Method]] = {}
 M = TypeVar("M", bound="type[Method]")
@@ -94,6 +98,34 @@ class Method:
                 f"this vltok knows {', '.join(sorted(known))}"
             )
         return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()})
+
+    @staticmethod
+    def from_text(text: str) -> Method:
+        """Read a method as command lines name it: "todre,keep_ratio=0.1,stages=(1,)", or the JSON of `to_dict`.
+
+        Raises:
+            CheckpointError: If the method or one of its settings is unknown.
+            ValueError: If the text is neither, or a setting is out of range.
+        """
+        if text.lstrip().startswith("{"):
+            return Method.from_dict(json.loads(text), writer=__version__)
+        name, *settings = re.split(r",(?![^(\[]*[)\]])", text)  # not at commas inside brackets
+        fields: dict[str, Any] = {}
+        for setting in settings:
+            key, equals, value = setting.partition("=")
+            if not equals:
+                raise ValueError(f"a setting of a method is written key=value, got {setting!r} in {text!r}")
+            fields[key.strip()] = _value(value.strip())
+        version = _METHODS[name].version if name in _METHODS else None
+        return Method.from_dict({"method": name, "version": version, **fields}, writer=__version__)
+
+
+def _value(text: str) -> Any:
+    """Read a number, tuple, True, False or None as Python writes it; anything else is a word."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 def register(name: str) -> Callable[[M], M]:

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 import vltok
 from vltok.errors import CheckpointError
 from vltok.processing import TokenPackerHDProcessor
-from vltok.train.cli import app, parse_method
+from vltok.train.cli import app
 
 ROOT = Path(__file__).parents[2]
 PACKER = ("--method", "tokenpacker,scale_factor=2,init=pool")
@@ -158,16 +158,16 @@ def test_tiles_of_large_pictures_are_trained_on_and_their_processor_is_saved(fol
     ],
 )
 def test_methods_are_read_as_the_command_line_names_them(text, method):
-    assert parse_method(text) == method
+    assert vltok.Method.from_text(text) == method
 
 
 def test_a_method_that_cannot_be_read_says_what_is_known():
     with pytest.raises(CheckpointError, match=r"unknown method 'packer'.*tokenpacker"):
-        parse_method("packer")
+        vltok.Method.from_text("packer")
     with pytest.raises(CheckpointError, match="unknown field 'scale'"):
-        parse_method("tokenpacker,scale=2")
+        vltok.Method.from_text("tokenpacker,scale=2")
     with pytest.raises(ValueError, match="key=value, got 'pool'"):
-        parse_method("tokenpacker,pool")
+        vltok.Method.from_text("tokenpacker,pool")
 
 
 def test_mistakes_are_told_in_a_line(run, folder, saved, tmp_path):

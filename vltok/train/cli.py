@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import json
-import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +12,6 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import is_torch_bf16_gpu_available
 
-from vltok import __version__
 from vltok.api import Handle, apply
 from vltok.errors import VltokError
 from vltok.families import CONFIG_FIELD
@@ -185,7 +181,7 @@ def load_handle(model: str, methods: list[str], dtype: torch.dtype, download: bo
 
     Args:
         model: Folder, or name on the hub; it may have been saved with methods on it.
-        methods: As for `parse_method`, or one folder written by `vltok.save`; none if the model was saved with them.
+        methods: As for `Method.from_text`, or a folder written by `vltok.save`; none if the model was saved with them.
         dtype: Dtype of the weights.
         download: Whether files may be fetched.
 
@@ -213,39 +209,7 @@ def load_handle(model: str, methods: list[str], dtype: torch.dtype, download: bo
         raise ValueError(f"{saved[0]} holds all methods of a model; give no other --method beside it")
     if saved:
         return load(loaded, saved[0], processor=processor)
-    return apply(loaded, [parse_method(text) for text in methods], processor=processor)
-
-
-def parse_method(text: str) -> Method:
-    """Read a method as the command line names it: "todre,keep_ratio=0.1,stages=(1,)", or the JSON of `to_dict`.
-
-    Raises:
-        CheckpointError: If the method or one of its settings is unknown.
-        ValueError: If the text is neither, or a setting is out of range.
-    """
-    if text.lstrip().startswith("{"):
-        return Method.from_dict(json.loads(text), writer=__version__)
-    name, *settings = re.split(r",(?![^(\[]*[)\]])", text)  # not at commas inside brackets
-    fields: dict[str, Any] = {}
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals:
-            raise ValueError(f"a setting of a method is written key=value, got {setting!r} in {text!r}")
-        fields[key.strip()] = _value(value.strip())
-    version = next((cls.version for cls in _subclasses(Method) if cls.name == name), None)
-    return Method.from_dict({"method": name, "version": version, **fields}, writer=__version__)
-
-
-def _value(text: str) -> Any:
-    """Read a number, tuple, True, False or None as Python writes it; anything else is a word."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
-
-
-def _subclasses(cls: type[Method]) -> list[type[Method]]:
-    return [found for child in cls.__subclasses__() for found in (child, *_subclasses(child))]
+    return apply(loaded, [Method.from_text(text) for text in methods], processor=processor)
 
 
 def _pick_dtype(name: str) -> torch.dtype:
