@@ -73,7 +73,8 @@ class Handle:
             file: Where to print; standard output by default, None for nowhere.
         """
         report = self._run.results.get("pruning", Report())
-        report = replace(report, condensed=self._run.results.get("condensed"))
+        results = self._run.results
+        report = replace(report, attention=results.get("attention"), condensed=results.get("condensed"))
         if file is not None:
             print(report, file=sys.stdout if file is _STDOUT else file)
         return report

@@ -114,6 +114,10 @@ class Edits:
 
         self._edits.append(_Edit(undo, target, "attribute", name, lambda: getattr(target, name, _ABSENT) is value))
 
+    def at_undo(self, action: Callable[[], None]) -> None:
+        """Call `action` when the changes made so far are taken back, after those made later."""
+        self._edits.append(_Edit(action))
+
     def undo(self) -> None:
         """Take all changes back, last one first. Does nothing the second time.
 

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from vltok.methods.packer import TokenPackerProjector
+from vltok.methods.soft_attention import SoftmaxFreeAttention
 from vltok.methods.todre import Pivot, Strategy, ToDRE, choose_pivot, select_diverse
 from vltok.tokens import gather_tokens, keep_count
 
-__all__ = ["DiversitySelector", "TokenPackerProjector"]
+__all__ = ["DiversitySelector", "SoftmaxFreeAttention", "TokenPackerProjector"]
 
 
 class DiversitySelector(nn.Module):

@@ -40,10 +40,26 @@ class Condensed:
 
 
 @dataclass(frozen=True)
+class LinearAttention:
+    """Where attention of linear cost stands in the vision tower.
+
+    Attributes:
+        blocks: The blocks that have it, as (start, stop).
+        patches: Patches of a picture of the size the tower was made for.
+        landmarks: Landmarks of such a picture, prefix tokens not counted.
+    """
+
+    blocks: tuple[int, int]
+    patches: int
+    landmarks: int
+
+
+@dataclass(frozen=True)
 class Report:
     """What the attached methods did at the last prompt with images.
 
     Attributes:
+        attention: Where attention of linear cost stands in the vision tower, or None where there is none.
         condensed: What a condensing projector did, or None where there is none. The rest is what pruning did.
         visual_tokens: Visual tokens of each image of each sample before pruning.
         kept_tokens: Visual tokens kept of each image of each sample at the entry of the language model.
@@ -54,6 +70,7 @@ class Report:
         relevance: Stage 2 at each candidate layer, for each sample.
     """
 
+    attention: LinearAttention | None = None
     condensed: Condensed | None = None
     visual_tokens: list[list[int]] = field(default_factory=list)
     kept_tokens: list[list[int]] = field(default_factory=list)
@@ -65,12 +82,18 @@ class Report:
 
     def __str__(self) -> str:
         lines = []
+        if self.attention is not None:
+            each = self.attention
+            lines.append(
+                f"vision tower: softmax-free attention in blocks {each.blocks[0]} to {each.blocks[1] - 1}, "
+                f"{each.landmarks} landmarks for {each.patches} patches"
+            )
         if self.condensed is not None:
             each = self.condensed
             lines.append(
                 f"projector: {each.patches} patches -> {each.tokens} visual tokens (pictures, crops: {each.pictures})"
             )
-        elif not self.visual_tokens:
+        if not lines and not self.visual_tokens:
             return "no prompt with images since the method was attached"
         for row, (before, after) in enumerate(zip(self.visual_tokens, self.kept_tokens, strict=True)):
             images = ", ".join(f"{n} -> {k}" for n, k in zip(before, after, strict=True)) or "no image"

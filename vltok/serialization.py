@@ -5,8 +5,10 @@ from_pretrained() loads a whole model that transformers saved while methods with
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Collection, Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from vltok.method import Method
 
 CONFIG_FILE = "vltok_config.json"
 WEIGHTS_FILE = "vltok.safetensors"
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 _FIELDS = {"vltok_version", "family", "methods"}
 
 
@@ -79,7 +82,7 @@ def from_pretrained(folder: str | Path, *, processor: Any = None, **options: Any
 
     Args:
         folder: What `handle.model.save_pretrained` wrote, a local folder.
-        processor: The model's processor; by default the one saved in the folder.
+        processor: The model's processor; by default the one saved in the folder, if there is one.
         options: For the model's own `from_pretrained`, such as dtype or device_map.
 
     Returns:
@@ -95,7 +98,9 @@ def from_pretrained(folder: str | Path, *, processor: Any = None, **options: Any
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} has no config.json; give a folder written by the model's save_pretrained()")
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    record = getattr(config, CONFIG_FIELD, None)
+    vision_config = getattr(config, "vision_config", None)
+    marked = config if hasattr(config, CONFIG_FIELD) else vision_config  # the latter if the methods are about the tower
+    record = getattr(marked, CONFIG_FIELD, None)
     if not isinstance(record, dict) or "restore" not in record:
         raise CheckpointError(
             f"{folder} was saved without vltok methods that have weights on it; load it with transformers, and "
@@ -104,20 +109,17 @@ def from_pretrained(folder: str | Path, *, processor: Any = None, **options: Any
     record = dict(record)
     before = record.pop("restore")
     settings = _check(record, f"{folder / 'config.json'}, field {CONFIG_FIELD!r}")
-    delattr(config, CONFIG_FIELD)
-    _set_fields(config, before.get("config", {}))
-    if processor is None:
+    delattr(marked, CONFIG_FIELD)
+    _set_fields(marked, before.get("config", {}))
+    _set_fields(vision_config, before.get("vision_config", {}))
+    if processor is None and any((folder / name).is_file() for name in PROCESSOR_FILES):
         processor = transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
         _set_fields(processor, before.get("processor", {}))
     known = [getattr(transformers, name, None) for name in config.architectures or ()]
     known = [each for each in known if isinstance(each, type) and issubclass(each, transformers.PreTrainedModel)]
     model_class = known[0] if known else transformers.AutoModelForImageTextToText
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # it would list the new weights as strangers, and miss the old ones
-    try:
+    with _silence():  # it would list the new weights as strangers, and miss the old ones
         model = model_class.from_pretrained(folder, config=config, local_files_only=True, **options)
-    finally:
-        transformers.logging.set_verbosity(verbosity)
     return _apply_saved(model, settings, processor, folder / "config.json", *_weight_files(folder))
 
 
@@ -137,6 +139,23 @@ def _apply_saved(model: nn.Module, config: dict[str, Any], processor: Any, sourc
     return handle
 
 
+@contextlib.contextmanager
+def _silence(bars: bool = False) -> Iterator[None]:
+    """Let transformers write no warnings, and draw no progress bars if `bars`."""
+    from transformers.utils import logging
+
+    verbosity, hides_bars = logging.get_verbosity(), bars and logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if hides_bars:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if hides_bars:
+            logging.enable_progress_bar()
+
+
 def _set_fields(target: object, fields: Mapping[str, Any]) -> None:
     for name, value in fields.items():
         setattr(target, name, value)
@@ -151,12 +170,14 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def added_state_dict(handle: Handle) -> dict[str, torch.Tensor]:
     """Weights the handle's methods brought into the model, by their names in `handle.host`."""
+    return {name: tensor.detach() for name, tensor in _added_tensors(handle)}
+
+
+def _added_tensors(handle: Handle) -> Iterator[tuple[str, torch.Tensor]]:
     names = {module: name for name, module in handle.host.named_modules()}
-    return {
-        f"{names[module]}.{key}": tensor
-        for module in handle.added_modules
-        for key, tensor in module.state_dict().items()
-    }
+    for module in handle.added_modules:
+        for key, tensor in module.state_dict(keep_vars=True).items():
+            yield f"{names[module]}.{key}", tensor
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -185,9 +206,11 @@ def _load_weights(handle: Handle, *files: Path) -> None:
     files = tuple(path for path in files if path.exists())
     if not expected and not files:
         return
+    is_whole = any(path.name != WEIGHTS_FILE for path in files)
+    names = _saved_names(handle) if is_whole else {name: name for name in expected}
     found: dict[str, torch.Tensor] = {}
     for path in files:
-        found |= _read_weights(path, expected.keys())
+        found |= _read_weights(path, names)
     place = ", ".join(map(str, files)) or "the folder"
     copy_weights(expected, found, place)
 
@@ -213,21 +236,29 @@ def copy_weights(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch
         tensor.copy_(found[name])
 
 
-def _read_weights(path: Path, wanted: Collection[str]) -> dict[str, torch.Tensor]:
-    """All weights of vltok's own file; of a whole model's file those wanted, found behind any prefix."""
+def _saved_names(handle: Handle) -> dict[str, str]:
+    """The names that transformers saves a model's added weights by, which are not those of its modules -> our names."""
+    whole = {id(tensor): name for name, tensor in handle.model.state_dict(keep_vars=True).items()}
+    own = [(name, whole[id(tensor)]) for name, tensor in _added_tensors(handle)]
+    numbered = {name: torch.tensor([number]) for number, (_, name) in enumerate(own)}
+    with tempfile.TemporaryDirectory() as folder, _silence(bars=True):
+        handle.model.save_pretrained(folder, state_dict=numbered)
+        return {
+            saved: own[int(number)][0]
+            for path in Path(folder).glob("*.safetensors")
+            for saved, number in _read_weights(path, None).items()
+        }
+
+
+def _read_weights(path: Path, names: Mapping[str, str] | None) -> dict[str, torch.Tensor]:
+    """Weights of a file by the names they are to have; all by their own if there are none."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
-            if path.name == WEIGHTS_FILE:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            names = {name: key for key in file.keys() for name in _ends(key) if name in wanted}  # noqa: SIM118
-            return {name: file.get_tensor(key) for name, key in names.items()}
+            keys = file.keys()  # not a dict
+            if names is None or path.name == WEIGHTS_FILE:
+                return {key: file.get_tensor(key) for key in keys}
+            return {names[key]: file.get_tensor(key) for key in keys if key in names}
     except SafetensorError as error:
         raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
-
-
-def _ends(key: str) -> list[str]:
-    """A dotted name and what is left of it without its first parts: a.b.c, b.c, c."""
-    parts = key.split(".")
-    return [".".join(parts[start:]) for start in range(len(parts))]

@@ -102,6 +102,78 @@ class ProjectorSite:
     levels: tuple[int, ...]
 
 
+Projection = tuple[torch.Tensor, torch.Tensor | None]  # weight (out, in) and bias (out,) of a linear layer
+
+
+@dataclass(frozen=True)
+class SelfAttention:
+    """The self-attention of one block of a vision tower, for a method that puts another in its place.
+
+    Attributes:
+        module: The module in place.
+        num_heads: Attention heads; each has C / num_heads channels, in order.
+        query, key, value, out: Its projections, all C -> C. None where it has none, as after a swap.
+    """
+
+    module: nn.Module
+    num_heads: int
+    query: Projection
+    key: Projection
+    value: Projection
+    out: Projection
+
+
+class VisionView(Protocol):
+    """A vision tower as a method sees it: a stack of blocks over prefix tokens and a grid of patches.
+
+    Attributes:
+        dim: Width, C.
+        depth: Number of blocks.
+        grid: Patches of a picture of the size the tower was made for, (H, W).
+        num_prefix_tokens: Tokens before the patches, such as [CLS] and registers.
+    """
+
+    dim: int
+    depth: int
+    grid: tuple[int, int]
+    num_prefix_tokens: int
+
+    def attention_module(self, block: int) -> nn.Module:
+        """The module that attends in a block, counted from 0.
+
+        Raises:
+            UnsupportedModelError: If the block has none that vltok knows.
+        """
+
+    def self_attention(self, block: int) -> SelfAttention:
+        """Take apart the self-attention of a block.
+
+        Raises:
+            UnsupportedModelError: If it is more than softmax over scaled products of four projections' results.
+        """
+
+    def swap_attention(self, edits: Edits, block: int, module: nn.Module) -> None:
+        """Put `module` in the place of a block's attention, to be called as `module(x, grid)`.
+
+        It gets normalised tokens, (B, N, C), and the grid of the pictures at hand, and returns (B, N, C).
+
+        Raises:
+            ValueError: If another method is watching the attention.
+        """
+
+
+class VisionHost(Protocol):
+    """A model that has a vision tower, or is one."""
+
+    @property
+    def vision(self) -> VisionView:
+        """The vision tower.
+
+        Raises:
+            UnsupportedModelError: If it is not one whose blocks vltok knows.
+        """
+
+
 class ProjectorView(Protocol):
     """A vision-language model as a method sees it that condenses visual tokens in the projector."""
 

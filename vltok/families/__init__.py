@@ -1,6 +1,7 @@
 """The model families: where the parts of a model are. Imported only when a model of theirs is met.
 
-A family is one file and one line in `FAMILIES`: the package that defines the model class -> (our module, our class).
+A family is one file and one line in `VLMS` or `TOWERS`: its name -> (module that defines the model class, our file, our
+class in it).
 """
 
 from __future__ import annotations
@@ -12,81 +13,32 @@ from torch import nn
 
 from vltok.edits import Edits
 from vltok.errors import UnsupportedModelError
-from vltok.method import Run
-from vltok.views import LanguageView, ProjectorSite, ProjectorView, RelevanceJudge, TokenSelector
 
 if TYPE_CHECKING:
-    from vltok.families.base import VlmFamily
-    from vltok.families.pruning import PruningEngine
+    from vltok.families.tower import TowerView
+    from vltok.families.vlm import VlmView
 
-FAMILIES = {
-    "transformers.models.llava": ("llava", "Llava"),
-    "transformers.models.llava_next": ("llava_next", "LlavaNext"),
-    "transformers.models.llava_onevision": ("llava_onevision", "LlavaOnevision"),
-    "transformers.models.qwen2_5_vl": ("qwen2_5_vl", "Qwen2_5_VL"),
-    "transformers.models.internvl": ("internvl", "InternVL"),
+VLMS = {
+    "llava": ("transformers.models.llava", "llava", "Llava"),
+    "llava_next": ("transformers.models.llava_next", "llava_next", "LlavaNext"),
+    "llava_onevision": ("transformers.models.llava_onevision", "llava_onevision", "LlavaOnevision"),
+    "qwen2_5_vl": ("transformers.models.qwen2_5_vl", "qwen2_5_vl", "Qwen2_5_VL"),
+    "internvl": ("transformers.models.internvl", "internvl", "InternVL"),
+}
+TOWERS = {
+    "clip": ("transformers.models.clip", "hf_vit", "Clip"),
+    "siglip": ("transformers.models.siglip", "hf_vit", "Siglip"),
+    "vit": ("transformers.models.vit", "hf_vit", "ViT"),
+    "dinov2": ("transformers.models.dinov2", "hf_vit", "Dinov2"),
+    "dinov2_with_registers": ("transformers.models.dinov2_with_registers", "hf_vit", "Dinov2WithRegisters"),
+    "timm_vit": ("timm.models.vision_transformer", "timm_vit", "VisionTransformer"),
+    "timm_eva": ("timm.models.eva", "timm_vit", "Eva"),
 }
 
 CONFIG_FIELD = "vltok"  # of a model's config: what was on it when it was saved
 
 
-class VlmView(LanguageView, ProjectorView):
-    """A vision-language model, its parts found by its family."""
-
-    def __init__(self, family: VlmFamily, model: nn.Module, processor: Any) -> None:
-        self.family = family
-        self.processor = processor
-        self.host = model
-        self._engine: PruningEngine | None = None
-        self._restore: dict[str, dict[str, Any]] = {}
-
-    def on_visual_tokens(self, edits: Edits, run: Run, selector: TokenSelector) -> None:
-        self._pruning(edits, run).use_selector(edits, self.host, selector)
-
-    def on_decoder_layers(self, edits: Edits, run: Run, judge: RelevanceJudge) -> None:
-        self._pruning(edits, run).use_judge(edits, self.host, judge)
-
-    def projector_site(self) -> ProjectorSite:
-        return self.family.projector_site(self.host)
-
-    def swap_projector(
-        self, edits: Edits, run: Run, projector: nn.Module, levels: tuple[int, ...], scale_factor: int
-    ) -> None:
-        if self._engine is not None or self._is_pruned():
-            raise ValueError(
-                "the tokens that the projector in place returns are already being pruned; replace the projector first: "
-                "vltok.apply(model, [projector method, pruning method], processor=processor)"
-            )
-        self._restore = self.family.swap_projector(
-            edits, run, self.host, self.processor, projector, levels, scale_factor
-        )
-
-    def mark_checkpoint(self, edits: Edits, settings: dict[str, Any]) -> None:
-        """Note in the model's config what is on it, so that a checkpoint saved meanwhile says how to load it."""
-        edits.set_attribute(self.host.config, CONFIG_FIELD, {**settings, "restore": self._restore})
-
-    def _is_pruned(self) -> bool:
-        from vltok.families.pruning import PruningEngine
-
-        hooks = self.host._forward_pre_hooks.values()
-        return any(isinstance(getattr(hook, "__self__", None), PruningEngine) for hook in hooks)
-
-    def _pruning(self, edits: Edits, run: Run) -> PruningEngine:
-        from vltok.families.pruning import PruningEngine
-
-        if self._engine is None:
-            if self._is_pruned():
-                raise ValueError(
-                    "this model's visual tokens are already pruned; remove that handle first, or apply the methods "
-                    "together: vltok.apply(model, [first, second])"
-                )
-            self.family.check_pruning(self.host)
-            self._engine = PruningEngine(self.family, run)
-            self._engine.install(edits, self.host)
-        return self._engine
-
-
-def view(model: nn.Module, processor: Any = None) -> VlmView:
+def view(model: nn.Module, processor: Any = None) -> VlmView | TowerView:
     """Find the family of a model, also inside a wrapper (PEFT, DDP, the class with the language-model head).
 
     Args:
@@ -99,18 +51,58 @@ def view(model: nn.Module, processor: Any = None) -> VlmView:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"apply() takes a model (torch.nn.Module), got {type(model).__name__}")
-    for module in model.modules():
-        for base in type(module).__mro__:
-            package = base.__module__.rpartition(".")[0]
-            if package not in FAMILIES:
-                continue
-            file, name = FAMILIES[package]
-            family = getattr(import_module(f"{__name__}.{file}"), name)()
-            if base.__name__ == family.model_class:
-                family.check(module)
-                return VlmView(family, module, processor)
-    raise UnsupportedModelError(
+    if found := _find(model, VLMS):
+        from vltok.families.vlm import VlmView
+
+        family, part = found
+        family.check(part)
+        return VlmView(family, part, processor)
+    if tower := find_tower(model):
+        return tower
+    raise unsupported(model)
+
+
+def find_tower(model: nn.Module) -> TowerView | None:
+    """The vision tower in a model, or None if it has none of a known family."""
+    if found := _find(model, TOWERS):
+        from vltok.families.tower import TowerView
+
+        return TowerView(*found, model)
+    return None
+
+
+def mark_checkpoint(edits: Edits, config: Any, settings: dict[str, Any], restore: dict[str, dict[str, Any]]) -> None:
+    """Note in a config what is on its model, so that a checkpoint saved meanwhile says how to load it.
+
+    Args:
+        edits: The ledger of the handle.
+        config: The config.
+        settings: Methods of the handle, see `vltok.api.settings`; those of earlier handles stay before them.
+        restore: What fields of "config", "vision_config" and "processor" held before.
+    """
+    if before := getattr(config, CONFIG_FIELD, None):
+        settings = {**settings, "methods": [*before["methods"], *settings["methods"]]}
+        groups = restore.keys() | before["restore"].keys()
+        restore = {group: restore.get(group, {}) | before["restore"].get(group, {}) for group in sorted(groups)}
+    edits.set_attribute(config, CONFIG_FIELD, {**settings, "restore": restore})
+
+
+def unsupported(model: nn.Module) -> UnsupportedModelError:
+    """What to say of a model that visual tokens don't pass through, as far as vltok can tell."""
+    return UnsupportedModelError(
         f"{type(model).__name__} has no visual tokens that vltok can reach: no part of it is one of the supported "
-        f"families ({', '.join(package.rpartition('.')[2] for package in FAMILIES)}); a vision tower or a text model "
-        "alone has no language model that visual tokens enter"
+        f"families ({', '.join(VLMS)}); a vision tower or a text model alone has no language model that visual tokens "
+        f"enter. Methods that change a vision tower itself know the families {', '.join(TOWERS)}, alone or in a LLaVA"
     )
+
+
+def _find(model: nn.Module, table: dict[str, tuple[str, str, str]]) -> tuple[Any, nn.Module] | None:
+    """The family of the first part of a model that is in a table, and that part."""
+    for part in model.modules():
+        for base in type(part).__mro__:
+            for origin, file, name in table.values():
+                if base.__module__ == origin or base.__module__.startswith(f"{origin}."):
+                    family = getattr(import_module(f"{__name__}.{file}"), name)()
+                    if base.__name__ in family.model_classes:
+                        return family, part
+    return None

@@ -20,7 +20,7 @@ class VlmFamily:
 
     name: ClassVar[str]
     title: ClassVar[str]
-    model_class: ClassVar[str]
+    model_classes: ClassVar[tuple[str, ...]]
     multi_axis_positions: ClassVar[bool] = False
     patch_counters: ClassVar[tuple[str, ...]] = ()  # methods of the model that count a picture's patches by its config
 

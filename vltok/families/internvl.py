@@ -14,7 +14,7 @@ class InternVL(VlmFamily):
 
     name = "internvl"
     title = "InternVL"
-    model_class = "InternVLModel"
+    model_classes = ("InternVLModel",)
 
     def images(self, model: nn.Module, encoding: Encoding, runs: list[int]) -> list[ImageTokens]:
         rows, length = encoding.features.shape[:2]

@@ -21,7 +21,7 @@ class Llava(VlmFamily):
 
     name = "llava"
     title = "LLaVA-1.5"
-    model_class = "LlavaModel"
+    model_classes = ("LlavaModel",)
 
     def check(self, model: nn.Module) -> None:
         kind = model.config.vision_config.model_type

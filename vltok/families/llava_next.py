@@ -22,7 +22,7 @@ class LlavaNext(Llava):
 
     name = "llava_next"
     title = "LLaVA-NeXT"
-    model_class = "LlavaNextModel"
+    model_classes = ("LlavaNextModel",)
     patch_counters = ("pack_image_features",)
 
     def watch_vision(self, edits: Edits, model: nn.Module, recorder: VisionRecorder) -> None:

@@ -17,7 +17,7 @@ class LlavaOnevision(VlmFamily):
 
     name = "llava_onevision"
     title = "LLaVA-OneVision"
-    model_class = "LlavaOnevisionModel"
+    model_classes = ("LlavaOnevisionModel",)
     patch_counters = ("pack_image_features", "apply_pooling")
 
     def check_pruning(self, model: nn.Module) -> None:

@@ -23,7 +23,7 @@ class Qwen2_5_VL(VlmFamily):
 
     name = "qwen2_5_vl"
     title = "Qwen2.5-VL"
-    model_class = "Qwen2_5_VLModel"
+    model_classes = ("Qwen2_5_VLModel",)
     multi_axis_positions = True
 
     def tower(self, model: nn.Module) -> nn.Module:

@@ -3,8 +3,9 @@
 from vltok.methods.divprune import DivPrune
 from vltok.methods.fastervlm import FasterVLM
 from vltok.methods.random_tokens import RandomTokens
+from vltok.methods.soft import SOFT
 from vltok.methods.stride import StrideTokens
 from vltok.methods.todre import ToDRE
 from vltok.methods.token_packer import TokenPacker
 
-__all__ = ["DivPrune", "FasterVLM", "RandomTokens", "StrideTokens", "ToDRE", "TokenPacker"]
+__all__ = ["SOFT", "DivPrune", "FasterVLM", "RandomTokens", "StrideTokens", "ToDRE", "TokenPacker"]

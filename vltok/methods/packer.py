@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from vltok.errors import CheckpointError
+from vltok.methods.official import load_weights, weights_around
 
 NORM_EPS = 1e-6
 
@@ -358,8 +358,7 @@ class TokenPackerProjector(nn.Module):
             CheckpointError: If weights are missing, unexpected or of the wrong shape; the message lists them.
         """
         anchor = "q_proj_1.weight"
-        prefix = next((name.removesuffix(anchor) for name in state_dict if name.endswith(anchor)), "")
-        own = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
+        own = weights_around(state_dict, anchor)
         sizing = (anchor, "k_proj_1.0.weight", "mlp.0.weight")
         if all(own[name].dim() == 2 if name in own else False for name in sizing):
             embed_dim, dim = own[anchor].shape
@@ -368,15 +367,5 @@ class TokenPackerProjector(nn.Module):
             dim, hidden, levels, embed_dim = 1024, 4096, 4, 1024  # to name what is missing
         with torch.device("meta"):
             projector = cls(grid, dim, hidden, scale_factor, levels, embed_dim, num_heads)
-        expected = projector.state_dict()
-        problems = [f"missing {', '.join(names)}" for names in [sorted(expected.keys() - own.keys())] if names]
-        problems += [f"unexpected {', '.join(names)}" for names in [sorted(own.keys() - expected.keys())] if names]
-        problems += [
-            f"{name} has shape {tuple(own[name].shape)}, expected {tuple(value.shape)}"
-            for name, value in expected.items()
-            if name in own and own[name].shape != value.shape
-        ]
-        if problems:
-            raise CheckpointError(f"these are not the weights of a TokenPacker projector: {'; '.join(problems)}")
-        projector.load_state_dict({name: value.clone() for name, value in own.items()}, assign=True)
+        load_weights(projector, own, "a TokenPacker projector")
         return projector

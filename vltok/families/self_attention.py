@@ -1,0 +1,111 @@
+"""Reading a self-attention module: which of its parts is which, whatever the library calls them."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import nn
+
+from vltok.errors import UnsupportedModelError
+from vltok.views import Projection, SelfAttention
+
+_ROLES = {
+    "query": re.compile(r"(.*\.)?q(uery)?(_proj)?"),
+    "key": re.compile(r"(.*\.)?k(ey)?(_proj)?"),
+    "value": re.compile(r"(.*\.)?v(alue)?(_proj)?"),
+    "fused": re.compile(r"(.*\.)?qkv(_proj)?"),
+}
+_HEADS = ("num_heads", "num_attention_heads")
+
+
+def find_attention(block: nn.Module) -> str | None:
+    """Name of the child of a block that attends: the one with heads, and linear layers for queries or all three."""
+    found = [
+        name
+        for name, child in block.named_children()
+        if _num_heads(child) and {"query", "fused"} & _linear_layers(child).keys()
+    ]
+    return found[0] if len(found) == 1 else None
+
+
+def read_attention(module: nn.Module, dim: int) -> SelfAttention:
+    """Take a self-attention apart.
+
+    Args:
+        module: The attention.
+        dim: Width of the tokens, C.
+
+    Raises:
+        UnsupportedModelError: If projections are missing or of another width, or other parts have weights.
+    """
+    layers = _linear_layers(module)
+    biases = {role: getattr(module, f"{role[0]}_bias", None) for role in ("query", "key", "value")}
+    if "fused" in layers:
+        layer = layers["fused"]
+        weights = layer.weight.chunk(3)
+        parts = dict(zip(("query", "key", "value"), weights, strict=True))
+        own = layer.bias.chunk(3) if layer.bias is not None else (biases["query"], biases["key"], biases["value"])
+        projections: dict[str, Projection] = {
+            role: (weight, bias) for (role, weight), bias in zip(parts.items(), own, strict=True)
+        }
+    else:
+        projections = {
+            role: (layers[role].weight, layers[role].bias if layers[role].bias is not None else biases[role])
+            for role in ("query", "key", "value")
+            if role in layers
+        }
+    if "out" in layers:
+        projections["out"] = (layers["out"].weight, layers["out"].bias)
+    if missing := {"query", "key", "value", "out"} - projections.keys():
+        raise _unsupported(module, f"has no linear layer for {', '.join(sorted(missing))}")
+    for role, (weight, _) in projections.items():
+        if weight.shape != (dim, dim) or not weight.is_floating_point():
+            raise _unsupported(module, f"projects {role} by {tuple(weight.shape)} {weight.dtype}, not {dim} -> {dim}")
+        if weight.is_meta:
+            raise _unsupported(module, "is offloaded (on the meta device); load it onto a device")
+    known = {id(parameter) for layer in layers.values() for parameter in layer.parameters()}
+    known |= {id(bias) for bias in biases.values() if bias is not None}
+    if others := [name for name, parameter in module.named_parameters() if id(parameter) not in known]:
+        raise _unsupported(module, f"has further weights, {', '.join(others)}")
+    return SelfAttention(module, _num_heads(module), **projections)
+
+
+def tokens_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """The tokens among the arguments a block calls its attention with.
+
+    Raises:
+        ValueError: If there is a mask or a position embedding among them, which change what attention means.
+    """
+    given = {**dict(enumerate(args)), **kwargs}
+    tokens = given.pop(next(iter(given)))
+    wanted = [name for name, value in given.items() if isinstance(value, torch.Tensor) or value is True]
+    if wanted:
+        raise ValueError(
+            f"{type(module).__name__} attends from all tokens to all, but its block asks for more, by "
+            f"{', '.join(f'argument {name}' if isinstance(name, int) else name for name in wanted)}: masks, rotary "
+            "positions and attention maps are not to be had; take the method off for that"
+        )
+    return tokens
+
+
+def _num_heads(module: nn.Module) -> int:
+    return next((getattr(module, name) for name in _HEADS if isinstance(getattr(module, name, None), int)), 0)
+
+
+def _linear_layers(module: nn.Module) -> dict[str, nn.Linear]:
+    """Linear layers by role; the one that is neither query, key, value nor all three is the output projection."""
+    layers: dict[str, nn.Linear] = {}
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Linear):
+            role = next((role for role, pattern in _ROLES.items() if pattern.fullmatch(name)), "out")
+            layers.setdefault(role, layer)
+    return layers
+
+
+def _unsupported(module: nn.Module, reason: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"the attention of this vision tower can't be replaced: {type(module).__name__} {reason}; what can is plain "
+        "multi-head self-attention, as in CLIP, SigLIP, ViT and DINOv2 of transformers and most ViTs of timm"
+    )

@@ -1,0 +1,51 @@
+"""timm's ViTs: VisionTransformer (ViT, DeiT, CLIP, SigLIP, DINOv2 ...) and Eva."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from vltok.errors import UnsupportedModelError
+from vltok.families.tower import TowerFamily
+
+
+class VisionTransformer(TowerFamily):
+    """A ViT of timm, with or without [CLS], distillation and register tokens."""
+
+    name = "timm_vit"
+    model_classes = ("VisionTransformer",)
+    returns_maps = False
+
+    def blocks(self, tower: nn.Module) -> Sequence[nn.Module]:
+        return tower.blocks
+
+    def patch_layer(self, tower: nn.Module) -> nn.Module | None:
+        layer = getattr(tower.patch_embed, "proj", None)
+        return layer if isinstance(layer, nn.Conv2d) else None
+
+    def grid(self, tower: nn.Module) -> tuple[int, int]:
+        return tuple(tower.patch_embed.grid_size)
+
+    def dim(self, tower: nn.Module) -> int:
+        return tower.embed_dim
+
+    def num_prefix_tokens(self, tower: nn.Module) -> int:
+        return tower.num_prefix_tokens
+
+    def config(self, tower: nn.Module) -> None:
+        return None
+
+
+class Eva(VisionTransformer):
+    """An EVA-like ViT of timm."""
+
+    name = "timm_eva"
+    model_classes = ("Eva",)
+
+    def check_attention(self, tower: nn.Module) -> None:
+        if tower.rope is not None:
+            raise UnsupportedModelError(
+                "this Eva model tells its attention where tokens are, by rotary positions, so it can't be replaced; it "
+                "can in ViTs with position embeddings: VisionTransformer of timm, and Eva without rotary positions"
+            )

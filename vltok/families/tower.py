@@ -1,0 +1,192 @@
+"""Vision towers: where blocks, patches and prefix tokens of a ViT are, and how a block gets another attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from vltok.edits import Edits
+from vltok.errors import UnsupportedModelError
+from vltok.families import mark_checkpoint, unsupported
+from vltok.families.capture import restore_output_capture
+from vltok.families.self_attention import find_attention, read_attention, tokens_of
+from vltok.families.vision import VisionRecorder
+from vltok.method import Run
+from vltok.views import ProjectorSite, RelevanceJudge, SelfAttention, TokenSelector, VisionView
+
+# Stands in the config of a tower whose attention was replaced. transformers looks the name up when it builds a tower,
+# so a checkpoint saved meanwhile can't be loaded with softmax attention of random weights: the lookup quotes this text.
+GUARD = "vltok attention: load this checkpoint with vltok.from_pretrained"
+
+
+class TowerFamily:
+    """A family is stateless: everything it knows it reads from the tower it is given."""
+
+    name: ClassVar[str]
+    model_classes: ClassVar[tuple[str, ...]]
+    returns_maps: ClassVar[bool] = True  # attention modules return (tokens, attention map or None)
+
+    def blocks(self, tower: nn.Module) -> Sequence[nn.Module]:
+        """The blocks, first one first."""
+        return max((module for module in tower.modules() if isinstance(module, nn.ModuleList)), key=len)
+
+    def patch_layer(self, tower: nn.Module) -> nn.Module:
+        """The convolution that makes patches of pixels: the first one."""
+        return next((module for module in tower.modules() if isinstance(module, nn.Conv2d)), None)
+
+    def grid(self, tower: nn.Module) -> tuple[int, int]:
+        """Patches of a picture of the size the tower was made for."""
+        size, patch = (_pair(getattr(tower.config, name)) for name in ("image_size", "patch_size"))
+        return size[0] // patch[0], size[1] // patch[1]
+
+    def dim(self, tower: nn.Module) -> int:
+        """Width of the tokens."""
+        return tower.config.hidden_size
+
+    def num_prefix_tokens(self, tower: nn.Module) -> int:
+        """Tokens before those of the patches."""
+        return 1
+
+    def config(self, tower: nn.Module) -> Any:
+        """The config that is saved with the tower, or None where there is none."""
+        return tower.config
+
+    def check_attention(self, tower: nn.Module) -> None:
+        """Raise UnsupportedModelError if attention in this tower is more than its attention modules compute."""
+
+
+class TowerView(VisionView):
+    """A vision tower, its parts found by its family."""
+
+    def __init__(self, family: TowerFamily, tower: nn.Module, model: nn.Module) -> None:
+        self.family = family
+        self._model = model
+        self.host = tower
+        self.restore: dict[str, Any] = {}  # what fields of the tower's config held before
+        self._patches = family.patch_layer(tower)
+        if self._patches is None:
+            raise UnsupportedModelError(
+                f"{type(tower).__name__} makes no patches by a convolution, from which vltok learns the grid they form"
+            )
+        self._blocks = family.blocks(tower)
+        self.dim = family.dim(tower)
+        self.depth = len(self._blocks)
+        self.grid = family.grid(tower)
+        self.num_prefix_tokens = family.num_prefix_tokens(tower)
+        self._grids: GridRecorder | None = None
+
+    @property
+    def vision(self) -> VisionView:
+        return self
+
+    def attention_module(self, block: int) -> nn.Module:
+        return self._blocks[block].get_submodule(self._attention_name(block))
+
+    def self_attention(self, block: int) -> SelfAttention:
+        self.family.check_attention(self.host)
+        return read_attention(self.attention_module(block), self.dim)
+
+    def swap_attention(self, edits: Edits, block: int, module: nn.Module) -> None:
+        old = self.attention_module(block)
+        for part in old.modules():
+            hooks = (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
+            if any(isinstance(getattr(hook, "__self__", None), VisionRecorder) for hook in hooks):
+                raise ValueError(
+                    f"the attention of block {block} is being watched by a pruning method; replace the attention "
+                    "first: vltok.apply(model, [attention method, pruning method])"
+                )
+        if self._grids is None:
+            self._grids = GridRecorder()
+            edits.after(self._patches, self._grids.record)
+            restore_output_capture(edits, self.host)
+            self._guard_checkpoints(edits)
+        name = self._attention_name(block)
+        edits.swap(self._blocks[block], name, module)
+        edits.before(module, self._grids.supply)
+        if self.family.returns_maps:
+            edits.after(module, _with_map)
+
+    def mark_checkpoint(self, edits: Edits, settings: dict[str, Any]) -> None:
+        """Note in the tower's config what is on it, so that a checkpoint saved meanwhile says how to load it."""
+        if (config := self.family.config(self.host)) is not None:
+            mark_checkpoint(edits, config, settings, {"config": self.restore})
+
+    def on_visual_tokens(self, edits: Edits, run: Run, selector: TokenSelector) -> None:
+        raise unsupported(self._model)
+
+    def on_decoder_layers(self, edits: Edits, run: Run, judge: RelevanceJudge) -> None:
+        raise unsupported(self._model)
+
+    def projector_site(self) -> ProjectorSite:
+        raise unsupported(self._model)
+
+    def _guard_checkpoints(self, edits: Edits) -> None:
+        config = self.family.config(self.host)
+        if config is not None:
+            self.restore = {"hidden_act": config.hidden_act}
+            edits.set_attribute(config, "hidden_act", GUARD)
+
+    def _attention_name(self, block: int) -> str:
+        name = find_attention(self._blocks[block])
+        if name is None:
+            raise UnsupportedModelError(
+                f"{type(self._blocks[block]).__name__}, block {block} of this vision tower, has no attention module "
+                "with a number of heads and linear layers for queries, keys and values, such as ViTs of transformers "
+                "and timm have; its attention can't be replaced"
+            )
+        return name
+
+
+class GridRecorder:
+    """Knows the grid of the pictures that are passing through a tower.
+
+    A backward pass that recomputes checkpointed blocks may come after other pictures have passed. It finds the grid by
+    the number of tokens among those passed since the last one.
+    """
+
+    def __init__(self) -> None:
+        self._grid: tuple[int, int] | None = None
+        self._pending: set[tuple[int, int]] = set()
+        self._went_back = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GridRecorder:
+        copy = GridRecorder()
+        memo[id(self)] = copy
+        return copy
+
+    def record(self, module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> None:
+        """After the patch layer: the output, (B, C, H, W), has the grid."""
+        self._grid = (output.shape[-2], output.shape[-1])
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            if self._went_back:
+                self._pending.clear()
+                self._went_back = False
+            self._pending.add(self._grid)
+
+    def supply(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Before an attention: leave it the tokens, and add their grid."""
+        tokens = tokens_of(module, args, kwargs)
+        grid = self._grid
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:  # in a backward pass
+            self._went_back = True
+            patches = tokens.shape[1] - module.num_prefix_tokens
+            fitting = [each for each in self._pending if each[0] * each[1] == patches]
+            if len(fitting) > 1:
+                raise ValueError(
+                    f"pictures with grids {fitting[0]} and {fitting[1]} passed through the vision tower before this "
+                    "backward pass, so it can't tell which it recomputes; call backward() after each, or turn gradient "
+                    "checkpointing off"
+                )
+            grid = fitting[0] if fitting else grid
+        return (tokens, grid), {}
+
+
+def _with_map(module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> tuple[torch.Tensor, None]:
+    return output, None
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])

@@ -1,0 +1,119 @@
+"""The inverse of a kernel matrix of landmarks, by Newton's iteration and with a proof that it is one.
+
+Paper: https://arxiv.org/abs/2110.11945 (SOFT). Differs from the released code: each matrix starts on its own, its
+residual is measured, and where twenty steps were not enough it is solved in float64 instead of being used as it is.
+`released_inverse` is what the released code computes, for its checkpoints.
+"""
+
+from __future__ import annotations
+
+import torch
+
+RIDGE = 0.01  # added to the diagonal in the variant that is not normalised
+START = 1.8  # of 2, from where on Newton's iteration diverges
+STEPS = 20  # of the paper; 2^20 is also what the float64 solution cuts small eigenvalues off by
+TOLERANCE = 1e-4  # of I - P V
+PSEUDO_TOLERANCE = 1e-3  # of P V P - P; STEPS exact steps leave at most 3.2e-4
+
+
+def kernel_inverse(kernel: torch.Tensor, newton_iters: int = STEPS, ridge: float = RIDGE) -> torch.Tensor:
+    """Invert kernel matrices, each independently of the others.
+
+    With a ridge the result is the inverse of `kernel + ridge I`. Without one it is the pseudo-inverse, cut off
+    smoothly: an eigenvalue far above 1e-3 times the largest row sum is inverted, one far below is taken for 0. Matrices
+    that Newton's iteration leaves with a residual above `TOLERANCE` (or `PSEUDO_TOLERANCE`) are solved in float64.
+
+    Gradients are those of the exact inverse, dP = -Y^T G Y^T; they take what was cut off for 0, too.
+
+    Args:
+        kernel: Symmetric matrices with entries in [0, 1] and ones on the diagonal, (..., M, M), float32 or float64.
+        newton_iters: Newton steps, at least 1.
+        ridge: What to add to the diagonal, at least 0.
+
+    Returns:
+        The inverses, (..., M, M), in the dtype of `kernel`. NaN where the kernel has NaN.
+    """
+    return _kernel_inverse(kernel, newton_iters, ridge, True)
+
+
+def released_inverse(kernel: torch.Tensor, newton_iters: int = STEPS, ridge: float = RIDGE) -> torch.Tensor:
+    """Compute what the released code does, converged or not.
+
+    Without a ridge all matrices start from one number, so that a result depends on what else is in the batch, and
+    gradients go through the iteration.
+
+    Args:
+        kernel: As for `kernel_inverse`.
+        newton_iters: Newton steps.
+        ridge: What to add to the diagonal; 0 selects the released start of the normalised variant.
+
+    Returns:
+        About the inverses, (..., M, M).
+    """
+    if ridge > 0:
+        return _kernel_inverse(kernel, newton_iters, ridge, False)
+    alpha = 2 / kernel.sum(-1).amax() ** 2
+    with torch.no_grad():  # the largest of ten halvings that starts inside the region of convergence, or the last
+        product, one = kernel @ kernel, torch.eye(kernel.shape[-1], dtype=kernel.dtype, device=kernel.device)
+        halvings = 0.5 ** torch.arange(11, device=kernel.device)
+        norms = torch.stack([(one - alpha * half * product).abs().sum(-2).amax() for half in halvings])
+        ahead = (norms > 1.01).long().cumprod(0).sum().clamp(max=10)
+    inverse = alpha * halvings[ahead] * kernel
+    for _ in range(newton_iters):
+        inverse = 2 * inverse - inverse @ kernel @ inverse
+    return inverse
+
+
+@torch.library.custom_op("vltok::kernel_inverse", mutates_args=())
+def _kernel_inverse(kernel: torch.Tensor, newton_iters: int, ridge: float, check: bool) -> torch.Tensor:
+    """Opaque to torch.compile, as how long a solution takes depends on the data."""
+    shape = kernel.shape
+    kernel = kernel.reshape(-1, *shape[-2:])
+    one = torch.eye(shape[-1], dtype=kernel.dtype, device=kernel.device)
+    row_sum = kernel.sum(-1).amax(-1)[:, None, None]
+    matrix = kernel + ridge * one
+    inverse = START / row_sum**2 * matrix
+    for _ in range(newton_iters):
+        inverse = torch.baddbmm(inverse, inverse @ matrix, inverse, beta=2, alpha=-1)
+    if check and inverse.numel():
+        product = matrix @ inverse
+        if ridge > 0:
+            is_good = (one - product).abs().amax((-2, -1)) <= TOLERANCE
+        else:
+            is_good = (product @ matrix - matrix).abs().amax((-2, -1)) <= PSEUDO_TOLERANCE * row_sum[:, 0, 0]
+        bad = (~is_good & kernel.isfinite().all(-1).all(-1)).nonzero().squeeze(-1)
+        if bad.numel():
+            solve = _invert if ridge > 0 else _pseudo_invert
+            inverse[bad] = solve(matrix[bad].double(), row_sum[bad].double()).to(inverse.dtype)
+    return inverse.reshape(shape)
+
+
+@_kernel_inverse.register_fake
+def _(kernel: torch.Tensor, newton_iters: int, ridge: float, check: bool) -> torch.Tensor:
+    return kernel.new_empty(kernel.shape)
+
+
+def _keep_inverse(ctx, inputs, output) -> None:
+    ctx.save_for_backward(output)
+
+
+def _inverse_backward(ctx, grad: torch.Tensor):
+    (inverse,) = ctx.saved_tensors
+    return -inverse.mT @ grad @ inverse.mT, None, None, None
+
+
+_kernel_inverse.register_autograd(_inverse_backward, setup_context=_keep_inverse)
+
+
+def _invert(matrix: torch.Tensor, row_sum: torch.Tensor) -> torch.Tensor:
+    return torch.cholesky_inverse(torch.linalg.cholesky_ex(matrix).L)
+
+
+def _pseudo_invert(matrix: torch.Tensor, row_sum: torch.Tensor) -> torch.Tensor:
+    """What `STEPS` exact Newton steps make of each eigenvalue e: (1 - (1 - alpha e^2)^(2^STEPS)) / e."""
+    values, vectors = torch.linalg.eigh(matrix)
+    alpha = START / row_sum[..., 0] ** 2
+    left = torch.exp(2.0**STEPS * torch.log((1 - alpha * values**2).abs()))
+    is_zero = values.abs() < 1e-9 * row_sum[..., 0]  # where the quotient would be rounding errors
+    inverse = torch.where(is_zero, 0, (1 - left) / torch.where(is_zero, 1, values))
+    return (vectors * inverse.unsqueeze(-2)) @ vectors.mT

@@ -1,0 +1,153 @@
+"""SOFT: replace the attention of a ViT by softmax-free attention, whose cost is linear in the number of patches.
+
+Papers: https://arxiv.org/abs/2110.11945, https://arxiv.org/abs/2207.03341. Needs training: a model computes something
+else with it. Differs from the papers: it goes into a ViT that exists, and starts from that one's projections.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, get_args
+
+import torch
+
+from vltok.edits import Edits
+from vltok.kernels.gaussian import BACKENDS
+from vltok.method import Method, Run, register
+from vltok.methods.inverse import STEPS
+from vltok.methods.soft_attention import SoftmaxFreeAttention
+from vltok.report import LinearAttention
+from vltok.views import SelfAttention, VisionHost
+
+Init = Literal["query", "key", "mean", "random"]
+LANDMARKS = 7  # along a side, as in the papers
+LINEAR = 3.0  # GELU is linear to 1 % from here on
+
+
+@register("soft")
+@dataclass(frozen=True)
+class SOFT(Method):
+    """Attend without softmax, at linear cost, in a vision tower. Not training-free: fine-tune it, or load its weights.
+
+    Attributes:
+        ratio: Side of the region of patches that becomes one landmark, at most the shorter side of the grid. By default
+            about 7 x 7 landmarks.
+        conv_size: Side of the convolution of the values, odd. By default the released 3, 5, 9 for ratios 2, 4, 8.
+        normalize: Normalise by the landmarks' row sums (SOFT-Norm), which generalises better.
+        blocks: Which blocks, as (start, stop) of a Python range: (0, 6) the first six, (-2, None) the last two. All by
+            default.
+        init: Which pretrained projection the shared one of queries and keys starts from: "query", "key" or their
+            "mean". Values and output start from the pretrained ones. "random" starts anew.
+        newton_iters: Newton steps for the inverse.
+        backend: What computes the kernel products: "auto", "torch" or "triton".
+    """
+
+    training_free: ClassVar[bool] = False
+
+    ratio: int | None = None
+    conv_size: int | None = None
+    normalize: bool = True
+    blocks: tuple[int | None, int | None] | None = None
+    init: Init = "query"
+    newton_iters: int = STEPS
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("ratio", "conv_size", "newton_iters"):
+            value = getattr(self, name)
+            if value is None and name != "newton_iters":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an integer of at least 1, got {value!r}")
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.conv_size is not None and self.conv_size % 2 == 0:
+            raise ValueError(f"conv_size must be odd, so that the convolution keeps the grid; got {self.conv_size}")
+        if self.init not in get_args(Init):
+            raise ValueError(f"init must be one of {get_args(Init)}, got {self.init!r}")
+        if self.backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {BACKENDS}, got {self.backend!r}")
+        if self.blocks is not None:
+            object.__setattr__(self, "blocks", tuple(self.blocks))
+            if len(self.blocks) != 2 or any(isinstance(b, bool) or not isinstance(b, int | None) for b in self.blocks):
+                raise TypeError(f"blocks must be (start, stop), integers or None; got {self.blocks}")
+
+    def settled(self, view: VisionHost) -> SOFT:
+        vision = view.vision
+        side = min(vision.grid)
+        ratio = self.ratio or max(2, round(side / LANDMARKS))
+        if ratio > side:
+            raise ValueError(
+                f"ratio={ratio} is larger than this vision tower's grid of {vision.grid[0]} x {vision.grid[1]} "
+                f"patches; use at most {side}"
+            )
+        chosen = range(vision.depth)[slice(*(self.blocks or (None, None)))]
+        if not chosen:
+            raise ValueError(f"blocks={self.blocks} is none of the {vision.depth} blocks of this vision tower")
+        conv_size = self.conv_size or 2 * (ratio // 2) + 1
+        return replace(self, ratio=ratio, conv_size=conv_size, blocks=(chosen.start, chosen.stop))
+
+    def attach(self, view: VisionHost, edits: Edits, run: Run) -> None:
+        vision, method = view.vision, self.settled(view)
+        blocks = range(*method.blocks)
+        if any(isinstance(vision.attention_module(block), SoftmaxFreeAttention) for block in blocks):
+            raise ValueError(
+                "attention in these blocks is already softmax-free; remove that handle first, or choose other blocks"
+            )
+        for block, old in [(block, vision.self_attention(block)) for block in blocks]:
+            attention = SoftmaxFreeAttention(
+                vision.dim,
+                old.num_heads,
+                method.ratio,
+                method.conv_size,
+                self.normalize,
+                self.newton_iters,
+                vision.num_prefix_tokens,
+                self.backend,
+            )
+            if self.init != "random":
+                start_from_softmax(attention, old, self.init, math.prod(vision.grid))
+            weight = old.out[0]
+            vision.swap_attention(edits, block, attention.to(weight.device, weight.dtype))
+        landmarks = math.prod(-(-side // method.ratio) for side in vision.grid)
+        run.report("attention", LinearAttention(method.blocks, math.prod(vision.grid), landmarks))
+
+
+@torch.no_grad()
+def start_from_softmax(attention: SoftmaxFreeAttention, old: SelfAttention, init: Init, num_patches: int) -> None:
+    """Set weights so that softmax-free attention begins near the softmax attention it replaces.
+
+    Landmarks begin as averages of the queries of their region: the convolution averages, and all queries are shifted by
+    what takes the landmarks, after their layer norm, to where GELU is linear; the kernel sees differences alone. Values
+    are scaled down by what a sum over equal tokens is more than their mean. The convolution of values begins at 0.
+
+    Args:
+        attention: Freshly made.
+        old: What it replaces.
+        init: Where queries and keys start: "query", "key" or "mean".
+        num_patches: Patches of a picture.
+    """
+    sources = {"query": (old.query,), "key": (old.key,), "mean": (old.query, old.key)}[init]
+    weight, bias = (sum(part) / len(sources) for part in zip(*map(_filled, sources), strict=True))
+    inner, width = attention.attn, attention.dim // attention.num_heads
+    spread = (weight.norm() / attention.dim**0.5 / width**0.25).item()  # of a query's channels, for inputs of spread 1
+    shift = LINEAR * (1 + spread)
+    attention.W_q.weight.copy_(weight)
+    attention.W_q.bias.copy_(bias + shift * width**0.25)
+    inner.Qlandmark_op.weight.copy_(torch.eye(width)[:, :, None, None] / inner.ratio**2)
+    inner.Qnorm_act[0].weight.fill_(spread)
+    inner.Qnorm_act[0].bias.fill_(shift)
+    inner.conv.weight.zero_()
+    share = 1 / inner.ratio**2 if inner.normalize else 1 / num_patches
+    weight, bias = _filled(old.value)
+    attention.W_v.weight.copy_(weight * share)
+    attention.W_v.bias.copy_(bias * share)
+    for own, part in zip((attention.ff.weight, attention.ff.bias), _filled(old.out), strict=True):
+        own.copy_(part)
+
+
+def _filled(projection: tuple[torch.Tensor, torch.Tensor | None]) -> tuple[torch.Tensor, torch.Tensor]:
+    weight, bias = projection
+    weight = weight.detach().float().cpu()
+    return weight, weight.new_zeros(weight.shape[0]) if bias is None else bias.detach().float().cpu()
