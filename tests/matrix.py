@@ -9,6 +9,7 @@ from typing import Any
 
 import tiny
 import torch
+from towers import draw
 
 import vltok
 
@@ -26,6 +27,7 @@ PRUNING: dict[str, Callable[[], vltok.Method]] = {
 # These bring weights. Each gets the family, as not every setting fits every patch grid.
 TRAINED: dict[str, Callable[[tiny.TinyFamily], vltok.Method]] = {
     "tokenpacker": lambda family: vltok.TokenPacker(scale_factor=3 if family is tiny.LLAVA_NEXT else 2),
+    "soft": lambda family: vltok.SOFT(ratio=2),
 }
 
 FAMILIES: dict[str, tiny.TinyFamily] = {
@@ -49,10 +51,7 @@ class Pair:
 
     def apply(self, model: torch.nn.Module, processor: Any = None) -> vltok.Handle:
         """Apply the method; weights it brings are drawn large, the same at every call."""
-        handle = vltok.apply(model, self.method, processor=processor or self.family.processor())
-        for module in handle.added_modules:
-            tiny.sharpen(module, seed=1).train(model.training)
-        return handle
+        return draw(vltok.apply(model, self.method, processor=processor or self.family.processor()))
 
     def inputs(self, *args: Any, **kwargs: Any) -> Any:
         """Process prompts as the processor does while the method is on."""
@@ -61,7 +60,7 @@ class Pair:
             return self.family.inputs(*args, **kwargs, processor=processor)
 
 
-REFUSED = {("tokenpacker", "qwen2_5_vl-no-cls"), ("tokenpacker", "internvl-cls")}
+REFUSED = {(name, key) for name in TRAINED for key in ("qwen2_5_vl-no-cls", "internvl-cls")}
 REFUSED |= {(name, "llava_onevision-no-cls") for name in PRUNING}
 EVERY: dict[tuple[str, str], Pair] = {
     **{(name, key): Pair(family, make(), True) for name, make in PRUNING.items() for key, family in FAMILIES.items()},

@@ -11,8 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import timm
 import transformers
-from tiny import LLAVA, QWEN2_5_VL, TinyFamily, picture
+from safetensors.torch import save_file
+from tiny import LLAVA, QWEN2_5_VL, TinyFamily, picture, sharpen
 
 import vltok
 
@@ -111,6 +113,17 @@ def test_finetune_tokenpacker_trains_a_projector_that_loads_and_answers(run, ima
     assert "16 patches -> 4 visual tokens" in printed
     handle = vltok.load(LLAVA.model(), tmp_path / "out/adapter", processor=LLAVA.processor())
     assert (handle.methods[0].scale_factor, handle.methods[0].init) == (2, "pool")
+
+
+def test_soft_vit_teaches_new_attention_and_saves_it(run, image, tmp_path):
+    save_file(sharpen(timm.create_model("test_vit")).state_dict(), tmp_path / "vit.safetensors")
+    options = ("--model", "test_vit", "--weights", tmp_path / "vit.safetensors", "--steps", 12)
+    printed = run("soft_vit.py", tmp_path, tmp_path / "attention", *options)
+    assert "softmax-free attention in blocks 0 to 5, 25 landmarks for 100 patches" in printed
+    first, later = (float(share) for share in re.findall(r"differ by ([\d.]+)%", printed))
+    assert later < first
+    model = timm.create_model("test_vit")
+    assert vltok.load(model, tmp_path / "attention").family == "timm_vit"
 
 
 @pytest.mark.parametrize("model", ["somebody/a-model-nobody-has", "an/empty/folder", "only-a-processor"])

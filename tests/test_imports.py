@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "convert": {"api", "errors", "methods", "serialization"},
     "train": {"api", "errors", "families", "method", "processing", "serialization"},
     "processing": {"errors", "methods", "version"},
+    "models": {"errors", "methods"},
     "nn": {"methods", "tokens"},
     "views": {"edits", "method"},
     "method": {"edits", "errors", "version"},
@@ -43,6 +44,7 @@ LIBRARIES = {
     "train": {"torch", "transformers", "PIL", "datasets", "jinja2", "peft", "safetensors", "typer"},
     "processing": {"torch", "transformers"},
     "kernels": {"torch", "triton"},
+    "models": {"torch", "timm"},
 }
 
 
@@ -98,6 +100,9 @@ def test_imports_follow_the_dependency_direction(file):
         ("api", "import examples.prune_llava"),
         ("methods", "from . import selector"),
         ("api", "import PIL.Image"),
+        ("models", "from vltok.families import FAMILIES"),
+        ("models", "import transformers"),
+        ("__init__", "from vltok import models"),
     ],
 )
 def test_a_forbidden_import_is_seen(part, source):

@@ -1,0 +1,168 @@
+"""Tiny vision towers of the real classes, made offline from configs, and the methods that change what they compute."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import tiny
+import torch
+from torch import nn
+
+import vltok
+from vltok.nn import SoftmaxFreeAttention
+
+SIZE, PATCH = 32, 8  # 4 x 4 patches
+WIDTHS = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
+HF = {**WIDTHS, "image_size": SIZE, "patch_size": PATCH}
+TIMM = {"img_size": SIZE, "patch_size": PATCH, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 5}
+
+
+@dataclass(frozen=True)
+class Tower:
+    """One row of the tower axis of the vision matrix.
+
+    Attributes:
+        family: The family's name in vltok.
+        build: Makes a model, given the attention implementation, "sdpa" or "eager".
+        prefix: Tokens before the patches.
+        is_hf: Whether it is a model of transformers, with a config that is saved with it.
+        any_size: What to call it with for pictures of any size; None if it takes one size.
+        call: The method that encodes pictures, where it isn't the model's call.
+    """
+
+    family: str
+    build: Callable[[str], nn.Module]
+    prefix: int = 1
+    is_hf: bool = True
+    any_size: dict[str, Any] | None = field(default=None, hash=False)
+    call: str = "__call__"
+
+    def model(self, attention: str = "sdpa") -> nn.Module:
+        """A model with sharp weights, in eval mode."""
+        model = tiny.sharpen(self.build(attention))
+        for name, parameter in model.named_parameters():
+            if name.endswith("gamma"):  # of a layer scale
+                parameter.data.mul_(10)
+        return model
+
+    def output(self, model: nn.Module, pixels: torch.Tensor, **options: Any) -> Any:
+        """What the model returns for pictures, (B, 3, H, W)."""
+        return getattr(model, self.call)(pixels, **options)
+
+    def answer(self, model: nn.Module, pixels: torch.Tensor, **options: Any) -> torch.Tensor:
+        """The first tensor of what the model returns."""
+        output = self.output(model, pixels, **options)
+        return output if isinstance(output, torch.Tensor) else output[0]
+
+    def tokens(self, model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+        """The tokens after the last block, (B, prefix + patches, C): every weight of every block has a part in them."""
+        if self.is_hf:
+            return self.output(model, pixels, output_hidden_states=True).hidden_states[-1]
+        return model.forward_features(pixels)
+
+
+def _hf(name: str, config: str, **extra: Any) -> Callable[[str], nn.Module]:
+    def build(attention: str) -> nn.Module:
+        import transformers
+
+        settings = getattr(transformers, config)(**HF, **extra, attn_implementation=attention)
+        return getattr(transformers, name)(settings)
+
+    return build
+
+
+def _clip_model(attention: str) -> nn.Module:
+    from transformers import CLIPConfig, CLIPModel
+
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    text = {**WIDTHS, "vocab_size": 20, "max_position_embeddings": 8, **ids}
+    return CLIPModel(CLIPConfig(vision_config=HF, text_config=text, projection_dim=16, attn_implementation=attention))
+
+
+def _timm(name: str, **extra: Any) -> Callable[[str], nn.Module]:
+    def build(attention: str) -> nn.Module:
+        import timm
+
+        model = timm.create_model(name, **{**TIMM, **extra})
+        for module in model.modules():
+            if hasattr(module, "fused_attn"):
+                module.fused_attn = attention == "sdpa"
+        return model
+
+    return build
+
+
+INTERPOLATE = {"interpolate_pos_encoding": True}
+TOWERS: dict[str, Tower] = {
+    "clip": Tower("clip", _hf("CLIPVisionModel", "CLIPVisionConfig"), any_size=INTERPOLATE),
+    "siglip": Tower("siglip", _hf("SiglipVisionModel", "SiglipVisionConfig"), 0, any_size=INTERPOLATE),
+    "vit": Tower("vit", _hf("ViTModel", "ViTConfig"), any_size=INTERPOLATE),
+    "vit-classifier": Tower("vit", _hf("ViTForImageClassification", "ViTConfig", qkv_bias=False), any_size=INTERPOLATE),
+    "dinov2": Tower("dinov2", _hf("Dinov2Model", "Dinov2Config"), any_size={}),
+    "dinov2-swiglu": Tower("dinov2", _hf("Dinov2Model", "Dinov2Config", use_swiglu_ffn=True), any_size={}),
+    "dinov2-registers": Tower(
+        "dinov2_with_registers",
+        _hf("Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", num_register_tokens=3),
+        4,
+        any_size={},
+    ),
+    "clip-model": Tower("clip", _clip_model, any_size=INTERPOLATE, call="get_image_features"),
+    "timm-vit": Tower("timm_vit", _timm("vit_tiny_patch16_224", dynamic_img_size=True), 1, False, {}),
+    "timm-deit-distilled": Tower("timm_vit", _timm("deit_tiny_distilled_patch16_224"), 2, False),
+    "timm-registers": Tower("timm_vit", _timm("vit_small_patch14_reg4_dinov2"), 5, False),
+    "timm-no-class": Tower("timm_vit", _timm("vit_base_patch16_siglip_gap_224", dynamic_img_size=True), 0, False, {}),
+    "timm-map": Tower("timm_vit", _timm("vit_base_patch16_siglip_224"), 0, False),
+    "timm-eva": Tower("timm_eva", _timm("eva_giant_patch14_224", mlp_ratio=2, dynamic_img_size=True), 1, False, {}),
+}
+
+# The methods that change what a tower computes: one line each.
+VISION: dict[str, Callable[[], vltok.Method]] = {
+    "soft": lambda: vltok.SOFT(ratio=2),
+    "soft-plain": lambda: vltok.SOFT(ratio=3, conv_size=1, normalize=False),
+    "soft-range": lambda: vltok.SOFT(ratio=2, blocks=(1, -1), init="mean"),
+}
+
+
+def draw(handle: vltok.Handle, seed: int = 1) -> vltok.Handle:
+    """Draw the weights that methods brought into a model large, the same at every call."""
+    for module in handle.added_modules:
+        training = module.training
+        tiny.sharpen(module, seed).train(training)
+        for part in module.modules():
+            if isinstance(part, SoftmaxFreeAttention):
+                # At full size all tokens are so far apart that the kernel is 0, and the convolution all that is left.
+                part.W_q.weight.data.mul_(0.35)
+                part.attn.Qnorm_act[0].weight.data.mul_(0.5)
+    return handle
+
+
+@dataclass(frozen=True)
+class VisionPair:
+    """One method on one tower."""
+
+    tower: Tower
+    method: vltok.Method
+
+    def apply(self, model: nn.Module) -> vltok.Handle:
+        """Apply the method, with large weights where it brings some."""
+        return draw(vltok.apply(model, self.method))
+
+
+PAIRS: dict[str, VisionPair] = {
+    f"{key}-{name}": VisionPair(tower, make()) for name, make in VISION.items() for key, tower in TOWERS.items()
+}
+
+
+@functools.lru_cache
+def shared_tower(tower: Tower, attention: str = "sdpa") -> nn.Module:
+    """A model that many tests share: they may attach to it but must leave it as they found it."""
+    return tower.model(attention)
+
+
+@functools.lru_cache
+def pixels(batch: int = 3, height: int = SIZE, width: int = SIZE) -> torch.Tensor:
+    """Noise pictures, (B, 3, H, W)."""
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(0))
