@@ -224,11 +224,10 @@ def test_a_saved_method_comes_back_equal(pair, model, tmp_path):
 
 
 @only_hf
-@pytest.mark.parametrize("shard", ["50GB", "40KB"])
-def test_a_checkpoint_with_new_weights_loads_with_vltok_and_not_without(pair, model, tmp_path, shard):
+def test_a_checkpoint_with_new_weights_loads_with_vltok_and_not_without(pair, model, tmp_path):
     with pair.apply(model) as handle:
-        model.save_pretrained(tmp_path, max_shard_size=shard)
-    assert len(list(tmp_path.glob("*.safetensors"))) == 1 if shard == "50GB" else 2
+        model.save_pretrained(tmp_path, max_shard_size="80KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
     with pytest.raises(KeyError, match=r"vltok\.from_pretrained"):
         type(model).from_pretrained(tmp_path)
     loaded = vltok.from_pretrained(tmp_path)
@@ -300,7 +299,7 @@ def test_pictures_of_other_sizes_pass(pair, model):
 
 
 @pytest.mark.parametrize(
-    "pair", [name for name in PAIRS if name.startswith(("clip-s", "timm-vit-", "timm-eva-"))], indirect=True
+    "pair", [name for name in PAIRS if name.startswith(("clip-s", "timm-vit-"))], indirect=True
 )
 def test_a_compiled_model_is_one_graph_and_follows_the_method_on_and_off(pair, model):
     expected, before = changed(pair), plain(pair)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -24,9 +25,9 @@ SMALL |= {"img_size": 64}
 
 def sharpen(model: nn.Module) -> nn.Module:
     """Weights with which every part counts: kernels neither vanish nor are flat, norms and biases do something."""
-    generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
+        seed = zlib.crc32(name.removeprefix("model.").encode())  # the same weights whatever else the model has
+        noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
         if parameter.dim() == 3:
             value = 0.5 * noise
         elif parameter.dim() == 1:
@@ -55,12 +56,15 @@ def pictures(batch: int = 2, height: int = 64, width: int = 64, chans: int = 3) 
 # By name
 
 
-def test_importing_the_models_registers_all_names_and_importing_vltok_registers_none():
-    code = "import timm, {}; print(*timm.list_models('soft_*'))"
-    for module, expected in (("vltok", set()), ("vltok.models", set(NAMES))):
-        run = subprocess.run([sys.executable, "-c", code.format(module)], capture_output=True, text=True, check=True)
-        assert set(run.stdout.split()) == expected
-        assert run.stderr == ""
+def test_importing_the_models_registers_all_names_and_importing_vltok_none():
+    code = (
+        "import vltok, timm; print(timm.list_models('soft_*')); import vltok.models; print(*timm.list_models('soft_*'))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    before, after = run.stdout.splitlines()
+    assert before == "[]"
+    assert set(after.split()) == set(NAMES)
+    assert run.stderr == ""  # timm warns of a name that is taken
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -349,8 +353,7 @@ def test_layers_are_ordered_by_depth_for_learning_rates():
     assert "head.weight" not in free
 
 
-@pytest.mark.parametrize("parity", [True, False])
-@pytest.mark.parametrize("name", ["soft_tiny", "soft_norm_tiny"])
+@pytest.mark.parametrize(("name", "parity"), [("soft_norm_tiny", True), ("soft_tiny", False)])
 def test_it_compiles_as_one_graph(name, parity):
     model = make(name, parity=parity)
     x = pictures(1, 64, 70).requires_grad_()
