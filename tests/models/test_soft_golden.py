@@ -82,7 +82,7 @@ def test_a_small_model_answers_as_released_with_the_same_gradients(kind, picture
     x = golden[f"in.{picture}"].requires_grad_()
     out = model(x)
     out.sum().backward()
-    assert error(out, golden[f"out.{picture}"]) < 5e-6
+    assert error(out, golden[f"out.{picture}"]) < 2e-5
     assert error(x.grad, golden[f"grad_sum.{picture}"]) < 5e-5
 
 
@@ -105,9 +105,9 @@ def test_tiny_models_answer_as_released_stage_by_stage(kind, recipe):
         features, maps = model.forward_intermediates(draw("input:img", [2, 3, 224, 224]))
         logits = model.forward_head(features)
     for stage, stride in ((1, 196), (2, 28), (3, 28)):
-        assert error(maps[stage - 1].flatten(2).mT[:, ::stride], golden[f"mid.stage{stage}"]) < 5e-6
-    assert error(features[:, 0], golden["out.features"]) < 5e-6
-    assert error(logits, golden["out.logits"]) < 5e-6
+        assert error(maps[stage - 1].flatten(2).mT[:, ::stride], golden[f"mid.stage{stage}"]) < 2e-5
+    assert error(features[:, 0], golden["out.features"]) < 2e-5
+    assert error(logits, golden["out.logits"]) < 2e-5
 
 
 @pytest.mark.parametrize("kind", ["soft", "soft_norm"])

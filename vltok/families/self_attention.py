@@ -12,7 +12,7 @@ from vltok.errors import UnsupportedModelError
 from vltok.views import Projection, SelfAttention
 
 _ROLES = {
-    "query": re.compile(r"(.*\.)?q(uery)?(_proj)?"),
+    "query": re.compile(r"(.*\.)?(W_)?q(uery)?(_proj)?"),
     "key": re.compile(r"(.*\.)?k(ey)?(_proj)?"),
     "value": re.compile(r"(.*\.)?v(alue)?(_proj)?"),
     "fused": re.compile(r"(.*\.)?qkv(_proj)?"),
@@ -69,6 +69,9 @@ def read_attention(module: nn.Module, dim: int) -> SelfAttention:
     known |= {id(bias) for bias in biases.values() if bias is not None}
     if others := [name for name, parameter in module.named_parameters() if id(parameter) not in known]:
         raise _unsupported(module, f"has further weights, {', '.join(others)}")
+    leaves = {name: part for name, part in module.named_modules() if not list(part.children())}
+    if others := [name for name, part in leaves.items() if not isinstance(part, nn.Linear | nn.Dropout | nn.Identity)]:
+        raise _unsupported(module, f"has further parts, {', '.join(others)}")
     return SelfAttention(module, _num_heads(module), **projections)
 
 
@@ -80,7 +83,11 @@ def tokens_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     """
     given = {**dict(enumerate(args)), **kwargs}
     tokens = given.pop(next(iter(given)))
-    wanted = [name for name, value in given.items() if isinstance(value, torch.Tensor) or value is True]
+    wanted = [
+        name
+        for name, value in given.items()
+        if isinstance(value, torch.Tensor) or (value is True and name in ("is_causal", "output_attentions"))
+    ]
     if wanted:
         raise ValueError(
             f"{type(module).__name__} attends from all tokens to all, but its block asks for more, by "

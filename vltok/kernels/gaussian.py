@@ -134,7 +134,7 @@ def grad(
     left, right = _augmented(a, b)
     grad_out = grad_out.contiguous()
     grad_left, grad_right, grad_values = (
-        torch.zeros_like(x) if wanted else None for x, wanted in zip((left, right, values), needed, strict=True)
+        x.new_zeros(x.shape) if wanted else None for x, wanted in zip((left, right, values), needed, strict=True)
     )
     for chosen, rows, columns, tile in _tiles(left, right):
         g = grad_out[chosen, rows]
@@ -188,7 +188,7 @@ def _(a, b, values, backend):
 
 @_product_grad.register_fake
 def _(a, b, values, grad_out, needed, backend):
-    return [torch.empty_like(x) for x, wanted in zip((a, b, values), needed, strict=True) if wanted]
+    return [x.new_empty(x.shape) for x, wanted in zip((a, b, values), needed, strict=True) if wanted]
 
 
 def _save(ctx, inputs, output):

@@ -27,7 +27,7 @@ def kernel_inverse(kernel: torch.Tensor, newton_iters: int = STEPS, ridge: float
 
     Args:
         kernel: Symmetric matrices with entries in [0, 1] and ones on the diagonal, (..., M, M), float32 or float64.
-        newton_iters: Newton steps, at least 1.
+        newton_iters: Newton steps, at least 1; without a ridge, at most `STEPS` are made.
         ridge: What to add to the diagonal, at least 0.
 
     Returns:
@@ -55,10 +55,9 @@ def released_inverse(kernel: torch.Tensor, newton_iters: int = STEPS, ridge: flo
     alpha = 2 / kernel.sum(-1).amax() ** 2
     with torch.no_grad():  # the largest of ten halvings that starts inside the region of convergence, or the last
         product, one = kernel @ kernel, torch.eye(kernel.shape[-1], dtype=kernel.dtype, device=kernel.device)
-        halvings = 0.5 ** torch.arange(11, device=kernel.device)
-        norms = torch.stack([(one - alpha * half * product).abs().sum(-2).amax() for half in halvings])
-        ahead = (norms > 1.01).long().cumprod(0).sum().clamp(max=10)
-    inverse = alpha * halvings[ahead] * kernel
+        norms = [(one - alpha * 0.5**halvings * product).abs().sum(-2).amax() for halvings in range(10)]
+        halvings = (torch.stack(norms) > 1.01).to(kernel.dtype).cumprod(0).sum()
+    inverse = alpha * 0.5**halvings * kernel
     for _ in range(newton_iters):
         inverse = 2 * inverse - inverse @ kernel @ inverse
     return inverse
@@ -67,8 +66,11 @@ def released_inverse(kernel: torch.Tensor, newton_iters: int = STEPS, ridge: flo
 @torch.library.custom_op("vltok::kernel_inverse", mutates_args=())
 def _kernel_inverse(kernel: torch.Tensor, newton_iters: int, ridge: float, check: bool) -> torch.Tensor:
     """Opaque to torch.compile, as how long a solution takes depends on the data."""
-    shape = kernel.shape
+    shape, dtype = kernel.shape, kernel.dtype
     kernel = kernel.reshape(-1, *shape[-2:])
+    if check and ridge == 0:
+        # Each step doubles what rounding leaves in directions that are cut off, and would cut off less.
+        kernel, newton_iters = kernel.double(), min(newton_iters, STEPS)
     one = torch.eye(shape[-1], dtype=kernel.dtype, device=kernel.device)
     row_sum = kernel.sum(-1).amax(-1)[:, None, None]
     matrix = kernel + ridge * one
@@ -85,7 +87,7 @@ def _kernel_inverse(kernel: torch.Tensor, newton_iters: int, ridge: float, check
         if bad.numel():
             solve = _invert if ridge > 0 else _pseudo_invert
             inverse[bad] = solve(matrix[bad].double(), row_sum[bad].double()).to(inverse.dtype)
-    return inverse.reshape(shape)
+    return inverse.to(dtype).reshape(shape)
 
 
 @_kernel_inverse.register_fake
@@ -106,7 +108,7 @@ _kernel_inverse.register_autograd(_inverse_backward, setup_context=_keep_inverse
 
 
 def _invert(matrix: torch.Tensor, row_sum: torch.Tensor) -> torch.Tensor:
-    return torch.cholesky_inverse(torch.linalg.cholesky_ex(matrix).L)
+    return torch.linalg.inv_ex(matrix).inverse
 
 
 def _pseudo_invert(matrix: torch.Tensor, row_sum: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from vltok.methods.soft_attention import SoftmaxFreeAttention
 from vltok.report import LinearAttention
 from vltok.views import SelfAttention, VisionHost
 
-Init = Literal["query", "key", "mean", "random"]
+Init = Literal["mean", "query", "key", "random"]
 LANDMARKS = 7  # along a side, as in the papers
 LINEAR = 3.0  # GELU is linear to 1 % from here on
 
@@ -49,7 +49,7 @@ class SOFT(Method):
     conv_size: int | None = None
     normalize: bool = True
     blocks: tuple[int | None, int | None] | None = None
-    init: Init = "query"
+    init: Init = "mean"
     newton_iters: int = STEPS
     backend: str = "auto"
 
@@ -69,9 +69,10 @@ class SOFT(Method):
         if self.backend not in BACKENDS:
             raise ValueError(f"backend must be one of {BACKENDS}, got {self.backend!r}")
         if self.blocks is not None:
-            object.__setattr__(self, "blocks", tuple(self.blocks))
-            if len(self.blocks) != 2 or any(isinstance(b, bool) or not isinstance(b, int | None) for b in self.blocks):
+            ends = self.blocks if isinstance(self.blocks, tuple | list) else ()
+            if len(ends) != 2 or any(isinstance(end, bool) or not isinstance(end, int | None) for end in ends):
                 raise TypeError(f"blocks must be (start, stop), integers or None; got {self.blocks}")
+            object.__setattr__(self, "blocks", tuple(ends))
 
     def settled(self, view: VisionHost) -> SOFT:
         vision = view.vision

@@ -50,8 +50,10 @@ class GaussianKernel(nn.Module):
         """Attend: query and value (B, heads, N, d), query serving as key too -> (B, heads, N, d), float32."""
         with torch.autocast(query.device.type, enabled=False):
             wide = torch.promote_types(query.dtype, torch.float32)
-            landmarks = self.landmarks(query, grid).to(wide)
             query = query.to(wide)
+            landmarks = self.landmarks(query, grid).to(wide)
+            center = landmarks.mean(2, keepdim=True).detach()  # kernels see differences, products see less rounding
+            query, landmarks = query - center, landmarks - center
             gathered = gaussian_product(landmarks, query, value.to(wide), self.backend)  # (B, heads, M, d)
             mixed = self._invert(gaussian_kernel(landmarks, landmarks), gathered)
             attended = gaussian_product(query, landmarks, mixed, self.backend)
@@ -81,7 +83,7 @@ class GaussianKernel(nn.Module):
         batch, heads, _, width = value.shape
         image = value[:, :, self.num_prefix_tokens :].permute(0, 3, 1, 2).reshape(batch * width, heads, *grid)
         image = self.conv(image.to(self.conv.weight.dtype))
-        rows = image.reshape(batch, width, heads, -1).permute(0, 2, 3, 1)  # (B, heads, H * W, d)
+        rows = image.reshape(batch, width, heads, grid[0] * grid[1]).permute(0, 2, 3, 1)  # (B, heads, H * W, d)
         return F.pad(rows, (0, 0, self.num_prefix_tokens, 0))
 
 
@@ -220,7 +222,9 @@ class SoftmaxFreeAttention(nn.Module):
         own = weights_around(state_dict, anchor)
         dim, heads, ratio, conv_size = 64, 2, 8, 9  # to name what is missing
         sizing = {anchor: 2, "attn.conv.weight": 4, "attn.Qlandmark_op.weight": 4}
-        if all(name in own and own[name].dim() == dims for name, dims in sizing.items()):
+        found = [own[name] for name, dims in sizing.items() if name in own and own[name].dim() == dims]
+        is_plausible = len(found) == len(sizing) and found[0].shape[1] % found[1].shape[0] == 0 < found[1].shape[-1] % 2
+        if is_plausible:
             dim, heads = own[anchor].shape[1], own["attn.conv.weight"].shape[0]
             ratio, conv_size = own["attn.Qlandmark_op.weight"].shape[-1], own["attn.conv.weight"].shape[-1]
         with torch.device("meta"):
