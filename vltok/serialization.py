@@ -98,8 +98,7 @@ def from_pretrained(folder: str | Path, *, processor: Any = None, **options: Any
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} has no config.json; give a folder written by the model's save_pretrained()")
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    vision_config = getattr(config, "vision_config", None)
-    marked = config if hasattr(config, CONFIG_FIELD) else vision_config  # the latter if the methods are about the tower
+    marked = next(_marked(config), None)
     record = getattr(marked, CONFIG_FIELD, None)
     if not isinstance(record, dict) or "restore" not in record:
         raise CheckpointError(
@@ -111,7 +110,7 @@ def from_pretrained(folder: str | Path, *, processor: Any = None, **options: Any
     settings = _check(record, f"{folder / 'config.json'}, field {CONFIG_FIELD!r}")
     delattr(marked, CONFIG_FIELD)
     _set_fields(marked, before.get("config", {}))
-    _set_fields(vision_config, before.get("vision_config", {}))
+    _set_fields(getattr(marked, "vision_config", None), before.get("vision_config", {}))
     if processor is None and any((folder / name).is_file() for name in PROCESSOR_FILES):
         processor = transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
         _set_fields(processor, before.get("processor", {}))
@@ -121,6 +120,15 @@ def from_pretrained(folder: str | Path, *, processor: Any = None, **options: Any
     with _silence():  # it would list the new weights as strangers, and miss the old ones
         model = model_class.from_pretrained(folder, config=config, local_files_only=True, **options)
     return _apply_saved(model, settings, processor, folder / "config.json", *_weight_files(folder))
+
+
+def _marked(config: Any) -> Iterator[Any]:
+    """The config, and those nested in it, that say what was on their model."""
+    if hasattr(config, CONFIG_FIELD):
+        yield config
+    for part in vars(config).values():
+        if hasattr(part, "model_type"):
+            yield from _marked(part)
 
 
 def _apply_saved(model: nn.Module, config: dict[str, Any], processor: Any, source: Path, *weight_files: Path) -> Handle:

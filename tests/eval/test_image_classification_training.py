@@ -240,7 +240,9 @@ def test_weights_are_of_the_model_without_methods_or_with_them(tmp_path):
         model, _ = SPEC.build(1, 6, (SOFT,), tmp_path / name)
         assert torch.equal(model.head.weight, plain.head.weight)
         # queries start from the mean of queries and keys of the file, so the file was read before the method came
-        torch.testing.assert_close(model.blocks[0].attn.W_q.weight, plain.blocks[0].attn.qkv.weight[:32].unflatten(0, (2, 16)).mean(0))
+        torch.testing.assert_close(
+            model.blocks[0].attn.W_q.weight, plain.blocks[0].attn.qkv.weight[:32].unflatten(0, (2, 16)).mean(0)
+        )
     model, _ = SPEC.build(1, 6, (SOFT,), tmp_path / "soft.safetensors")
     assert all(torch.equal(model.state_dict()[name], value) for name, value in soft.state_dict().items())
     new = ModelSpec(SPEC.name, SPEC.kwargs, new_head=True).build(1, 4, (), tmp_path / "plain.safetensors")[0]

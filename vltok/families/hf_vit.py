@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from vltok.families.tower import TowerFamily
@@ -37,6 +39,9 @@ class Dinov2(TowerFamily):
     name = "dinov2"
     model_classes = ("Dinov2Model", "Dinov2Backbone")
 
+    def guard(self, config: Any) -> dict[str, Any]:
+        return _guard_of_dinov2(config) or super().guard(config)
+
 
 class Dinov2WithRegisters(TowerFamily):
     """DINOv2 with registers: [CLS] and the registers before the patches."""
@@ -46,3 +51,11 @@ class Dinov2WithRegisters(TowerFamily):
 
     def num_prefix_tokens(self, tower: nn.Module) -> int:
         return 1 + tower.config.num_register_tokens
+
+    def guard(self, config: Any) -> dict[str, Any]:
+        return _guard_of_dinov2(config) or super().guard(config)
+
+
+def _guard_of_dinov2(config: Any) -> dict[str, Any]:
+    """With SwiGLU layers no activation is looked up by name; layers of negative width can't be built either."""
+    return {"mlp_ratio": -1} if config.use_swiglu_ffn else {}

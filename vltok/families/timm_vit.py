@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
 from vltok.errors import UnsupportedModelError
-from vltok.families.tower import TowerFamily
+from vltok.families.tower import GUARD, TowerFamily
 
 
 class VisionTransformer(TowerFamily):
@@ -33,8 +34,13 @@ class VisionTransformer(TowerFamily):
     def num_prefix_tokens(self, tower: nn.Module) -> int:
         return tower.num_prefix_tokens
 
-    def config(self, tower: nn.Module) -> None:
-        return None
+    def config(self, tower: nn.Module, model: nn.Module) -> Any:
+        """That of transformers' wrapper around the tower; timm's own models have none."""
+        configs = [getattr(part, "config", None) for part in model.modules() if tower in part.children()]
+        return next((config for config in configs if hasattr(config, "architecture")), None)
+
+    def guard(self, config: Any) -> dict[str, Any]:
+        return {"architecture": GUARD}
 
 
 class Eva(VisionTransformer):

@@ -17,8 +17,8 @@ from vltok.families.vision import VisionRecorder
 from vltok.method import Run
 from vltok.views import ProjectorSite, RelevanceJudge, SelfAttention, TokenSelector, VisionView
 
-# Stands in the config of a tower whose attention was replaced. transformers looks the name up when it builds a tower,
-# so a checkpoint saved meanwhile can't be loaded with softmax attention of random weights: the lookup quotes this text.
+# Stands in the config of a changed tower, for a name that is looked up when a tower is built from it: so a checkpoint
+# saved meanwhile can't be loaded without the change, with random weights in its place. The lookup quotes this text.
 GUARD = "vltok attention: load this checkpoint with vltok.from_pretrained"
 
 
@@ -50,9 +50,13 @@ class TowerFamily:
         """Tokens before those of the patches."""
         return 1
 
-    def config(self, tower: nn.Module) -> Any:
-        """The config that is saved with the tower, or None where there is none."""
+    def config(self, tower: nn.Module, model: nn.Module) -> Any:
+        """The config that is saved with the tower in this model, or None where there is none."""
         return tower.config
+
+    def guard(self, config: Any) -> dict[str, Any]:
+        """Fields of that config that keep a model from being built from it, with what to put there."""
+        return {"hidden_act": GUARD}
 
     def check_attention(self, tower: nn.Module) -> None:
         """Raise UnsupportedModelError if attention in this tower is more than its attention modules compute."""
@@ -66,6 +70,7 @@ class TowerView(VisionView):
         self._model = model
         self.host = tower
         self.restore: dict[str, Any] = {}  # what fields of the tower's config held before
+        self._config = family.config(tower, model)
         self._patches = family.patch_layer(tower)
         if self._patches is None:
             raise UnsupportedModelError(
@@ -111,8 +116,8 @@ class TowerView(VisionView):
 
     def mark_checkpoint(self, edits: Edits, settings: dict[str, Any]) -> None:
         """Note in the tower's config what is on it, so that a checkpoint saved meanwhile says how to load it."""
-        if (config := self.family.config(self.host)) is not None:
-            mark_checkpoint(edits, config, settings, {"config": self.restore})
+        if self._config is not None:
+            mark_checkpoint(edits, self._config, settings, {"config": self.restore})
 
     def on_visual_tokens(self, edits: Edits, run: Run, selector: TokenSelector) -> None:
         raise unsupported(self._model)
@@ -124,10 +129,11 @@ class TowerView(VisionView):
         raise unsupported(self._model)
 
     def _guard_checkpoints(self, edits: Edits) -> None:
-        config = self.family.config(self.host)
-        if config is not None:
-            self.restore = {"hidden_act": config.hidden_act}
-            edits.set_attribute(config, "hidden_act", GUARD)
+        if self._config is not None:
+            guard = self.family.guard(self._config)
+            self.restore = {name: getattr(self._config, name) for name in guard}
+            for name, value in guard.items():
+                edits.set_attribute(self._config, name, value)
 
     def _attention_name(self, block: int) -> str:
         name = find_attention(self._blocks[block])

@@ -1,7 +1,7 @@
 """Products with a Gaussian kernel matrix that is never held whole.
 
-`gaussian_kernel` is the definition, `gaussian_product` the operation: the kernel matrix between two sets of tokens times
-values. It computes the matrix tile by tile, forward and backward, so that a tile stays in the processor's cache.
+`gaussian_kernel` is the definition, `gaussian_product` the operation: the kernel matrix between two sets of tokens
+times values. It computes the matrix tile by tile, forward and backward, so that a tile stays in the processor's cache.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ BACKENDS = ("auto", "torch", "triton")
 CPU_TILE, GPU_TILE = 2**17, 2**24
 
 
-def gaussian_kernel(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def gaussian_kernel(a: torch.Tensor, b: torch.Tensor | None = None) -> torch.Tensor:
     """Kernel matrix of two sets of tokens, K_ij = exp(-|a_i - b_j|^2 / 2).
 
     The squared distance is |a|^2 + |b|^2 - 2 a b, which rounds to about 1e-7 of the larger square in float32; what
@@ -24,7 +24,7 @@ def gaussian_kernel(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
     Args:
         a: Tokens, (..., N, d). Any float dtype; half precision is computed in float32.
-        b: Tokens, (..., M, d).
+        b: Tokens, (..., M, d). Without them the kernel is that of `a` with itself, and its diagonal exactly 1.
 
     Returns:
         Kernel, (..., N, M), in 0..1, float32, or float64 if an input is. Differentiable in both.
@@ -33,10 +33,14 @@ def gaussian_kernel(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         TypeError: If an input is not a tensor of a float dtype.
         ValueError: If the shapes don't fit each other.
     """
-    a, b = _checked(a=a, b=b)
+    is_own = b is None
+    a, b = _checked(a=a, b=a if is_own else b)
     with torch.autocast(a.device.type, enabled=False):
         left, right = _augmented(a, b)
-        return (left @ right.mT).clamp(max=0).exp()
+        exponent = (left @ right.mT).clamp(max=0)
+        if is_own:
+            exponent = exponent.masked_fill(torch.eye(a.shape[-2], dtype=torch.bool, device=a.device), 0)
+        return exponent.exp()
 
 
 def gaussian_product(a: torch.Tensor, b: torch.Tensor, values: torch.Tensor, backend: str = "auto") -> torch.Tensor:

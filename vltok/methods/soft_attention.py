@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from vltok.errors import CheckpointError
 from vltok.kernels.gaussian import BACKENDS, gaussian_kernel, gaussian_product
 from vltok.methods.inverse import RIDGE, STEPS, kernel_inverse, released_inverse
 from vltok.methods.official import load_weights, weights_around
@@ -55,7 +56,7 @@ class GaussianKernel(nn.Module):
             center = landmarks.mean(2, keepdim=True).detach()  # kernels see differences, products see less rounding
             query, landmarks = query - center, landmarks - center
             gathered = gaussian_product(landmarks, query, value.to(wide), self.backend)  # (B, heads, M, d)
-            mixed = self._invert(gaussian_kernel(landmarks, landmarks), gathered)
+            mixed = self._invert(gaussian_kernel(landmarks), gathered)
             attended = gaussian_product(query, landmarks, mixed, self.backend)
             return attended + self._convolve(value, grid)
 
@@ -220,14 +221,19 @@ class SoftmaxFreeAttention(nn.Module):
         """
         anchor = "W_q.weight"
         own = weights_around(state_dict, anchor)
-        dim, heads, ratio, conv_size = 64, 2, 8, 9  # to name what is missing
-        sizing = {anchor: 2, "attn.conv.weight": 4, "attn.Qlandmark_op.weight": 4}
-        found = [own[name] for name, dims in sizing.items() if name in own and own[name].dim() == dims]
-        is_plausible = len(found) == len(sizing) and found[0].shape[1] % found[1].shape[0] == 0 < found[1].shape[-1] % 2
-        if is_plausible:
-            dim, heads = own[anchor].shape[1], own["attn.conv.weight"].shape[0]
-            ratio, conv_size = own["attn.Qlandmark_op.weight"].shape[-1], own["attn.conv.weight"].shape[-1]
+
+        def size(name: str, dims: int, axis: int, default: int) -> int:  # the default is to name what is missing
+            return own[name].shape[axis] if name in own and own[name].dim() == dims else default
+
+        dim, heads = size(anchor, 2, 1, 64), size("attn.conv.weight", 4, 0, 2)
+        ratio, conv_size = size("attn.Qlandmark_op.weight", 4, -1, 8), size("attn.conv.weight", 4, -1, 9)
+        settings = (normalize, newton_iters, num_prefix_tokens, backend, parity)
+        if min(dim, heads, ratio, conv_size) < 1 or dim % heads or conv_size % 2 == 0:
+            raise CheckpointError(
+                f"these weights are of no softmax-free attention: width {dim}, {heads} heads, ratio {ratio}, "
+                f"convolution of {conv_size}; heads must divide the width, and the convolution be odd"
+            )
         with torch.device("meta"):
-            attention = cls(dim, heads, ratio, conv_size, normalize, newton_iters, num_prefix_tokens, backend, parity)
+            attention = cls(dim, heads, ratio, conv_size, *settings)
         load_weights(attention, own, "a softmax-free attention")
         return attention
