@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from eval.measure import machine
 from vltok.methods.divprune import select_max_min
 from vltok.methods.todre import select_diverse
 
@@ -140,19 +141,6 @@ def cases(quick: bool) -> list[Case]:
     alone = [Case(1, n, d, k) for n, d in sizes for k in (8, round(0.05 * n), round(0.1 * n), n // 4)]
     batches = [Case(8, n, d, round(0.1 * n)) for n, d in sizes[:3]] + [Case(8, n, d, 8) for n, d in sizes[:3]]
     return [Case(1, 256, 256, 13), Case(1, 256, 256, 64), *alone, *batches]
-
-
-def machine(device: str) -> dict[str, Any]:
-    """What the numbers were measured on."""
-    features = torch.cpu.get_capabilities()
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else features.get("cpu_name", "CPU"),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "cpu_vectors": torch.backends.cpu.get_cpu_capability(),
-        "amx_bf16": bool(features.get("amx_bf16")),
-        "avx512_bf16": bool(features.get("avx512_bf16")),
-    }
 
 
 def show(results: list[Result], about: dict[str, Any]) -> None:

@@ -204,7 +204,7 @@ def test_landmarks_start_as_normed_means_of_the_queries_of_their_region(name, pr
     attention = start(read(name), init, prefix=prefix)
     x = noise(2, prefix + 24, 32)
     query = heads(attention.W_q(x)) / 2  # 16 ** 0.25
-    landmarks = attention.attn.landmarks(query, (4, 6))
+    landmarks = attention.attn.landmarks(2 * query, (4, 6), 0.5)
     norm = attention.attn.Qnorm_act[0]
     image = query[:, :, prefix:].flatten(0, 1).mT.unflatten(-1, (4, 6))
     means = F.avg_pool2d(image, 2).flatten(2).mT.unflatten(0, (2, 2))
@@ -226,7 +226,7 @@ def test_equal_tokens_get_what_softmax_gives_them_as_far_as_landmarks_are_like_q
     attention = start(old, init, normalize=normalize)
     x = noise(2, 1, 32).expand(2, 16, 32)
     query = heads(attention.W_q(x)) / 2
-    kernel = gaussian_kernel(query, attention.attn.landmarks(query, (4, 4)))[:, :, :1, :1]
+    kernel = gaussian_kernel(query, attention.attn.landmarks(2 * query, (4, 4), 0.5))[:, :, :1, :1]
     values = heads(F.linear(x, *old.value)) * kernel**2 * 4 / (4 + ridge)  # of four landmarks
     expected = F.linear(values.transpose(1, 2).flatten(2), *old.out)
     softmax = old.module(x)[0]

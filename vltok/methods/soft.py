@@ -23,6 +23,7 @@ from vltok.views import SelfAttention, VisionHost
 Init = Literal["mean", "query", "key", "random"]
 LANDMARKS = 7  # along a side, as in the papers
 LINEAR = 3.0  # GELU is linear to 1 % from here on
+LARGEST_CONV = 9  # released; a larger one would cost more than the attention
 
 
 @register("soft")
@@ -33,7 +34,7 @@ class SOFT(Method):
     Attributes:
         ratio: Side of the region of patches that becomes one landmark, at most the shorter side of the grid. By default
             about 7 x 7 landmarks.
-        conv_size: Side of the convolution of the values, odd. By default the released 3, 5, 9 for ratios 2, 4, 8.
+        conv_size: Side of the convolution of the values, odd. By default as released, 3, 5, 9 for ratios 2, 4, 8 (and more).
         normalize: Normalise by the landmarks' row sums (SOFT-Norm), which generalises better.
         blocks: Which blocks, as (start, stop) of a Python range: (0, 6) the first six, (-2, None) the last two. All by
             default.
@@ -86,7 +87,7 @@ class SOFT(Method):
         chosen = range(vision.depth)[slice(*(self.blocks or (None, None)))]
         if not chosen:
             raise ValueError(f"blocks={self.blocks} is none of the {vision.depth} blocks of this vision tower")
-        conv_size = self.conv_size or 2 * (ratio // 2) + 1
+        conv_size = self.conv_size or min(2 * (ratio // 2) + 1, LARGEST_CONV)
         return replace(self, ratio=ratio, conv_size=conv_size, blocks=(chosen.start, chosen.stop))
 
     def attach(self, view: VisionHost, edits: Edits, run: Run) -> None:

@@ -14,11 +14,22 @@ from torch import nn
 from torch.nn import functional as F
 
 from vltok.errors import CheckpointError
+from vltok.kernels.depthwise import depthwise_conv2d
 from vltok.kernels.gaussian import BACKENDS, gaussian_kernel, gaussian_product
 from vltok.methods.inverse import RIDGE, STEPS, kernel_inverse, released_inverse
 from vltok.methods.official import load_weights, weights_around
 
 Grid = tuple[int, int]
+
+
+class HeadConv2d(nn.Conv2d):
+    """A depthwise convolution over heads, (B, heads * d, H, W) to the same: the d channels of a head share a kernel."""
+
+    def __init__(self, num_heads: int, kernel_size: int) -> None:
+        super().__init__(num_heads, num_heads, kernel_size, padding=kernel_size // 2, groups=num_heads, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return depthwise_conv2d(x, self.weight.repeat_interleave(x.shape[1] // self.groups, 0))
 
 
 class GaussianKernel(nn.Module):
@@ -45,31 +56,34 @@ class GaussianKernel(nn.Module):
         self.parity = parity
         self.Qlandmark_op = nn.Conv2d(head_dim, head_dim, ratio, stride=ratio, bias=False)
         self.Qnorm_act = nn.Sequential(nn.LayerNorm(head_dim), nn.GELU())
-        self.conv = nn.Conv2d(num_heads, num_heads, conv_size, padding=conv_size // 2, groups=num_heads, bias=False)
+        self.conv = HeadConv2d(num_heads, conv_size)
 
     def forward(self, query: torch.Tensor, value: torch.Tensor, grid: Grid) -> torch.Tensor:
         """Attend: query and value (B, heads, N, d), query serving as key too -> (B, heads, N, d), float32."""
         with torch.autocast(query.device.type, enabled=False):
+            scale = query.shape[-1] ** -0.25
             wide = torch.promote_types(query.dtype, torch.float32)
             query = query.to(wide)
-            landmarks = self.landmarks(query, grid).to(wide)
+            landmarks = self.landmarks(query, grid, scale).to(wide)
             center = landmarks.mean(2, keepdim=True).detach()  # kernels see differences, products see less rounding
-            query, landmarks = query - center, landmarks - center
+            query = torch.add(-center, query, alpha=scale).contiguous()
+            landmarks = landmarks - center
             gathered = gaussian_product(landmarks, query, value.to(wide), self.backend)  # (B, heads, M, d)
             mixed = self._invert(gaussian_kernel(landmarks), gathered)
             attended = gaussian_product(query, landmarks, mixed, self.backend)
             return attended + self._convolve(value, grid)
 
-    def landmarks(self, query: torch.Tensor, grid: Grid) -> torch.Tensor:
-        """Condense the queries of each ratio x ratio region: (B, heads, N, d) -> (B, heads, M, d)."""
+    def landmarks(self, query: torch.Tensor, grid: Grid, scale: float) -> torch.Tensor:
+        """Condense `scale` times the queries of each ratio x ratio region: (B, heads, N, d) -> (B, heads, M, d)."""
         batch, heads, _, width = query.shape
         height, length = grid
         prefix, patches = query.split([self.num_prefix_tokens, height * length], dim=2)
         image = patches.transpose(2, 3).reshape(batch * heads, width, height, length).to(self.Qlandmark_op.weight.dtype)
-        if not self.parity:
-            image = F.pad(image, (0, -length % self.ratio, 0, -height % self.ratio), mode="replicate")
-        rows = self.Qlandmark_op(image).flatten(2).mT  # (B * heads, M, d)
-        return torch.cat([self.Qnorm_act(rows).unflatten(0, (batch, heads)), prefix], dim=2)
+        below, right = -height % self.ratio, -length % self.ratio
+        if (below or right) and not self.parity:
+            image = F.pad(image, (0, right, 0, below), mode="replicate")
+        rows = self.Qlandmark_op(image).flatten(2).mT * scale  # (B * heads, M, d)
+        return torch.cat([self.Qnorm_act(rows).unflatten(0, (batch, heads)), prefix * scale], dim=2)
 
     def _invert(self, kernel: torch.Tensor, gathered: torch.Tensor) -> torch.Tensor:
         ridge = 0.0 if self.normalize else RIDGE
@@ -80,12 +94,13 @@ class GaussianKernel(nn.Module):
         return scale * (inverse @ (scale * gathered))
 
     def _convolve(self, value: torch.Tensor, grid: Grid) -> torch.Tensor:
-        """Convolve on the grid, the channels of a head sharing one kernel; prefix tokens get nothing."""
-        batch, heads, _, width = value.shape
-        image = value[:, :, self.num_prefix_tokens :].permute(0, 3, 1, 2).reshape(batch * width, heads, *grid)
-        image = self.conv(image.to(self.conv.weight.dtype))
-        rows = image.reshape(batch, width, heads, grid[0] * grid[1]).permute(0, 2, 3, 1)  # (B, heads, H * W, d)
-        return F.pad(rows, (0, 0, self.num_prefix_tokens, 0))
+        """Convolve values on the grid: (B, heads, N, d) -> (B, heads, N, d); prefix tokens get nothing."""
+        rows = value.transpose(1, 2).flatten(2)[:, self.num_prefix_tokens :]  # (B, H * W, C)
+        image = rows.unflatten(1, grid).permute(0, 3, 1, 2)  # channels last in memory, as convolutions like it
+        rows = self.conv(image.to(self.conv.weight.dtype)).flatten(2).mT
+        if self.num_prefix_tokens:
+            rows = F.pad(rows, (0, 0, self.num_prefix_tokens, 0))
+        return rows.unflatten(2, (value.shape[1], -1)).transpose(1, 2)
 
 
 class SoftmaxFreeAttention(nn.Module):
@@ -168,9 +183,7 @@ class SoftmaxFreeAttention(nn.Module):
             ValueError: If the tokens don't form the grid, or the grid is smaller than the ratio.
         """
         self._check(x, grid)
-        query = self.W_q(x) / (self.dim // self.num_heads) ** 0.25
-        value = self.W_v(x)
-        query, value = (each.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for each in (query, value))
+        query, value = (part(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (self.W_q, self.W_v))
         attended = self.attn(query, value, grid)  # (B, heads, N, d)
         return self.ff(attended.transpose(1, 2).flatten(2).to(value.dtype))
 
