@@ -10,8 +10,9 @@ which landmarks grow with the tokens ("SOFT, ratio 8"); and what the released co
 kernel matrices and squared norms by products with ones ("released", ratio 8). A ratio is the median over the rounds of
 the ratios within a round. Exponents are fitted by least squares to logarithms, from 1,024 tokens on.
 
-Before anything is timed, SOFT in parity mode and the released formulation must agree to 1e-6 in outputs and gradients, in float64.
-Memory is the peak above weights, inputs and gradients, and counted, not sampled, see `eval.measure.peak_bytes`.
+Before anything is timed, SOFT in parity mode and the released formulation must agree to 1e-6 in outputs and gradients,
+in float64. Memory is the peak above weights, inputs and gradients, and counted, not sampled; see
+`eval.measure.peak_bytes`.
 """
 
 from __future__ import annotations
@@ -107,7 +108,8 @@ class ReleasedAttention(nn.Module):
             inverse = scale[..., :, None] * inverse * scale[..., None, :]
         out = near @ (inverse @ (near.mT @ value))
         values = value.permute(0, 3, 1, 2).reshape(batch * width, heads, *grid)
-        convolved = inner.conv(values).reshape(batch, width, heads, length).permute(0, 2, 3, 1)
+        convolved = F.conv2d(values, inner.conv.weight, padding=CONV_SIZE // 2, groups=heads)
+        convolved = convolved.reshape(batch, width, heads, length).permute(0, 2, 3, 1)
         return layer.ff((out + convolved).permute(0, 2, 1, 3).reshape(batch, length, dim))
 
 

@@ -72,9 +72,9 @@ class Handle:
         Args:
             file: Where to print; standard output by default, None for nowhere.
         """
-        report = self._run.results.get("pruning", Report())
         results = self._run.results
-        report = replace(report, attention=results.get("attention"), condensed=results.get("condensed"))
+        parts = ("attention", "pooling", "diversification", "condensed")
+        report = replace(results.get("pruning", Report()), **{name: results.get(name) for name in parts})
         if file is not None:
             print(report, file=sys.stdout if file is _STDOUT else file)
         return report

@@ -55,11 +55,48 @@ class LinearAttention:
 
 
 @dataclass(frozen=True)
+class Pooling:
+    """Where tokens are pooled before the attention in the vision tower.
+
+    Attributes:
+        blocks: The blocks that do, as (start, stop).
+        scales: Scales they pool at, the token itself included.
+    """
+
+    blocks: tuple[int, int]
+    scales: int
+
+
+@dataclass(frozen=True)
+class Diversification:
+    """The attention diversification loss of the last call in train mode.
+
+    Attributes:
+        blocks: The blocks whose attention it is about, as (start, stop).
+        losses: The loss of each block that attended, unweighted, scalars. 0 where no attention exceeds the threshold.
+    """
+
+    blocks: tuple[int, int]
+    losses: tuple[torch.Tensor, ...] = ()
+
+    def __str__(self) -> str:
+        values = [loss.item() for loss in self.losses]
+        where = f"vision tower: attention diversification loss of blocks {self.blocks[0]} to {self.blocks[1] - 1}"
+        if not values:
+            return f"{where}: no call in train mode yet"
+        empty = sum(value == 0 for value in values)
+        note = f"; in {empty} of {len(values)} no attention exceeds the threshold" if empty else ""
+        return f"{where} {sum(values) / len(values):.3f}, {min(values):.3f} to {max(values):.3f}{note}"
+
+
+@dataclass(frozen=True)
 class Report:
     """What the attached methods did at the last prompt with images.
 
     Attributes:
         attention: Where attention of linear cost stands in the vision tower, or None where there is none.
+        pooling: Where tokens are pooled before the attention in the vision tower, or None.
+        diversification: The attention diversification loss, or None.
         condensed: What a condensing projector did, or None where there is none. The rest is what pruning did.
         visual_tokens: Visual tokens of each image of each sample before pruning.
         kept_tokens: Visual tokens kept of each image of each sample at the entry of the language model.
@@ -71,6 +108,8 @@ class Report:
     """
 
     attention: LinearAttention | None = None
+    pooling: Pooling | None = None
+    diversification: Diversification | None = None
     condensed: Condensed | None = None
     visual_tokens: list[list[int]] = field(default_factory=list)
     kept_tokens: list[list[int]] = field(default_factory=list)
@@ -88,6 +127,14 @@ class Report:
                 f"vision tower: softmax-free attention in blocks {each.blocks[0]} to {each.blocks[1] - 1}, "
                 f"{each.landmarks} landmarks for {each.patches} patches"
             )
+        if self.pooling is not None:
+            each = self.pooling
+            lines.append(
+                f"vision tower: tokens pooled at {each.scales} scales before attention in blocks {each.blocks[0]} to "
+                f"{each.blocks[1] - 1}"
+            )
+        if self.diversification is not None:
+            lines.append(str(self.diversification))
         if self.condensed is not None:
             each = self.condensed
             lines.append(

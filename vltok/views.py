@@ -5,6 +5,7 @@ A family (vltok/families) implements them for one kind of model; a method (vltok
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -123,6 +124,16 @@ class SelfAttention:
     out: Projection
 
 
+class ScoreWatcher(Protocol):
+    """What `VisionView.watch_scores` needs of a method."""
+
+    def start(self) -> None:
+        """Pictures enter the tower."""
+
+    def see(self, block: int, query: torch.Tensor, key: torch.Tensor, scale: float) -> None:
+        """A block attends by softmax(scale * query key^T); both are (B, heads, N, d), with their graphs."""
+
+
 class VisionView(Protocol):
     """A vision tower as a method sees it: a stack of blocks over prefix tokens and a grid of patches.
 
@@ -159,6 +170,24 @@ class VisionView(Protocol):
 
         Raises:
             ValueError: If another method is watching the attention.
+        """
+
+    def pool_before_attention(self, edits: Edits, block: int, name: str, module: nn.Module) -> None:
+        """Add `module` to a block as its child `name`, and let what attends see its tokens in place of the block's.
+
+        It is called as `module(x, grid)` with the tokens that enter the block, (B, N, C), before they are normalised,
+        and returns (B, N, C). The residual path goes around it.
+
+        Raises:
+            UnsupportedModelError: If the block doesn't normalise, attend and add, in this order.
+            EditConflictError: If the block has a child of that name.
+        """
+
+    def watch_scores(self, edits: Edits, blocks: Sequence[int], watcher: ScoreWatcher) -> None:
+        """Show `watcher` the queries and keys of some blocks, in train mode.
+
+        Raises:
+            UnsupportedModelError: If the attention of a block is not softmax over products of queries and keys.
         """
 
 

@@ -234,7 +234,7 @@ def test_only_the_released_computation_ignores_rows_that_a_ratio_leaves_over(par
             block.att.mha.attn.conv.weight.zero_()  # else values of the last rows reach their neighbours
     x = torch.randn(1, 9 * 8, 16, dtype=torch.float64)
     attention = model.block1[0].att.mha
-    landmarks = attention.attn.landmarks(x.reshape(1, 1, 72, 16)[..., :8].contiguous(), (9, 8))
+    landmarks = attention.attn.landmarks(x.reshape(1, 1, 72, 16)[..., :8].contiguous(), (9, 8), 1.0)
     assert landmarks.shape[2] == (1 if parity else 2)
     assert model(pictures(1, 33, 32).double()).isfinite().all()
 

@@ -14,6 +14,7 @@ class Clip(TowerFamily):
 
     name = "clip"
     model_classes = ("CLIPVisionModel",)
+    first_norm = "layer_norm1"
 
 
 class Siglip(TowerFamily):
@@ -21,6 +22,7 @@ class Siglip(TowerFamily):
 
     name = "siglip"
     model_classes = ("SiglipVisionModel",)
+    first_norm = "layer_norm1"
 
     def num_prefix_tokens(self, tower: nn.Module) -> int:
         return 0
@@ -31,6 +33,7 @@ class ViT(TowerFamily):
 
     name = "vit"
     model_classes = ("ViTModel",)
+    first_norm = "layernorm_before"
 
 
 class Dinov2(TowerFamily):

@@ -18,6 +18,8 @@ _ROLES = {
     "fused": re.compile(r"(.*\.)?qkv(_proj)?"),
 }
 _HEADS = ("num_heads", "num_attention_heads")
+_SCALES = ("scale", "scaling")
+_BIASES = ("q_bias", "k_bias", "v_bias")
 
 
 def find_attention(block: nn.Module) -> str | None:
@@ -25,7 +27,7 @@ def find_attention(block: nn.Module) -> str | None:
     found = [
         name
         for name, child in block.named_children()
-        if _num_heads(child) and {"query", "fused"} & _linear_layers(child).keys()
+        if num_heads(child) and {"query", "fused"} & _linear_layers(child).keys()
     ]
     return found[0] if len(found) == 1 else None
 
@@ -72,7 +74,7 @@ def read_attention(module: nn.Module, dim: int) -> SelfAttention:
     leaves = {name: part for name, part in module.named_modules() if not list(part.children())}
     if others := [name for name, part in leaves.items() if not isinstance(part, nn.Linear | nn.Dropout | nn.Identity)]:
         raise _unsupported(module, f"has further parts, {', '.join(others)}")
-    return SelfAttention(module, _num_heads(module), **projections)
+    return SelfAttention(module, num_heads(module), **projections)
 
 
 def tokens_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
@@ -97,8 +99,33 @@ def tokens_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     return tokens
 
 
-def _num_heads(module: nn.Module) -> int:
+def num_heads(module: nn.Module) -> int:
+    """Heads of an attention module, 0 if it has no such number."""
     return next((getattr(module, name) for name in _HEADS if isinstance(getattr(module, name, None), int)), 0)
+
+
+def attention_scale(module: nn.Module) -> float | None:
+    """What products of queries and keys are multiplied by, or None if the module has no such number."""
+    return next((getattr(module, name) for name in _SCALES if isinstance(getattr(module, name, None), float)), None)
+
+
+def score_layers(module: nn.Module) -> tuple[nn.Module, nn.Module] | None:
+    """The layers that give queries and keys, whatever their type, so that adapters on them count.
+
+    Norms of queries and keys come last where there are any, also those that do nothing. None if there are no such
+    layers, or if further weights may have a part in the probabilities.
+    """
+    if any(name not in _BIASES for name, _ in module.named_parameters(recurse=False)):
+        return None
+    children = dict(module.named_modules())
+    for names in (("q_norm", "k_norm"), (_ROLES["query"], _ROLES["key"])):
+        found = [
+            next((child for name, child in children.items() if name and re.fullmatch(pattern, name)), None)
+            for pattern in names
+        ]
+        if None not in found:
+            return found[0], found[1]
+    return None
 
 
 def _linear_layers(module: nn.Module) -> dict[str, nn.Linear]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -17,6 +17,7 @@ class VisionTransformer(TowerFamily):
     name = "timm_vit"
     model_classes = ("VisionTransformer",)
     returns_maps = False
+    block_classes: ClassVar[tuple[str, ...]] = ("Block",)  # those that normalise, attend and add
 
     def blocks(self, tower: nn.Module) -> Sequence[nn.Module]:
         return tower.blocks
@@ -42,12 +43,20 @@ class VisionTransformer(TowerFamily):
     def guard(self, config: Any) -> dict[str, Any]:
         return {"architecture": GUARD}
 
+    def check_norm(self, block: nn.Module) -> None:
+        if not any(base.__name__ in self.block_classes for base in type(block).__mro__):
+            raise UnsupportedModelError(
+                f"{type(block).__name__} doesn't normalise tokens, attend and add, in this order, so there is no place "
+                f"to pool them; blocks that do are {', '.join(self.block_classes)} of timm"
+            )
+
 
 class Eva(VisionTransformer):
     """An EVA-like ViT of timm."""
 
     name = "timm_eva"
     model_classes = ("Eva",)
+    block_classes = ("EvaBlock",)
 
     def check_attention(self, tower: nn.Module) -> None:
         if tower.rope is not None:

@@ -12,10 +12,11 @@ from vltok.edits import Edits
 from vltok.errors import UnsupportedModelError
 from vltok.families import mark_checkpoint, unsupported
 from vltok.families.capture import restore_output_capture
+from vltok.families.scores import watch
 from vltok.families.self_attention import find_attention, read_attention, tokens_of
 from vltok.families.vision import VisionRecorder
 from vltok.method import Run
-from vltok.views import ProjectorSite, RelevanceJudge, SelfAttention, TokenSelector, VisionView
+from vltok.views import ProjectorSite, RelevanceJudge, ScoreWatcher, SelfAttention, TokenSelector, VisionView
 
 # Stands in the config of a changed tower, for a name that is looked up when a tower is built from it: so a checkpoint
 # saved meanwhile can't be loaded without the change, with random weights in its place. The lookup quotes this text.
@@ -28,6 +29,7 @@ class TowerFamily:
     name: ClassVar[str]
     model_classes: ClassVar[tuple[str, ...]]
     returns_maps: ClassVar[bool] = True  # attention modules return (tokens, attention map or None)
+    first_norm: ClassVar[str] = "norm1"  # child of a block that normalises what attends
 
     def blocks(self, tower: nn.Module) -> Sequence[nn.Module]:
         """The blocks, first one first."""
@@ -58,6 +60,9 @@ class TowerFamily:
         """Fields of that config that keep a model from being built from it, with what to put there."""
         return {"hidden_act": GUARD}
 
+    def check_norm(self, block: nn.Module) -> None:
+        """Raise UnsupportedModelError if `first_norm` stands elsewhere than before the attention."""
+
     def check_attention(self, tower: nn.Module) -> None:
         """Raise UnsupportedModelError if attention in this tower is more than its attention modules compute."""
 
@@ -82,6 +87,7 @@ class TowerView(VisionView):
         self.grid = family.grid(tower)
         self.num_prefix_tokens = family.num_prefix_tokens(tower)
         self._grids: GridRecorder | None = None
+        self._swaps = False
 
     @property
     def vision(self) -> VisionView:
@@ -103,16 +109,32 @@ class TowerView(VisionView):
                     f"the attention of block {block} is being watched by a pruning method; replace the attention "
                     "first: vltok.apply(model, [attention method, pruning method])"
                 )
-        if self._grids is None:
-            self._grids = GridRecorder()
-            edits.after(self._patches, self._grids.record)
+        grids = self._record_grids(edits)
+        if not self._swaps:
             restore_output_capture(edits, self.host)
-            self._guard_checkpoints(edits)
-        name = self._attention_name(block)
-        edits.swap(self._blocks[block], name, module)
-        edits.before(module, self._grids.supply)
+            self._swaps = True
+        edits.swap(self._blocks[block], self._attention_name(block), module)
+        edits.before(module, grids.supply)
         if self.family.returns_maps:
             edits.after(module, _with_map)
+
+    def pool_before_attention(self, edits: Edits, block: int, name: str, module: nn.Module) -> None:
+        norm = getattr(self._blocks[block], self.family.first_norm, None)
+        if norm is None:
+            raise UnsupportedModelError(
+                f"{type(self._blocks[block]).__name__}, block {block} of this vision tower, has no "
+                f"{self.family.first_norm} before its attention, where tokens could be pooled"
+            )
+        self.family.check_norm(self._blocks[block])
+        grids = self._record_grids(edits)
+        edits.add_child(self._blocks[block], name, module)
+        edits.before(norm, Pooler(module, grids, self.num_prefix_tokens).pool)
+
+    def watch_scores(self, edits: Edits, blocks: Sequence[int], watcher: ScoreWatcher) -> None:
+        self.family.check_attention(self.host)
+        edits.before(self._patches, Starter(watcher).start)
+        for block in blocks:
+            watch(edits, block, self.attention_module(block), watcher)
 
     def mark_checkpoint(self, edits: Edits, settings: dict[str, Any]) -> None:
         """Note in the tower's config what is on it, so that a checkpoint saved meanwhile says how to load it."""
@@ -127,6 +149,14 @@ class TowerView(VisionView):
 
     def projector_site(self) -> ProjectorSite:
         raise unsupported(self._model)
+
+    def _record_grids(self, edits: Edits) -> GridRecorder:
+        """The recorder of this view, put on the tower when first needed, by a change that brings weights."""
+        if self._grids is None:
+            self._grids = GridRecorder()
+            edits.after(self._patches, self._grids.record)
+            self._guard_checkpoints(edits)
+        return self._grids
 
     def _guard_checkpoints(self, edits: Edits) -> None:
         if self._config is not None:
@@ -175,10 +205,16 @@ class GridRecorder:
     def supply(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Before an attention: leave it the tokens, and add their grid."""
         tokens = tokens_of(module, args, kwargs)
-        grid = self._grid
+        return (tokens, self.grid_of(tokens.shape[1] - module.num_prefix_tokens)), {}
+
+    def grid_of(self, patches: int) -> tuple[int, int]:
+        """The grid that so many patches form now.
+
+        Raises:
+            ValueError: If a backward pass recomputes, and pictures of two grids could be meant.
+        """
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:  # in a backward pass
             self._went_back = True
-            patches = tokens.shape[1] - module.num_prefix_tokens
             fitting = [each for each in self._pending if each[0] * each[1] == patches]
             if len(fitting) > 1:
                 raise ValueError(
@@ -186,8 +222,33 @@ class GridRecorder:
                     "backward pass, so it can't tell which it recomputes; call backward() after each, or turn gradient "
                     "checkpointing off"
                 )
-            grid = fitting[0] if fitting else grid
-        return (tokens, grid), {}
+            return fitting[0] if fitting else self._grid
+        return self._grid
+
+
+class Pooler:
+    """Stands before a norm, and pools what enters it; the residual path doesn't come this way."""
+
+    def __init__(self, module: nn.Module, grids: GridRecorder, num_prefix_tokens: int) -> None:
+        self.module = module
+        self.grids = grids
+        self.num_prefix_tokens = num_prefix_tokens
+
+    def pool(self, norm: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        tokens, *rest = args
+        grid = self.grids.grid_of(tokens.shape[1] - self.num_prefix_tokens)
+        return (self.module(tokens, grid), *rest), kwargs
+
+
+class Starter:
+    """Tells a watcher that pictures enter the tower."""
+
+    def __init__(self, watcher: ScoreWatcher) -> None:
+        self.watcher = watcher
+
+    def start(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if module.training:
+            self.watcher.start()
 
 
 def _with_map(module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> tuple[torch.Tensor, None]:

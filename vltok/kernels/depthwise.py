@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import torch
 from torch.nn import functional as F
-from torch.nn.grad import conv2d_input, conv2d_weight
+from torch.nn.grad import conv2d_weight
 
-FAST = 3  # oneDNN has fast code for the gradient of weights up to this size
+FAST = 3  # columns of a kernel up to which oneDNN has fast code for its gradient
 
 
 def depthwise_conv2d(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Convolve each channel with a kernel of its own, keeping the grid.
 
-    On the CPU the gradient of a larger kernel is put together from those of 3 x 3 pieces of it, which takes about a
-    third of the time.
+    On the CPU the gradient of a larger kernel is put together from those of strips that are 3 columns wide, which takes
+    about a fifth of the time.
 
     Args:
         x: Feature maps, (B, C, H, W); channels last in memory is fastest.
@@ -36,19 +36,23 @@ class _Depthwise(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         x, weight = ctx.saved_tensors
-        (channels, _, size, _), (height, width) = weight.shape, x.shape[-2:]
+        (channels, _, _, size), width = weight.shape, x.shape[-1]
         pad = size // 2
-        grad = grad.contiguous(memory_format=torch.channels_last)  # here once, rather than in each piece
+        grad = _channels_last(grad)  # here once, rather than for each strip
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_x = conv2d_input(x.shape, weight, grad, padding=pad, groups=channels)
+            grad_x = F.conv2d(grad, weight.flip(2, 3), padding=pad, groups=channels)
         if ctx.needs_input_grad[1]:
             padded = F.pad(x.movedim(1, -1), (0, 0, pad, pad, pad, pad)).movedim(-1, 1)  # stays channels last
             grad_weight = torch.empty_like(weight)
-            for top in range(0, size, FAST):
-                for left in range(0, size, FAST):
-                    piece = grad_weight[:, :, top : top + FAST, left : left + FAST]
-                    rows, columns = piece.shape[-2:]
-                    seen = padded[:, :, top : top + height + rows - 1, left : left + width + columns - 1]
-                    piece.copy_(conv2d_weight(seen, piece.shape, grad, groups=channels))
+            for left in range(0, size, FAST):
+                strip = grad_weight[..., left : left + FAST]
+                seen = padded[..., left : left + width + strip.shape[-1] - 1]
+                strip.copy_(conv2d_weight(seen, strip.shape, grad, groups=channels))
         return grad_x, grad_weight
+
+
+def _channels_last(x: torch.Tensor) -> torch.Tensor:
+    """Lay out maps as convolutions like it, also a single one, for which `contiguous` leaves other strides."""
+    laid_out = torch.empty_like(x, memory_format=torch.channels_last)
+    return x if x.stride() == laid_out.stride() else laid_out.copy_(x)

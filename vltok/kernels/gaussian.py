@@ -6,12 +6,15 @@ times values. It computes the matrix tile by tile, forward and backward, so that
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
 from types import ModuleType
 
 import torch
 
 BACKENDS = ("auto", "torch", "triton")
+WIDEST = 256  # channels of tokens and of values that the Triton kernels hold at once
 # Numbers in a tile of the kernel matrix: few enough for a core's own cache, enough for products to run at full speed.
 CPU_TILE, GPU_TILE = 2**17, 2**24
 
@@ -36,7 +39,7 @@ def gaussian_kernel(a: torch.Tensor, b: torch.Tensor | None = None) -> torch.Ten
     is_own = b is None
     a, b = _checked(a=a, b=a if is_own else b)
     with torch.autocast(a.device.type, enabled=False):
-        left, right = _augmented(a, b)
+        left, right = augment(a, b)
         exponent = (left @ right.mT).clamp(max=0)
         if is_own:
             exponent = exponent.masked_fill(torch.eye(a.shape[-2], dtype=torch.bool, device=a.device), 0)
@@ -52,14 +55,15 @@ def gaussian_product(a: torch.Tensor, b: torch.Tensor, values: torch.Tensor, bac
         a: Tokens, (..., N, d). Any float dtype; half precision is computed in float32.
         b: Tokens, (..., M, d).
         values: One row for each token of `b`, (..., M, e).
-        backend: "torch" runs anywhere, "triton" on CUDA devices; "auto" takes Triton there if it is installed.
+        backend: "torch" runs anywhere; "triton" on CUDA devices, in float32, for at most 256 channels of tokens and of
+            values; "auto" takes Triton where it can run and is installed, else torch.
 
     Returns:
         Product, (..., N, e), float32, or float64 if an input is.
 
     Raises:
         TypeError: If an input is not a tensor of a float dtype.
-        ValueError: If shapes or devices don't fit each other, or `backend` is unknown or can't run on this device.
+        ValueError: If shapes or devices don't fit each other, or `backend` is unknown or can't run on these tensors.
         ImportError: If `backend` is "triton" and it isn't installed.
     """
     if backend not in BACKENDS:
@@ -91,7 +95,7 @@ def _checked(**tensors: torch.Tensor) -> list[torch.Tensor]:
     return [x.to(dtype) for x in tensors.values()]
 
 
-def _augmented(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def augment(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens with two channels more, so that one product of them is the whole exponent, a b - |b|^2 / 2 - |a|^2 / 2."""
     ones_a, ones_b = (torch.ones_like(x[..., :1]) if x.shape[-1] else x.new_ones(*x.shape[:-1], 1) for x in (a, b))
     half_a, half_b = (x.square().sum(-1, keepdim=True).mul(-0.5) for x in (a, b))
@@ -123,7 +127,7 @@ def _tiles(left: torch.Tensor, right: torch.Tensor) -> Iterator[tuple[slice, sli
 def apply(a: torch.Tensor, b: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """K(a, b) values for (B, N, d), (B, M, d), (B, M, e) of one dtype -> (B, N, e)."""
     out = values.new_zeros(*a.shape[:2], values.shape[-1])
-    for chosen, rows, columns, tile in _tiles(*_augmented(a, b)):
+    for chosen, rows, columns, tile in _tiles(*augment(a, b)):
         out[chosen, rows].baddbmm_(tile, values[chosen, columns])
     return out
 
@@ -135,7 +139,7 @@ def grad(
 
     With E = (grad_out values^T) * K they are E b - rowsum(E) a, E^T a - colsum(E) b and K^T grad_out.
     """
-    left, right = _augmented(a, b)
+    left, right = augment(a, b)
     grad_out = grad_out.contiguous()
     grad_left, grad_right, grad_values = (
         x.new_zeros(x.shape) if wanted else None for x, wanted in zip((left, right, values), needed, strict=True)
@@ -159,17 +163,42 @@ def grad(
     return grads + [x for x in (grad_values,) if x is not None]
 
 
-def _implementation(backend: str, x: torch.Tensor) -> ModuleType:
-    """The module whose `apply` and `grad` run on this tensor."""
-    import sys
-
-    return sys.modules[__name__]
+def _implementation(backend: str, a: torch.Tensor, values: torch.Tensor) -> ModuleType:
+    """The module whose `apply` and `grad` run on these tensors; "auto" takes Triton on CUDA devices, where it can."""
+    here = sys.modules[__name__]
+    if backend == "torch" or (backend == "auto" and a.device.type != "cuda"):
+        return here
+    is_interpreted = a.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    width = max(a.shape[-1], values.shape[-1])
+    refusal = None
+    if a.device.type != "cuda" and not is_interpreted:
+        refusal = f"needs CUDA tensors, or TRITON_INTERPRET=1 to run in its interpreter on the CPU; got {a.device}"
+    elif a.dtype != torch.float32:
+        refusal = f"computes in float32, got {a.dtype}"
+    elif width > WIDEST:
+        refusal = f"takes at most {WIDEST} channels of tokens and of values, got {width}"
+    if refusal is None:
+        try:
+            from vltok.kernels import gaussian_triton
+        except ImportError as error:
+            if backend == "triton":
+                raise ImportError(
+                    "backend='triton' needs the package triton, which could not be imported; run `pip install triton`, "
+                    "or use backend='torch' or 'auto'"
+                ) from error
+            return here
+        if not is_interpreted or gaussian_triton.IS_INTERPRETED:
+            return gaussian_triton
+        refusal = "was loaded without its interpreter; set TRITON_INTERPRET=1 before Python starts"
+    if backend == "auto":
+        return here
+    raise ValueError(f"backend='triton' {refusal}; or use backend='torch'")
 
 
 @torch.library.custom_op("vltok::gaussian_product", mutates_args=())
 def _product(a: torch.Tensor, b: torch.Tensor, values: torch.Tensor, backend: str) -> torch.Tensor:
     with torch.autocast(a.device.type, enabled=False):
-        return _implementation(backend, a).apply(a, b, values)
+        return _implementation(backend, a, values).apply(a, b, values)
 
 
 @torch.library.custom_op("vltok::gaussian_product_grad", mutates_args=())
@@ -182,7 +211,7 @@ def _product_grad(
     backend: str,
 ) -> list[torch.Tensor]:
     with torch.autocast(a.device.type, enabled=False):
-        return _implementation(backend, a).grad(a, b, values, grad_out, needed)
+        return _implementation(backend, a, values).grad(a, b, values, grad_out, needed)
 
 
 @_product.register_fake

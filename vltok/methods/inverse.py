@@ -1,8 +1,8 @@
 """The inverse of a kernel matrix of landmarks, by Newton's iteration and with a proof that it is one.
 
 Paper: https://arxiv.org/abs/2110.11945 (SOFT). Differs from the released code: each matrix starts on its own, its
-residual is measured, and where twenty steps were not enough it is solved in float64 instead of being used as it is.
-`released_inverse` is what the released code computes, for its checkpoints.
+residual is measured, and where twenty steps were not enough it is solved in float64 instead of being used as it is; on
+the CPU it always is. `released_inverse` is what the released code computes, for its checkpoints.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ def kernel_inverse(kernel: torch.Tensor, newton_iters: int = STEPS, ridge: float
     """Invert kernel matrices, each independently of the others.
 
     With a ridge the result is the inverse of `kernel + ridge I`. Without one it is the pseudo-inverse, cut off
-    smoothly: an eigenvalue far above 1e-3 times the largest row sum is inverted, one far below is taken for 0. Matrices
-    that Newton's iteration leaves with a residual above `TOLERANCE` (or `PSEUDO_TOLERANCE`) are solved in float64.
+    smoothly: an eigenvalue far above 1e-3 times the largest row sum is inverted, one far below is taken for 0. On GPUs
+    both come from Newton's iteration, and matrices that it leaves with a residual above `TOLERANCE` (or
+    `PSEUDO_TOLERANCE`) are solved in float64. On the CPU all are, which takes less time there.
 
     Gradients are those of the exact inverse, dP = -Y^T G Y^T; they take what was cut off for 0, too.
 
@@ -66,28 +67,67 @@ def released_inverse(kernel: torch.Tensor, newton_iters: int = STEPS, ridge: flo
 @torch.library.custom_op("vltok::kernel_inverse", mutates_args=())
 def _kernel_inverse(kernel: torch.Tensor, newton_iters: int, ridge: float, check: bool) -> torch.Tensor:
     """Opaque to torch.compile, as how long a solution takes depends on the data."""
-    shape, dtype = kernel.shape, kernel.dtype
-    kernel = kernel.reshape(-1, *shape[-2:])
-    if check and ridge == 0:
+    flat = kernel.reshape(-1, *kernel.shape[-2:])
+    if not check:
+        inverse = _newton(flat, newton_iters, ridge)
+    elif flat.device.type == "cpu":
+        inverse = _solve_finite(flat, ridge)
+    else:
+        inverse = _checked_newton(flat, newton_iters, ridge)
+    return inverse.reshape(kernel.shape)
+
+
+def _checked_newton(kernel: torch.Tensor, newton_iters: int, ridge: float) -> torch.Tensor:
+    """Newton's iteration, and a direct solution where its residual says that it is not one."""
+    matrix = kernel
+    if ridge == 0:
         # Each step doubles what rounding leaves in directions that are cut off, and would cut off less.
-        kernel, newton_iters = kernel.double(), min(newton_iters, STEPS)
-    one = torch.eye(shape[-1], dtype=kernel.dtype, device=kernel.device)
+        matrix, newton_iters = kernel.double(), min(newton_iters, STEPS)
+    inverse = _newton(matrix, newton_iters, ridge)
+    if inverse.numel():
+        one = torch.eye(kernel.shape[-1], dtype=matrix.dtype, device=kernel.device)
+        if ridge > 0:
+            residual, tolerance = one - (matrix + ridge * one) @ inverse, TOLERANCE
+        else:
+            residual, tolerance = matrix @ inverse @ matrix - matrix, PSEUDO_TOLERANCE * kernel.sum(-1).amax(-1)
+        bad = (~(residual.abs().flatten(1).amax(1) <= tolerance)).nonzero().squeeze(-1)
+        if bad.numel():
+            inverse[bad] = _solve_finite(kernel[bad], ridge).to(inverse.dtype)
+    return inverse.to(kernel.dtype)
+
+
+def _solve_finite(kernel: torch.Tensor, ridge: float) -> torch.Tensor:
+    """Solve directly, in float64, what is finite. On the CPU that takes less time than Newton's iteration."""
+    finite = kernel.isfinite().flatten(1).all(1)
+    if finite.all():
+        return _solve(kernel.double(), ridge).to(kernel.dtype)
+    inverse = torch.full_like(kernel, torch.nan)
+    inverse[finite] = _solve(kernel[finite].double(), ridge).to(kernel.dtype)
+    return inverse
+
+
+def _solve(kernel: torch.Tensor, ridge: float) -> torch.Tensor:
+    """Without a ridge, what `STEPS` exact Newton steps make of an eigenvalue e: (1 - (1 - alpha e^2)^(2^STEPS)) / e."""
+    if ridge > 0:
+        one = torch.eye(kernel.shape[-1], dtype=kernel.dtype, device=kernel.device)
+        return torch.linalg.inv_ex(kernel + ridge * one).inverse.contiguous()  # it comes transposed
+    row_sum = kernel.sum(-1).amax(-1, keepdim=True)
+    values, vectors = torch.linalg.eigh(kernel)
+    left = torch.exp(2.0**STEPS * torch.log((1 - START / row_sum**2 * values**2).abs()))
+    is_zero = values.abs() < 1e-9 * row_sum  # where the quotient would be rounding errors
+    inverse = torch.where(is_zero, 0, (1 - left) / torch.where(is_zero, 1, values))
+    return (vectors * inverse.unsqueeze(-2)) @ vectors.mT
+
+
+def _newton(kernel: torch.Tensor, newton_iters: int, ridge: float) -> torch.Tensor:
+    """Newton's iteration for (n, M, M), each from a start of its own."""
+    one = torch.eye(kernel.shape[-1], dtype=kernel.dtype, device=kernel.device)
     row_sum = kernel.sum(-1).amax(-1)[:, None, None]
     matrix = kernel + ridge * one
     inverse = START / row_sum**2 * matrix
     for _ in range(newton_iters):
         inverse = torch.baddbmm(inverse, inverse @ matrix, inverse, beta=2, alpha=-1)
-    if check and inverse.numel():
-        product = matrix @ inverse
-        if ridge > 0:
-            is_good = (one - product).abs().amax((-2, -1)) <= TOLERANCE
-        else:
-            is_good = (product @ matrix - matrix).abs().amax((-2, -1)) <= PSEUDO_TOLERANCE * row_sum[:, 0, 0]
-        bad = (~is_good & kernel.isfinite().all(-1).all(-1)).nonzero().squeeze(-1)
-        if bad.numel():
-            solve = _invert if ridge > 0 else _pseudo_invert
-            inverse[bad] = solve(matrix[bad].double(), row_sum[bad].double()).to(inverse.dtype)
-    return inverse.to(dtype).reshape(shape)
+    return inverse
 
 
 @_kernel_inverse.register_fake
@@ -105,17 +145,3 @@ def _inverse_backward(ctx, grad: torch.Tensor):
 
 
 _kernel_inverse.register_autograd(_inverse_backward, setup_context=_keep_inverse)
-
-
-def _invert(matrix: torch.Tensor, row_sum: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.inv_ex(matrix).inverse
-
-
-def _pseudo_invert(matrix: torch.Tensor, row_sum: torch.Tensor) -> torch.Tensor:
-    """What `STEPS` exact Newton steps make of each eigenvalue e: (1 - (1 - alpha e^2)^(2^STEPS)) / e."""
-    values, vectors = torch.linalg.eigh(matrix)
-    alpha = START / row_sum[..., 0] ** 2
-    left = torch.exp(2.0**STEPS * torch.log((1 - alpha * values**2).abs()))
-    is_zero = values.abs() < 1e-9 * row_sum[..., 0]  # where the quotient would be rounding errors
-    inverse = torch.where(is_zero, 0, (1 - left) / torch.where(is_zero, 1, values))
-    return (vectors * inverse.unsqueeze(-2)) @ vectors.mT

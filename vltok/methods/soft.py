@@ -15,6 +15,7 @@ import torch
 from vltok.edits import Edits
 from vltok.kernels.gaussian import BACKENDS
 from vltok.method import Method, Run, register
+from vltok.methods.blocks import Blocks, check_blocks, chosen_blocks
 from vltok.methods.inverse import STEPS
 from vltok.methods.soft_attention import SoftmaxFreeAttention
 from vltok.report import LinearAttention
@@ -34,7 +35,8 @@ class SOFT(Method):
     Attributes:
         ratio: Side of the region of patches that becomes one landmark, at most the shorter side of the grid. By default
             about 7 x 7 landmarks.
-        conv_size: Side of the convolution of the values, odd. By default as released, 3, 5, 9 for ratios 2, 4, 8 (and more).
+        conv_size: Side of the convolution of the values, odd. By default as released, 3, 5 and 9 for ratios 2, 4 and 8;
+            not larger for larger ratios.
         normalize: Normalise by the landmarks' row sums (SOFT-Norm), which generalises better.
         blocks: Which blocks, as (start, stop) of a Python range: (0, 6) the first six, (-2, None) the last two. All by
             default.
@@ -49,7 +51,7 @@ class SOFT(Method):
     ratio: int | None = None
     conv_size: int | None = None
     normalize: bool = True
-    blocks: tuple[int | None, int | None] | None = None
+    blocks: Blocks | None = None
     init: Init = "mean"
     newton_iters: int = STEPS
     backend: str = "auto"
@@ -69,11 +71,7 @@ class SOFT(Method):
             raise ValueError(f"init must be one of {get_args(Init)}, got {self.init!r}")
         if self.backend not in BACKENDS:
             raise ValueError(f"backend must be one of {BACKENDS}, got {self.backend!r}")
-        if self.blocks is not None:
-            ends = self.blocks if isinstance(self.blocks, tuple | list) else ()
-            if len(ends) != 2 or any(isinstance(end, bool) or not isinstance(end, int | None) for end in ends):
-                raise TypeError(f"blocks must be (start, stop), integers or None; got {self.blocks}")
-            object.__setattr__(self, "blocks", tuple(ends))
+        object.__setattr__(self, "blocks", check_blocks(self.blocks))
 
     def settled(self, view: VisionHost) -> SOFT:
         vision = view.vision
@@ -84,11 +82,8 @@ class SOFT(Method):
                 f"ratio={ratio} is larger than this vision tower's grid of {vision.grid[0]} x {vision.grid[1]} "
                 f"patches; use at most {side}"
             )
-        chosen = range(vision.depth)[slice(*(self.blocks or (None, None)))]
-        if not chosen:
-            raise ValueError(f"blocks={self.blocks} is none of the {vision.depth} blocks of this vision tower")
         conv_size = self.conv_size or min(2 * (ratio // 2) + 1, LARGEST_CONV)
-        return replace(self, ratio=ratio, conv_size=conv_size, blocks=(chosen.start, chosen.stop))
+        return replace(self, ratio=ratio, conv_size=conv_size, blocks=chosen_blocks(self.blocks, vision.depth))
 
     def attach(self, view: VisionHost, edits: Edits, run: Run) -> None:
         vision, method = view.vision, self.settled(view)

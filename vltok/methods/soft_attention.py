@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from vltok.errors import CheckpointError
 from vltok.kernels.depthwise import depthwise_conv2d
-from vltok.kernels.gaussian import BACKENDS, gaussian_kernel, gaussian_product
+from vltok.kernels.gaussian import BACKENDS, gaussian_kernel
+from vltok.kernels.gaussian_mix import gaussian_mix
 from vltok.methods.inverse import RIDGE, STEPS, kernel_inverse, released_inverse
 from vltok.methods.official import load_weights, weights_around
 
@@ -63,35 +64,37 @@ class GaussianKernel(nn.Module):
         with torch.autocast(query.device.type, enabled=False):
             scale = query.shape[-1] ** -0.25
             wide = torch.promote_types(query.dtype, torch.float32)
-            query = query.to(wide)
+            query = query.to(wide).contiguous()
             landmarks = self.landmarks(query, grid, scale).to(wide)
             center = landmarks.mean(2, keepdim=True).detach()  # kernels see differences, products see less rounding
-            query = torch.add(-center, query, alpha=scale).contiguous()
+            query = torch.add(-center, query, alpha=scale)
             landmarks = landmarks - center
-            gathered = gaussian_product(landmarks, query, value.to(wide), self.backend)  # (B, heads, M, d)
-            mixed = self._invert(gaussian_kernel(landmarks), gathered)
-            attended = gaussian_product(query, landmarks, mixed, self.backend)
+            weight = self._inverse(gaussian_kernel(landmarks))  # (B, heads, M, M)
+            attended = gaussian_mix(query, landmarks, value.to(wide), weight, self.backend)
             return attended + self._convolve(value, grid)
 
     def landmarks(self, query: torch.Tensor, grid: Grid, scale: float) -> torch.Tensor:
         """Condense `scale` times the queries of each ratio x ratio region: (B, heads, N, d) -> (B, heads, M, d)."""
-        batch, heads, _, width = query.shape
         height, length = grid
-        prefix, patches = query.split([self.num_prefix_tokens, height * length], dim=2)
-        image = patches.transpose(2, 3).reshape(batch * heads, width, height, length).to(self.Qlandmark_op.weight.dtype)
+        patches = query[:, :, self.num_prefix_tokens :] if self.num_prefix_tokens else query
+        image = patches.flatten(0, 1).mT.unflatten(2, grid)  # (B * heads, d, H, W), channels last in memory
+        image = image.to(self.Qlandmark_op.weight.dtype)
         below, right = -height % self.ratio, -length % self.ratio
         if (below or right) and not self.parity:
             image = F.pad(image, (0, right, 0, below), mode="replicate")
         rows = self.Qlandmark_op(image).flatten(2).mT * scale  # (B * heads, M, d)
-        return torch.cat([self.Qnorm_act(rows).unflatten(0, (batch, heads)), prefix * scale], dim=2)
+        rows = self.Qnorm_act(rows).unflatten(0, query.shape[:2])
+        if self.num_prefix_tokens:
+            rows = torch.cat([rows, query[:, :, : self.num_prefix_tokens] * scale], dim=2)
+        return rows
 
-    def _invert(self, kernel: torch.Tensor, gathered: torch.Tensor) -> torch.Tensor:
+    def _inverse(self, kernel: torch.Tensor) -> torch.Tensor:
         ridge = 0.0 if self.normalize else RIDGE
         inverse = (released_inverse if self.parity else kernel_inverse)(kernel, self.newton_iters, ridge)
         if not self.normalize:
-            return inverse @ gathered
-        scale = kernel.sum(-1, keepdim=True).rsqrt()
-        return scale * (inverse @ (scale * gathered))
+            return inverse
+        scale = kernel.sum(-1).rsqrt()
+        return scale.unsqueeze(-1) * inverse * scale.unsqueeze(-2)
 
     def _convolve(self, value: torch.Tensor, grid: Grid) -> torch.Tensor:
         """Convolve values on the grid: (B, heads, N, d) -> (B, heads, N, d); prefix tokens get nothing."""

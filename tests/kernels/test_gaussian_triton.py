@@ -1,0 +1,213 @@
+"""The Triton kernels against the torch path: on a GPU if there is one, and always in Triton's interpreter.
+
+Triton reads TRITON_INTERPRET when it is imported, so that the interpreter needs a process of its own. One test starts
+it; there the tests of `TestKernels` run on the CPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vltok.kernels import gaussian
+from vltok.kernels.gaussian import gaussian_product
+
+ROOT = Path(__file__).parents[2]
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if IS_INTERPRETED else "cuda"
+SIZES = [  # B, N, M, d, e
+    (2, 37, 21, 5, 3),
+    (1, 300, 9, 17, 33),  # many rows, few columns
+    (2, 9, 700, 32, 40),  # and the reverse, where columns are split
+    (1, 70, 70, 64, 16),
+    (1, 20, 33, 256, 130),
+    (3, 1, 1, 1, 1),
+    (1, 1, 600, 2, 1),
+]
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton isn't installed: pip install triton")
+
+
+@needs_triton
+@pytest.mark.skipif(IS_INTERPRETED, reason="this process is the interpreter's")
+def test_the_kernels_agree_with_torch_in_the_interpreter():
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{__file__}::TestKernels"],
+        cwd=ROOT,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "skipped" not in run.stdout
+
+
+@needs_triton
+@pytest.mark.skipif(IS_INTERPRETED, reason="this process is the interpreter's")
+def test_triton_on_cpu_tensors_is_an_error_without_the_interpreter():
+    with pytest.raises(ValueError, match="needs CUDA tensors, or TRITON_INTERPRET=1"):
+        gaussian_product(torch.ones(3, 2), torch.ones(4, 2), torch.ones(4, 2), backend="triton")
+
+
+@needs_triton
+@pytest.mark.skipif(IS_INTERPRETED or not torch.cuda.is_available(), reason="auto takes Triton on CUDA devices only")
+def test_auto_takes_triton_on_a_gpu():
+    x = torch.ones(1, 2, 3, device="cuda")
+    assert gaussian._implementation("auto", x, x).__name__ == "vltok.kernels.gaussian_triton"
+
+
+def make(batch: int, n: int, m: int, d: int, e: int) -> list[torch.Tensor]:
+    """Tokens whose kernel has large and small entries, values and a gradient of the product, on the device."""
+    rng = torch.Generator().manual_seed(n + 10 * m)
+    sizes = ((batch, n, d), (batch, m, d), (batch, m, e), (batch, n, e))
+    a, b, values, grad = (torch.randn(size, generator=rng) for size in sizes)
+    scale = 1.2 * d**-0.5
+    return [x.to(DEVICE) for x in (a * scale, b * scale + 0.2 * scale, values, grad)]
+
+
+def run(tensors, grad, backend: str, wanted=(True, True, True)) -> list[torch.Tensor]:
+    """The product, then the gradients wanted."""
+    leaves = [x.detach().clone().requires_grad_(want) for x, want in zip(tensors, wanted, strict=True)]
+    out = gaussian_product(*leaves, backend=backend)
+    out.backward(grad)
+    return [out.detach(), *(x.grad for x in leaves if x.grad is not None)]
+
+
+def expected(tensors, grad, wanted=(True, True, True)) -> list[torch.Tensor]:
+    return run([x.double() for x in tensors], grad.double(), "torch", wanted)
+
+
+def check_close(found, exact) -> None:
+    """Equal to float32 rounding of the largest number, as sums that cancel are."""
+    assert [x.shape for x in found] == [x.shape for x in exact]
+    for i, (x, y) in enumerate(zip(found, exact, strict=True)):
+        assert x.dtype == torch.float32
+        error = ((x - y).abs().max() / y.abs().max()).item()
+        assert error < 3e-6, f"result {i} is off by {error:.1e} of the largest number"
+
+
+class Largest(TorchDispatchMode):
+    """Keeps the size of the largest tensor of floats that any operation returns; the interpreter also copies bytes."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.numel = max(self.numel, out.numel() if torch.is_tensor(out) and out.is_floating_point() else 0)
+        return out
+
+
+class TestKernels:
+    __test__ = HAS_TRITON and (IS_INTERPRETED or torch.cuda.is_available())
+
+    @pytest.fixture(autouse=True)
+    def triton_module(self, monkeypatch):
+        """Sizes at which few numbers already make many programs and splits."""
+        from vltok.kernels import gaussian_triton
+
+        assert gaussian_triton.IS_INTERPRETED == IS_INTERPRETED
+        monkeypatch.setattr(gaussian_triton, "SHORTEST", 40)
+        return gaussian_triton
+
+    @pytest.mark.parametrize("sizes", SIZES, ids=str)
+    def test_product_and_gradients_are_those_of_torch(self, sizes):
+        *tensors, grad = make(*sizes)
+        check_close(run(tensors, grad, "triton"), expected(tensors, grad))
+
+    @pytest.mark.parametrize("wanted", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1)], ids=str)
+    @pytest.mark.parametrize("sizes", [(2, 70, 9, 5, 3), (2, 9, 130, 3, 20)], ids=str)
+    def test_each_gradient_can_be_had_alone(self, sizes, wanted):
+        *tensors, grad = make(*sizes)
+        wanted = tuple(bool(x) for x in wanted)
+        found = run(tensors, grad, "triton", wanted)
+        assert len(found) == 1 + sum(wanted)
+        check_close(found, expected(tensors, grad, wanted))
+
+    def test_columns_are_split_only_where_rows_make_few_programs(self, triton_module, monkeypatch):
+        parts = []
+        monkeypatch.setattr(triton_module, "_added", lambda x: None if x is None else parts.append(x.shape[1]))
+        for n, m, programs in ((9, 700, 1024), (9, 700, 4), (600, 100, 16), (9, 30, 1024)):
+            a, b, values, _ = make(1, n, m, 3, 3)
+            monkeypatch.setattr(triton_module, "PROGRAMS", programs)
+            triton_module._sums(a, b, None, values, weighted=True, pulled=False)
+        assert parts == [11, 4, 1, 1]
+
+    @pytest.mark.parametrize(("n", "m"), [(600, 50), (50, 600)])
+    def test_no_tensor_has_as_many_numbers_as_the_kernel_matrix(self, n, m, triton_module):
+        *tensors, grad = make(1, n, m, 2, 2)
+        with Largest() as seen:
+            triton_module.apply(*tensors)
+            triton_module.grad(*tensors, grad, [True, True, True])
+        assert 2 * n <= seen.numel < n * m / 10
+
+    def test_the_same_input_gives_the_same_bits(self):
+        *tensors, grad = make(2, 9, 300, 5, 3)
+        for x, y in zip(run(tensors, grad, "triton"), run(tensors, grad, "triton"), strict=True):
+            assert torch.equal(x, y)
+
+    def test_a_sample_alone_is_what_it_is_in_a_batch(self):
+        *tensors, grad = make(3, 40, 90, 4, 4)
+        together = run(tensors, grad, "triton")
+        alone = run([x[1:2] for x in tensors], grad[1:2], "triton")
+        check_close(alone, [x[1:2].double() for x in together])
+
+    def test_tokens_in_any_memory_layout_give_the_same(self, triton_module):
+        *tensors, grad = make(2, 20, 9, 4, 3)
+        exact = expected(tensors, grad)
+        *tensors, grad = (x.mT.contiguous().mT for x in (*tensors, grad))
+        found = [triton_module.apply(*tensors), *triton_module.grad(*tensors, grad, [True, True, True])]
+        check_close(found, exact)
+        same = grad[:, :1].expand_as(grad)  # as the gradient of a sum is
+        check_close(run(tensors, same, "triton"), expected(tensors, same))
+
+    @pytest.mark.parametrize("sizes", [(0, 3, 4, 2, 2), (2, 0, 4, 2, 2), (2, 3, 0, 2, 2), (2, 3, 4, 2, 0)], ids=str)
+    def test_empty_tensors_give_empty_tensors_and_zeros(self, sizes):
+        *tensors, grad = make(*sizes)
+        for x, y in zip(run(tensors, grad, "triton"), expected(tensors, grad), strict=True):
+            assert torch.equal(x, y.float())
+
+    def test_tokens_without_channels_have_a_kernel_of_ones(self):
+        a, b, values, grad = make(2, 3, 4, 1, 5)
+        out, grad_a, _, grad_values = run([a[..., :0], b[..., :0], values], grad, "triton")
+        torch.testing.assert_close(out, values.sum(1, keepdim=True).expand(2, 3, 5), rtol=1e-6, atol=1e-6)
+        assert grad_a.shape == (2, 3, 0)
+        torch.testing.assert_close(grad_values, grad.sum(1, keepdim=True).expand(2, 4, 5), rtol=1e-6, atol=1e-6)
+
+    def test_equal_tokens_far_from_the_origin_have_a_kernel_of_at_most_one(self):
+        # squares of 1e6 round to more than the distances, and either way
+        a = make(1, 40, 1, 7, 1)[0] * 1e-3 + 1000
+        ones = torch.ones(1, 40, 1, device=DEVICE)
+        assert (gaussian_product(a, a, ones, backend="triton") <= 40 * (1 + 1e-6)).all()
+
+    def test_nan_in_is_nan_out(self):
+        a, b, values, _ = make(1, 4, 20, 3, 2)
+        a[0, 1] = float("nan")
+        out = gaussian_product(a, b, values, backend="triton")
+        assert out[0, 1].isnan().all() and out.isnan().sum() == 2
+
+    def test_half_precision_and_leading_sizes(self):
+        tensors = [x.unflatten(0, (2, 1)).bfloat16() for x in make(2, 20, 9, 4, 3)[:3]]
+        out = gaussian_product(*tensors, backend="triton")
+        check_close([out], [gaussian_product(*(x.double() for x in tensors))])
+
+    def test_the_operation_is_what_torch_expects_of_one(self):
+        *tensors, grad = make(1, 6, 5, 3, 4)
+        for leaf in tensors:
+            leaf.requires_grad_()
+        torch.library.opcheck(gaussian._product, (*tensors, "triton"))
+        tensors = [x.detach() for x in tensors]
+        torch.library.opcheck(gaussian._product_grad, (*tensors, grad, [True, False, True], "triton"))
+
+    def test_what_the_kernels_cannot_take_is_refused(self):
+        *tensors, _ = make(1, 3, 4, 2, 257)
+        with pytest.raises(ValueError, match="at most 256 channels of tokens and of values, got 257"):
+            gaussian_product(*tensors, backend="triton")
+        with pytest.raises(ValueError, match=r"computes in float32, got torch.float64; or use backend='torch'"):
+            gaussian_product(*(x.double() for x in make(1, 3, 4, 2, 2)[:3]), backend="triton")
