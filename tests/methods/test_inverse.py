@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from vltok.methods import inverse as module
 from vltok.methods.inverse import _kernel_inverse, kernel_inverse, released_inverse
 
 GOLDEN = load_file(Path(__file__).parents[1] / "data" / "soft_newton.safetensors")
@@ -23,6 +24,12 @@ SPECTRA = {
     "plane": (49, 2, 0.2),  # 0, from 1 down without a gap
     "heap": (64, 4, 0.01),  # 0, all but one below 1e-4
 }
+
+
+@pytest.fixture(params=["direct", "newton"], autouse=True)
+def path(request, monkeypatch):
+    """Both ways: that of CPUs and that of GPUs."""
+    monkeypatch.setattr(module, "_is_direct", lambda kernel: request.param == "direct")
 
 
 def kernel_of(tokens: torch.Tensor) -> torch.Tensor:

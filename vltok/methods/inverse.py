@@ -70,11 +70,16 @@ def _kernel_inverse(kernel: torch.Tensor, newton_iters: int, ridge: float, check
     flat = kernel.reshape(-1, *kernel.shape[-2:])
     if not check:
         inverse = _newton(flat, newton_iters, ridge)
-    elif flat.device.type == "cpu":
+    elif _is_direct(flat):
         inverse = _solve_finite(flat, ridge)
     else:
         inverse = _checked_newton(flat, newton_iters, ridge)
     return inverse.reshape(kernel.shape)
+
+
+def _is_direct(kernel: torch.Tensor) -> bool:
+    """Whether factorising takes less time than Newton's iteration."""
+    return kernel.device.type == "cpu"
 
 
 def _checked_newton(kernel: torch.Tensor, newton_iters: int, ridge: float) -> torch.Tensor:
@@ -97,7 +102,7 @@ def _checked_newton(kernel: torch.Tensor, newton_iters: int, ridge: float) -> to
 
 
 def _solve_finite(kernel: torch.Tensor, ridge: float) -> torch.Tensor:
-    """Solve directly, in float64, what is finite. On the CPU that takes less time than Newton's iteration."""
+    """Solve directly, in float64, what is finite; NaN for the rest."""
     finite = kernel.isfinite().flatten(1).all(1)
     if finite.all():
         return _solve(kernel.double(), ridge).to(kernel.dtype)
