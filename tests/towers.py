@@ -119,10 +119,15 @@ TOWERS: dict[str, Tower] = {
 }
 
 # The methods that change what a tower computes: one line each.
-VISION: dict[str, Callable[[], vltok.Method]] = {
+VISION: dict[str, Callable[[], vltok.Method | list[vltok.Method]]] = {
     "soft": lambda: vltok.SOFT(ratio=2),
     "soft-plain": lambda: vltok.SOFT(ratio=3, conv_size=1, normalize=False),
     "soft-range": lambda: vltok.SOFT(ratio=2, blocks=(1, -1), init="mean"),
+    "tap": lambda: vltok.TAP(),
+    "tap-range": lambda: vltok.TAP(num_scales=2, blocks=(-1, None), init="published"),
+    "tap-adl": lambda: [vltok.TAP(num_scales=3), vltok.ADL()],
+    "soft-tap": lambda: [vltok.SOFT(ratio=2), vltok.TAP()],
+    "adl": lambda: vltok.ADL(threshold=1.2),
 }
 
 
@@ -141,18 +146,33 @@ def draw(handle: vltok.Handle, seed: int = 1) -> vltok.Handle:
 
 @dataclass(frozen=True)
 class VisionPair:
-    """One method on one tower."""
+    """One or several methods on one tower."""
 
     tower: Tower
-    method: vltok.Method
+    methods: tuple[vltok.Method, ...]
+
+    @property
+    def brings_weights(self) -> bool:
+        """Whether the model computes something else with them on."""
+        return any(not isinstance(method, vltok.ADL) for method in self.methods)
+
+    def has(self, kind: type[vltok.Method]) -> bool:
+        """Whether one of them is of this kind."""
+        return any(isinstance(method, kind) for method in self.methods)
 
     def apply(self, model: nn.Module) -> vltok.Handle:
-        """Apply the method, with large weights where it brings some."""
-        return draw(vltok.apply(model, self.method))
+        """Apply them, with large weights where they bring some."""
+        return draw(vltok.apply(model, self.methods))
+
+
+def _methods(made: vltok.Method | list[vltok.Method]) -> tuple[vltok.Method, ...]:
+    return tuple(made) if isinstance(made, list) else (made,)
 
 
 PAIRS: dict[str, VisionPair] = {
-    f"{key}-{name}": VisionPair(tower, make()) for name, make in VISION.items() for key, tower in TOWERS.items()
+    f"{key}-{name}": VisionPair(tower, _methods(make()))
+    for name, make in VISION.items()
+    for key, tower in TOWERS.items()
 }
 
 

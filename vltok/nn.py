@@ -9,12 +9,21 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from vltok.methods.diversification import AttentionDiversificationLoss, attention_diversification_loss
 from vltok.methods.packer import TokenPackerProjector
 from vltok.methods.soft_attention import SoftmaxFreeAttention
 from vltok.methods.todre import Pivot, Strategy, ToDRE, choose_pivot, select_diverse
+from vltok.methods.token_pooling import TokenAwareAveragePooling
 from vltok.tokens import gather_tokens, keep_count
 
-__all__ = ["DiversitySelector", "SoftmaxFreeAttention", "TokenPackerProjector"]
+__all__ = [
+    "AttentionDiversificationLoss",
+    "DiversitySelector",
+    "SoftmaxFreeAttention",
+    "TokenAwareAveragePooling",
+    "TokenPackerProjector",
+    "attention_diversification_loss",
+]
 
 
 class DiversitySelector(nn.Module):

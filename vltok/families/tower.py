@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -237,7 +238,8 @@ class Pooler:
     def pool(self, norm: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         tokens, *rest = args
         grid = self.grids.grid_of(tokens.shape[1] - self.num_prefix_tokens)
-        return (self.module(tokens, grid), *rest), kwargs
+        with _statistics_kept(self.module):
+            return (self.module(tokens, grid), *rest), kwargs
 
 
 class Starter:
@@ -247,8 +249,25 @@ class Starter:
         self.watcher = watcher
 
     def start(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if module.training:
-            self.watcher.start()
+        self.watcher.start()
+
+
+@contextlib.contextmanager
+def _statistics_kept(module: nn.Module) -> Iterator[None]:
+    """In a backward pass that recomputes, leave running statistics alone: these pictures are in them already."""
+    norms = [part for part in module.modules() if isinstance(part, nn.BatchNorm2d) and part.training]
+    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1 or not norms:
+        yield
+        return
+    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, before, strict=True):
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(count)
 
 
 def _with_map(module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> tuple[torch.Tensor, None]:

@@ -11,6 +11,7 @@
 from vltok.train.checkpoint import TrainedWeights
 from vltok.train.collator import Collator
 from vltok.train.data import BadImageError, Conversations, Sample, SampleError, Turn, open_image, read_sample
+from vltok.train.method_loss import add_method_loss
 from vltok.train.prompt import PromptWriter
 from vltok.train.recipe import FINETUNE, PRETRAIN, RECIPES, Recipe
 from vltok.train.trainable import add_lora, parts_of, set_trainable
@@ -31,6 +32,7 @@ __all__ = [
     "Turn",
     "VltokTrainer",
     "add_lora",
+    "add_method_loss",
     "open_image",
     "parts_of",
     "read_sample",

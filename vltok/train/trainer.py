@@ -20,6 +20,7 @@ from vltok.train.checkpoint import TrainedWeights
 from vltok.train.collator import Collator
 from vltok.train.data import Conversations
 from vltok.train.labels import IGNORE
+from vltok.train.method_loss import method_loss
 from vltok.train.trainable import parts_of
 
 logger = logging.get_logger(__name__)
@@ -124,8 +125,7 @@ class VltokTrainer(Trainer):
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         inputs = {**inputs, "use_cache": False}
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        # The model's loss is divided by the tokens of the whole step; a method's is a mean over one forward pass.
-        loss = loss + self.handle.loss().to(loss) / self.current_gradient_accumulation_steps
+        loss = loss + method_loss(self, self.handle, num_items_in_batch).to(loss)
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(
