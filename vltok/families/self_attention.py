@@ -23,12 +23,8 @@ _BIASES = ("q_bias", "k_bias", "v_bias")
 
 
 def find_attention(block: nn.Module) -> str | None:
-    """Name of the child of a block that attends: the one with heads, and linear layers for queries or all three."""
-    found = [
-        name
-        for name, child in block.named_children()
-        if num_heads(child) and {"query", "fused"} & _linear_layers(child).keys()
-    ]
+    """Name of the child of a block that attends: the one with heads, and a layer for queries or for all three."""
+    found = [name for name, child in block.named_children() if num_heads(child) and _projects_queries(child)]
     return found[0] if len(found) == 1 else None
 
 
@@ -102,6 +98,11 @@ def tokens_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 def num_heads(module: nn.Module) -> int:
     """Heads of an attention module, 0 if it has no such number."""
     return next((getattr(module, name) for name in _HEADS if isinstance(getattr(module, name, None), int)), 0)
+
+
+def _projects_queries(module: nn.Module) -> bool:
+    patterns = _ROLES["query"], _ROLES["fused"]
+    return any(pattern.fullmatch(name) for name, _ in module.named_modules() for pattern in patterns if name)
 
 
 def attention_scale(module: nn.Module) -> float | None:

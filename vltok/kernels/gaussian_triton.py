@@ -85,7 +85,7 @@ def _sums(
             *(x, y, x_weight, y_weight, out, pull),
             *(n, m, blocks, splits, length),
             *(d, e, block_d, block_e, num_rows, num_columns),
-            num_warps=8,
+            num_warps=4,
             num_stages=1,
         )
     return _added(out), _added(pull)

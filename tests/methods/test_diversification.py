@@ -1,0 +1,229 @@
+"""The attention diversification loss against the released code's numbers and a plain version through autograd."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vltok.methods import diversification as module
+from vltok.methods.diversification import score_diversification_loss
+from vltok.nn import AttentionDiversificationLoss, attention_diversification_loss
+
+DATA = Path(__file__).parents[1] / "data"
+CASES = json.loads((DATA / "tapadl.json").read_text())["adl"]
+GOLDEN = load_file(DATA / "adl.safetensors")
+CHUNKS = pytest.mark.parametrize("chunk", [1, 60, 700, 2**18])
+
+
+def plain(maps: list[torch.Tensor], threshold: float) -> torch.Tensor:
+    losses = []
+    for each in maps:
+        means = each.mean(1)
+        average, least = means.mean(1, keepdim=True), threshold / means.shape[-1]
+        average, means = torch.where(average > least, average, 0), torch.where(means > least, means, 0)
+        losses.append(F.cosine_similarity(average, means, dim=-1).mean())
+    return sum(losses) / len(losses)
+
+
+def attention(batch: int = 3, heads: int = 2, count: int = 21, seed: int = 0, sharpness: float = 2.0) -> torch.Tensor:
+    rng = torch.Generator().manual_seed(seed)
+    scores = torch.randn(batch, heads, count, count, generator=rng, dtype=torch.float64) * sharpness
+    return (scores + torch.randn(count, generator=rng, dtype=torch.float64) * sharpness).softmax(-1).requires_grad_()
+
+
+def projections(*shape: int) -> list[torch.Tensor]:
+    rng = torch.Generator().manual_seed(0)
+    shape = shape or (3, 2, 21, 4)
+    return [torch.randn(shape, generator=rng, dtype=torch.float64).requires_grad_() for _ in range(2)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: str(case["case"]))
+def test_losses_and_gradients_are_the_released_codes(case):
+    prefix = f"c{case['case']}."
+    names = sorted(name for name in GOLDEN if name.startswith(f"{prefix}in.attn"))
+    maps = [GOLDEN[name].clone().requires_grad_() for name in names]
+    loss = attention_diversification_loss(maps, case["threshold"])
+    grads = torch.autograd.grad(loss, maps)
+    if case["batch1_quirk"]:
+        assert case["loss"] == 0  # what the released code says of a single picture
+        assert loss.item() == pytest.approx(plain(maps, case["threshold"]).item(), abs=1e-6)
+        return
+    assert loss.item() == pytest.approx(case["loss64"], abs=1e-6)
+    compared = 0
+    for name, grad in zip(names, grads, strict=True):
+        expected = GOLDEN.get(name.replace("in.", "grad."))
+        if expected is not None:
+            torch.testing.assert_close(grad, expected, rtol=0, atol=1e-5 * max(expected.abs().max().item(), 1e-2))
+            compared += 1
+    assert compared
+
+
+@CHUNKS
+@pytest.mark.parametrize("threshold", [0.3, 1.0, 2.0, 5.0])
+def test_maps_give_what_autograd_gives(threshold, chunk, monkeypatch):
+    monkeypatch.setattr(module, "CPU_CHUNK", chunk)
+    maps = [attention(), attention(1, 3, 9, seed=1)]
+    loss, expected = attention_diversification_loss(maps, threshold), plain(maps, threshold)
+    torch.testing.assert_close(loss, expected)
+    for mine, theirs in zip(torch.autograd.grad(loss, maps), torch.autograd.grad(expected, maps), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@CHUNKS
+@pytest.mark.parametrize("threshold", [0.3, 1.0, 2.0, 5.0])
+def test_queries_and_keys_give_what_their_maps_give(threshold, chunk, monkeypatch):
+    monkeypatch.setattr(module, "CPU_CHUNK", chunk)
+    scores = projections()
+    loss = score_diversification_loss(*scores, 0.7, threshold)
+    expected = plain([(0.7 * scores[0] @ scores[1].mT).softmax(-1)], threshold)
+    torch.testing.assert_close(loss, expected)
+    for mine, theirs in zip(torch.autograd.grad(loss, scores), torch.autograd.grad(expected, scores), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_a_batch_has_the_mean_loss_of_its_samples():
+    maps = attention()
+    alone = [attention_diversification_loss(maps[row : row + 1]) for row in range(3)]
+    torch.testing.assert_close(attention_diversification_loss(maps), sum(alone) / 3)
+
+
+def test_tokens_that_all_attend_to_the_same_have_loss_1_and_to_themselves_alone_0():
+    same = torch.zeros(2, 3, 8, 8)
+    same[..., 2] = 1
+    assert attention_diversification_loss(same).item() == pytest.approx(1)
+    own = torch.eye(8).expand(2, 3, 8, 8)
+    assert attention_diversification_loss(own, 2).item() == 0, "the average of 1/8 does not exceed 2/8"
+    assert attention_diversification_loss(own, 0.5).item() == pytest.approx(8**-0.5)
+
+
+@pytest.mark.parametrize("threshold", [1.0, 2.0])
+def test_where_nothing_exceeds_the_threshold_the_loss_and_its_gradient_are_0(threshold):
+    maps = torch.full((2, 3, 8, 8), 1 / 8).requires_grad_()
+    loss = attention_diversification_loss(maps, threshold)
+    loss.backward()
+    assert loss == 0
+    assert (maps.grad == 0).all()
+    scores = [torch.zeros(2, 3, 8, 4).requires_grad_() for _ in range(2)]
+    loss = score_diversification_loss(*scores, 1.0, threshold)
+    loss.backward()
+    assert loss == 0
+    assert all((each.grad == 0).all() for each in scores)
+
+
+def test_one_token_is_no_trouble():
+    loss = score_diversification_loss(*projections(2, 2, 1, 4), 1.0, 0.5)
+    assert loss == 1
+
+
+def test_gradients_are_those_of_finite_differences():
+    scores = projections(2, 2, 5, 3)
+    assert torch.autograd.gradcheck(lambda q, k: score_diversification_loss(q, k, 0.9, 1.2), scores)
+    assert torch.autograd.gradcheck(lambda a: attention_diversification_loss(a, 1.2), attention(2, 2, 5))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_float32(dtype):
+    maps = attention().detach().to(dtype).requires_grad_()
+    loss = attention_diversification_loss(maps)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, plain([maps.detach().float()], 2.0))
+    loss.backward()
+    assert maps.grad.dtype == dtype
+    scores = [each.detach().to(dtype).requires_grad_() for each in projections()]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = score_diversification_loss(*scores, 0.7, 1.2)
+    wide = [each.detach().float() for each in scores]
+    torch.testing.assert_close(loss, plain([(0.7 * wide[0] @ wide[1].mT).softmax(-1)], 1.2))
+    loss.backward()
+    assert all(each.grad.dtype == dtype for each in scores)
+
+
+class Numbers(TorchDispatchMode):
+    """The largest tensor that is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for each in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(each, torch.Tensor):
+                self.largest = max(self.largest, each.untyped_storage().nbytes() // each.element_size())
+        return out
+
+
+def test_maps_of_all_heads_and_samples_are_never_held_at_once(monkeypatch):
+    monkeypatch.setattr(module, "CPU_CHUNK", 2000)
+    scores = projections(8, 6, 40, 4)
+    with Numbers() as numbers:
+        score_diversification_loss(*scores, 1.0).backward()
+    assert numbers.largest <= max(8 * 6 * 40 * 4, 6 * 40 * 16) < 8 * 6 * 40 * 40
+    maps = attention(8, 6, 40).detach().requires_grad_()
+    with Numbers() as numbers:
+        torch.autograd.grad(attention_diversification_loss(maps), maps)
+    assert numbers.largest == 8 * 40 * 40, "the mean over the heads"
+
+
+def test_without_gradients_none_are_computed():
+    scores = projections()
+    with torch.no_grad():
+        loss = score_diversification_loss(*scores, 0.7)
+    assert not loss.requires_grad
+    detached = [each.detach() for each in scores]
+    assert score_diversification_loss(*detached, 0.7) == loss
+    assert [x.numel() for x in module._score_loss(*detached, 0.7, 2.0, False)[1:]] == [0, 0]
+
+
+def test_the_operations_keep_torchs_rules_for_custom_ones():
+    torch.library.opcheck(module._score_loss, (*projections(2, 2, 5, 3), 0.9, 1.2, True))
+    torch.library.opcheck(module._map_loss, (attention(2, 2, 5), 1.2, True))
+
+
+def test_it_compiles_as_one_graph():
+    scores = projections()
+    compiled = torch.compile(score_diversification_loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*scores, 0.7, 1.2), score_diversification_loss(*scores, 0.7, 1.2))
+
+
+def test_the_module_is_the_function():
+    maps = attention()
+    assert torch.equal(AttentionDiversificationLoss(1.5)(maps), attention_diversification_loss(maps, 1.5))
+    assert "threshold=1.5" in repr(AttentionDiversificationLoss(1.5))
+
+
+@pytest.mark.parametrize(
+    ("maps", "error", "words"),
+    [
+        ([], ValueError, "got none"),
+        (torch.zeros(2, 8, 8), ValueError, r"attention must be \(B, heads, N, N\)"),
+        (torch.zeros(2, 3, 8, 7), ValueError, r"attention must be \(B, heads, N, N\)"),
+        (torch.zeros(2, 3, 8, 8, dtype=torch.int64), TypeError, "float dtype, got torch.int64"),
+        ([None], TypeError, "got NoneType"),
+    ],
+)
+def test_what_is_no_attention_is_refused(maps, error, words):
+    with pytest.raises(error, match=words):
+        attention_diversification_loss(maps)
+
+
+@pytest.mark.parametrize(
+    ("threshold", "error"), [(0, ValueError), (-1.0, ValueError), (float("inf"), ValueError), ("2", TypeError)]
+)
+def test_thresholds_out_of_range_are_refused(threshold, error):
+    with pytest.raises(error, match="threshold must be"):
+        AttentionDiversificationLoss(threshold)
+    with pytest.raises(error, match="threshold must be"):
+        score_diversification_loss(*projections(), 0.7, threshold)
+
+
+def test_queries_and_keys_of_other_shapes_are_refused():
+    query, key = projections()
+    with pytest.raises(ValueError, match="query and key must both be"):
+        score_diversification_loss(query, key[:, :, 1:], 0.7)
