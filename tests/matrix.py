@@ -28,6 +28,7 @@ PRUNING: dict[str, Callable[[], vltok.Method]] = {
 TRAINED: dict[str, Callable[[tiny.TinyFamily], vltok.Method]] = {
     "tokenpacker": lambda family: vltok.TokenPacker(scale_factor=3 if family is tiny.LLAVA_NEXT else 2),
     "soft": lambda family: vltok.SOFT(ratio=2),
+    "tap": lambda family: vltok.TAP(num_scales=3),
 }
 
 FAMILIES: dict[str, tiny.TinyFamily] = {

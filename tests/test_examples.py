@@ -159,3 +159,16 @@ def test_prune_llava_downloads_only_when_asked(run, image, monkeypatch, argument
     with pytest.raises(SystemExit):
         run("prune_llava.py", image, "w1 w2", *arguments)
     assert asked == [("llava-hf/llava-1.5-7b-hf", not arguments)]
+
+
+def test_robust_vit_trains_with_both_losses_and_saves_the_model(run, tmp_path):
+    for label in ("cat", "dog"):
+        (tmp_path / "pictures" / label).mkdir(parents=True)
+        for number in range(2):
+            picture(number, (40, 40)).save(tmp_path / "pictures" / label / f"{number}.png")
+    printed = run("robust_vit.py", tmp_path / "pictures", tmp_path / "robust.pt", "--model", "test_vit", "--steps", 2)
+    assert "step 0: loss" in printed
+    assert "tokens pooled at 4 scales" in printed and "attention diversification loss of blocks 0 to 5" in printed
+    model = timm.create_model("test_vit", num_classes=2)
+    with vltok.apply(model, vltok.TAP()):
+        model.load_state_dict(torch.load(tmp_path / "robust.pt", weights_only=True))

@@ -9,7 +9,7 @@ from torch import nn
 
 from vltok.edits import Edits
 from vltok.errors import UnsupportedInputError, UnsupportedModelError
-from vltok.families.self_attention import attention_scale, num_heads, score_layers
+from vltok.families.self_attention import attention_scale, num_heads, score_layers, split_arguments
 from vltok.views import ScoreWatcher
 
 
@@ -55,10 +55,9 @@ class ScoreRecorder:
         if self._query is None or self._key is None:
             return
         query, key, self._query, self._key = self._query, self._key, None, None
-        given = [*args, *kwargs.values()][1:]
-        if any(isinstance(value, torch.Tensor) for value in given) or kwargs.get("is_causal"):
+        if others := split_arguments(args, kwargs)[1]:
             raise UnsupportedInputError(
-                f"{type(attention).__name__} got a mask or positions, with which its probabilities are not those of "
+                f"{type(attention).__name__} got {', '.join(others)}, with which its probabilities are not those of "
                 "its queries and keys; call the vision tower without"
             )
         self.watcher.see(self.block, query, key, self.scale)

@@ -77,22 +77,29 @@ def tokens_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     """The tokens among the arguments a block calls its attention with.
 
     Raises:
-        ValueError: If there is a mask or a position embedding among them, which change what attention means.
+        ValueError: If there is a mask or a position embedding among them, which change what attention means, or
+            attention maps are asked for.
     """
-    given = {**dict(enumerate(args)), **kwargs}
-    tokens = given.pop(next(iter(given)))
-    wanted = [
-        name
-        for name, value in given.items()
-        if isinstance(value, torch.Tensor) or (value is True and name in ("is_causal", "output_attentions"))
-    ]
+    tokens, wanted = split_arguments(args, kwargs)
+    wanted += ["output_attentions"] if kwargs.get("output_attentions") is True else []
     if wanted:
         raise ValueError(
             f"{type(module).__name__} attends from all tokens to all, but its block asks for more, by "
-            f"{', '.join(f'argument {name}' if isinstance(name, int) else name for name in wanted)}: masks, rotary "
-            "positions and attention maps are not to be had; take the method off for that"
+            f"{', '.join(wanted)}: masks, rotary positions and attention maps are not to be had; take the method off "
+            "for that"
         )
     return tokens
+
+
+def split_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, list[str]]:
+    """The tokens among the arguments of an attention, and the names of those that change what it means.
+
+    Single numbers, such as how many items are in a batch, are passed down by trainers and change nothing.
+    """
+    given = {**{f"argument {place}": value for place, value in enumerate(args)}, **kwargs}
+    tokens = given.pop(next(iter(given)))
+    tensors = [name for name, value in given.items() if isinstance(value, torch.Tensor) and value.dim() > 0]
+    return tokens, tensors + [name for name in ("is_causal",) if given.get(name) is True]
 
 
 def num_heads(module: nn.Module) -> int:
