@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import timm
+import torch
 import transformers
 from safetensors.torch import save_file
 from tiny import LLAVA, QWEN2_5_VL, TinyFamily, picture, sharpen
