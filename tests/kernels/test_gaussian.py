@@ -121,7 +121,7 @@ def test_leading_sizes_are_kept(batch):
     assert [x.shape for x in gradients(gaussian_product, (a, b, values), grad)] == [a.shape, b.shape, values.shape]
 
 
-@pytest.mark.parametrize(("n", "m", "d", "e"), [(0, 3, 2, 2), (3, 0, 2, 2), (3, 4, 0, 2), (3, 4, 2, 0)])
+@pytest.mark.parametrize(("n", "m", "d", "e"), [(0, 3, 2, 2), (3, 0, 2, 2), (0, 0, 2, 2), (3, 4, 0, 2), (3, 4, 2, 0)])
 def test_empty_tensors_give_sums_of_nothing(n, m, d, e):
     a, b, values, grad = make(n, m, d or 1, e)
     a, b = a[..., :d], b[..., :d]

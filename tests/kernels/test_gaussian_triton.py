@@ -51,10 +51,11 @@ def test_the_kernels_agree_with_torch_in_the_interpreter():
 
 @needs_triton
 @pytest.mark.skipif(IS_INTERPRETED, reason="this process is the interpreter's")
+@pytest.mark.parametrize("precision", ["ieee", "tf32x3"])
 @pytest.mark.parametrize(
     "outputs", [{"out_ptr"}, {"pull_ptr", "x_weight_ptr"}, {"out_ptr", "pull_ptr", "x_weight_ptr"}]
 )
-def test_the_kernel_compiles_where_blocks_differ_in_size(outputs):
+def test_the_kernel_compiles_where_blocks_differ_in_size(outputs, precision):
     """The compiler is stricter about types than the interpreter, and needs no GPU to check them."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
@@ -64,7 +65,7 @@ def test_the_kernel_compiles_where_blocks_differ_in_size(outputs):
     names = _sum_kernel.arg_names
     types = dict.fromkeys(names, "constexpr") | dict.fromkeys(names[6:11], "i32")
     types |= dict.fromkeys({"x_ptr", "y_ptr", "y_weight_ptr"} | outputs, "*fp32")
-    constants = dict.fromkeys(names[:6]) | dict(zip(names[11:], (5, 20, 16, 32, 32, 16), strict=True))
+    constants = dict.fromkeys(names[:6]) | dict(zip(names[11:], (5, 20, 16, 32, 32, 16, precision), strict=True))
     constants = {name: value for name, value in constants.items() if types[name] == "constexpr"}
     compile(ASTSource(_sum_kernel, types, constants), target=GPUTarget("cuda", 80, 32))
 

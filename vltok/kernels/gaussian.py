@@ -110,7 +110,7 @@ def _tiles(left: torch.Tensor, right: torch.Tensor) -> Iterator[tuple[slice, sli
     (batch, n, _), m = left.shape, right.shape[1]
     size = CPU_TILE * torch.get_num_threads() if left.device.type == "cpu" else GPU_TILE
     long, short = max(n, m), min(n, m)
-    length = min(long, max(1, size // max(1, short)))
+    length = max(1, min(long, size // max(1, short)))
     entries = max(1, min(batch, size // max(1, long * short)))
     buffer = left.new_empty(entries * length * short)
     for first in range(0, batch, entries):
