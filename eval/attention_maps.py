@@ -111,18 +111,18 @@ def draw(
     for panel in panels.flat:
         panel.set_axis_off()
     for line, (condition, number) in zip(panels, rows, strict=False):
-        line[0].imshow(shown[condition][number].movedim(0, -1).clamp(0, 1))
+        line[0].imshow(shown[condition][number].movedim(0, -1).clamp(0, 1).numpy())
         line[0].set_title(condition, fontsize=8)
         received = {arm: _on_grid(maps[arm, condition][:, number], grid) for arm in arms}
         most = max(each.max().item() for each in received.values())
         for panel, arm in zip(line[1:], arms, strict=True):
-            panel.imshow(received[arm], vmin=0, vmax=most, cmap="magma")
+            panel.imshow(received[arm].numpy(), vmin=0, vmax=most, cmap="magma")
             panel.set_title(arm, fontsize=8)
     whole = {arm: maps[arm, "clean"].mean((0, 1)) for arm in arms}
-    most = float(np.quantile(np.concatenate([each.flatten() for each in whole.values()]), 0.995))
+    most = float(np.quantile(np.concatenate([each.flatten().numpy() for each in whole.values()]), 0.995))
     panels[-1, 0].text(0.5, 0.5, "queries (down)\nby keys (across)", ha="center", va="center", fontsize=8)
     for panel, arm in zip(panels[-1, 1:], arms, strict=True):
-        panel.imshow(whole[arm], vmin=0, vmax=most, cmap="magma")
+        panel.imshow(whole[arm].numpy(), vmin=0, vmax=most, cmap="magma")
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 
