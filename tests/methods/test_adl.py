@@ -187,3 +187,25 @@ def test_settings_out_of_range_are_refused(settings, error, words):
 
 def test_every_tower_has_a_row_in_the_contract():
     assert {f"{name}-{row}" for name in TOWERS for row in ("tap", "adl", "tap-adl")} <= PAIRS.keys()
+
+
+@pytest.mark.parametrize("methods", [[ADL], [vltok.TAP(num_scales=2), ADL]], ids=["adl", "tap-adl"])
+def test_it_counts_under_ddp(methods):
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+    torch.manual_seed(0)
+    model = no_dropout(shared_tower(TOWERS["timm-vit"]))
+    handle = vltok.apply(model, methods)
+    grads = []
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for net in (model, DistributedDataParallel(model)):
+            model.zero_grad()
+            loss = net(pixels()).square().mean() + 10 * handle.loss()
+            loss.backward()
+            grads.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    finally:
+        dist.destroy_process_group()
+    assert grads[0].keys() == grads[1].keys()
+    torch.testing.assert_close(grads[0], grads[1])
