@@ -133,6 +133,9 @@ class ScoreWatcher(Protocol):
     def see(self, block: int, query: torch.Tensor, key: torch.Tensor, scale: float) -> None:
         """A block attends by softmax(scale * query key^T); both are (B, heads, N, d), with their graphs."""
 
+    def see_map(self, block: int, attention: torch.Tensor) -> None:
+        """A block, whose queries and keys are not the whole story, attends by these probabilities, (B, heads, N, N)."""
+
 
 class VisionView(Protocol):
     """A vision tower as a method sees it: a stack of blocks over prefix tokens and a grid of patches.
@@ -184,10 +187,11 @@ class VisionView(Protocol):
         """
 
     def watch_scores(self, edits: Edits, blocks: Sequence[int], watcher: ScoreWatcher) -> None:
-        """Show `watcher` the queries and keys of some blocks, in train mode.
+        """Show `watcher` the queries and keys, or the attention maps, of some blocks, in train mode.
 
         Raises:
-            UnsupportedModelError: If the attention of a block is not softmax over products of queries and keys.
+            UnsupportedModelError: If the attention of a block is not softmax over products of queries and keys, and
+                shows no map.
         """
 
 

@@ -28,7 +28,7 @@ from eval.image_classification.distill import Distillation
 from eval.image_classification.models import ModelSpec
 from eval.image_classification.recipe import Recipe
 from eval.image_classification.records import Records
-from eval.image_classification.settings import parse_fields, parse_seeds
+from eval.image_classification.settings import parse_fields, parse_seeds, pick_device
 from eval.image_classification.task import prepare
 from vltok.errors import VltokError
 
@@ -197,7 +197,7 @@ def main(
         if new_head and (eval_only or not weights):
             raise ValueError("--new-head is for training on from --weights")
         pictures = open_data(data, test, trains=not eval_only, holdout=holdout)
-        place = _place(device)
+        place = pick_device(device)
         with _progress() as progress:
             rows = {split: progress.add_task(f"decoding {split} pictures", total=None, note="") for split in SPLITS}
             task = prepare(
@@ -232,16 +232,6 @@ def main(
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
     _show(bench, runs, out, is_trained=not eval_only)
-
-
-def _place(name: str | None) -> torch.device:
-    """The device of a name; by default the accelerator, or the CPU where there is none."""
-    if name is None:
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    try:
-        return torch.empty(1, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device {name} can't be used: {error}") from error
 
 
 def _train(bench: Bench, seeds: list[int]) -> dict[str, list[dict[str, Any]]]:

@@ -68,18 +68,30 @@ class ModelSpec:
             ValueError: If the weights don't fit.
         """
         model = self.create(seed, num_classes)
-        state = None if weights is None else read_weights(weights)
-        if state is not None and self.new_head:
-            head = {name: value for name, value in model.state_dict().items() if _is_classifier(model, name)}
-            state = {name: value for name, value in state.items() if not _is_classifier(model, name)} | head
-        is_plain = state is not None and state.keys() == model.state_dict().keys()
-        if state is not None and (is_plain or not methods):
-            _load(model, state, weights)
-        seed_all(seed)
-        handle = vltok.apply(model, methods) if methods else None
-        if state is not None and methods and not is_plain:
-            _load(model, state, weights)
-        return model, handle
+        return model, equip(model, seed, methods, weights, new_head=self.new_head)
+
+
+def equip(
+    model: nn.Module,
+    seed: int,
+    methods: Sequence[vltok.Method] = (),
+    weights: Path | None = None,
+    *,
+    new_head: bool = False,
+) -> vltok.Handle | None:
+    """Put weights and methods on a model; see `ModelSpec.build`. Returns the handle of the methods."""
+    state = None if weights is None else read_weights(weights)
+    if state is not None and new_head:
+        head = {name: value for name, value in model.state_dict().items() if _is_classifier(model, name)}
+        state = {name: value for name, value in state.items() if not _is_classifier(model, name)} | head
+    is_plain = state is not None and state.keys() == model.state_dict().keys()
+    if state is not None and (is_plain or not methods):
+        _load(model, state, weights)
+    seed_all(seed)
+    handle = vltok.apply(model, methods) if methods else None
+    if state is not None and methods and not is_plain:
+        _load(model, state, weights)
+    return handle
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -118,5 +130,5 @@ def _load(model: nn.Module, state: Mapping[str, torch.Tensor], path: Path) -> No
 
 
 def _is_classifier(model: nn.Module, name: str) -> bool:
-    heads = model.pretrained_cfg.get("classifier") or ()
+    heads = getattr(model, "pretrained_cfg", {}).get("classifier") or ()  # what timm says of its models
     return any(name.startswith(f"{head}.") for head in ([heads] if isinstance(heads, str) else heads))

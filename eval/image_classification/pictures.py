@@ -91,7 +91,7 @@ class Pictures:
     def _decode(self, parts: Sequence[torch.Tensor], seed: int | None) -> Iterator[Batch]:
         first = None if seed is None else seed * len(self.decoded)
         keys = [[(index, None if first is None else first + index) for index in part.tolist()] for part in parts]
-        loader = DataLoader(self.decoded, batch_sampler=keys, num_workers=self.workers, collate_fn=_collate)
+        loader = DataLoader(self.decoded, batch_sampler=keys, num_workers=self.workers, collate_fn=collate)
         for images, labels, faults in loader:
             if faults and not self.drops:
                 raise UnreadablePictureError(f"{faults[0]}; --on-bad-image drop leaves such pictures out")
@@ -100,7 +100,8 @@ class Pictures:
                 yield images, labels
 
 
-def _collate(items: Sequence[tuple[torch.Tensor, int] | str]) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+def collate(items: Sequence[tuple[torch.Tensor, int] | str]) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    """Put pictures into a batch; returns pictures (B, C, H, W), labels (B,), and the messages among the items."""
     good = [item for item in items if not isinstance(item, str)]
     images = torch.stack([image for image, _ in good]) if good else torch.empty(0)
     return images, torch.tensor([label for _, label in good]), [item for item in items if isinstance(item, str)]

@@ -33,13 +33,7 @@ class Records:
         if not path.is_file():
             return None
         record = json.loads(path.read_text(encoding="utf-8"))
-        found, wanted = _flat(record["settings"]), _flat(json.loads(json.dumps(settings)))
-        differ = [
-            f"{name} was {found.get(name, 'not set')!r}, is {wanted.get(name, 'not set')!r}"
-            for name in sorted(found.keys() | wanted.keys())
-            if found.get(name, None) != wanted.get(name, None)
-        ]
-        if differ:
+        if differ := differences(record["settings"], settings):
             raise ValueError(
                 f"{path} is of a run with other settings: {'; '.join(differ)}. Choose another --out, or go on with the "
                 "settings it has"
@@ -81,6 +75,16 @@ def environment(device: torch.device) -> dict[str, Any]:
         "timm": timm.__version__,
         "vltok": vltok.__version__,
     }
+
+
+def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """What differs between settings that were read from a JSON file and others, as sentences without a full stop."""
+    before, now = _flat(found), _flat(json.loads(json.dumps(wanted)))
+    return [
+        f"{name} was {before.get(name, 'not set')!r}, is {now.get(name, 'not set')!r}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    ]
 
 
 def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:

@@ -24,13 +24,13 @@ def summarise(arms: Sequence[Arm], runs: Runs) -> list[dict[str, Any]]:
     rows = []
     for arm in arms:
         records = runs[arm.name]
-        row: dict[str, Any] = {"arm": arm.name, "start": arm.start, "methods": " + ".join(map(_describe, arm.methods))}
+        row: dict[str, Any] = {"arm": arm.name, "start": arm.start, "methods": " + ".join(map(describe, arm.methods))}
         row |= {"seeds": [record["seed"] for record in records], "parameters": records[0]["parameters"]}
         for name in ("top1", "top5", "loss", "images_per_second"):
             values = [record[name] for record in records if name in record]
-            row[name] = _spread(values) if len(values) == len(records) else None
+            row[name] = spread(values) if len(values) == len(records) else None
         untrained = [record["curve"][0]["top1"] for record in records if record.get("curve") and arm.start]
-        row["top1_before"] = _spread(untrained) if untrained else None
+        row["top1_before"] = spread(untrained) if untrained else None
         rows.append(row)
     return rows
 
@@ -50,7 +50,7 @@ def render(rows: Sequence[Mapping[str, Any]], title: str, caption: str = "") -> 
     for row in rows:
         cells = [row["arm"]] + ([row["start"] or "-"] if has_starts else [])
         cells += [row["methods"] or "-", f"{row['parameters']:,}"]
-        cells += [_cell(row[name], 1 if name == "loss" else 100, 3 if name == "loss" else 1) for name in shown]
+        cells += [cell(row[name], 1 if name == "loss" else 100, 3 if name == "loss" else 1) for name in shown]
         cells += [f"{row['images_per_second']['mean']:.0f}" if row["images_per_second"] else "-"] if is_timed else []
         table.add_row(*cells)
     return table
@@ -79,12 +79,12 @@ def plot(arms: Sequence[Arm], runs: Runs, path: Path) -> None:
     plt.close(figure)
 
 
-def _spread(values: Sequence[float]) -> dict[str, Any]:
+def spread(values: Sequence[float]) -> dict[str, Any]:
     deviation = statistics.stdev(values) if len(values) > 1 else None
     return {"mean": statistics.fmean(values), "deviation": deviation, "values": list(values)}
 
 
-def _cell(spread: Mapping[str, Any] | None, scale: float, digits: int) -> str:
+def cell(spread: Mapping[str, Any] | None, scale: float, digits: int) -> str:
     """Mean and deviation, and below it every seed's value; the value alone where there is one seed."""
     if spread is None:
         return "-"
@@ -95,7 +95,7 @@ def _cell(spread: Mapping[str, Any] | None, scale: float, digits: int) -> str:
     return f"{mean} ± {scale * spread['deviation']:.{max(digits, 2)}f}\n({values})"
 
 
-def _describe(method: vltok.Method) -> str:
+def describe(method: vltok.Method) -> str:
     """The method and what of its settings is not the default."""
     values = {field.name: getattr(method, field.name) for field in fields(method)}
     changed = {field.name: values[field.name] for field in fields(method) if values[field.name] != field.default}

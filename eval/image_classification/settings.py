@@ -4,6 +4,8 @@ import ast
 import re
 from typing import Any
 
+import torch
+
 
 def parse_fields(text: str) -> dict[str, Any]:
     """Read "img_size=32,scale=(0.6,1.0),global_pool=avg"; a value that is no Python literal is a word.
@@ -41,3 +43,17 @@ def parse_seeds(text: str) -> list[int]:
     if not all(part.isdecimal() for part in parts) or len(set(parts)) < len(parts):
         raise ValueError(f"seeds are different whole numbers from 0 with commas between them, got {text!r}")
     return [int(part) for part in parts]
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device of a name; by default the accelerator, or the CPU where there is none.
+
+    Raises:
+        ValueError: If it can't be used.
+    """
+    if name is None:
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        return torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {name} can't be used: {error}") from error

@@ -10,7 +10,7 @@ from towers import PAIRS, TOWERS, pixels, shared_tower
 from unchanged import unchanged
 
 import vltok
-from vltok.errors import UnsupportedModelError
+from vltok.errors import EditConflictError, UnsupportedModelError
 from vltok.nn import attention_diversification_loss
 
 ADL = vltok.ADL(weight=0.5, threshold=1.2)
@@ -168,6 +168,41 @@ def test_differential_attention_is_refused():
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, attn_layer="diff")
     with unchanged(model), pytest.raises(UnsupportedModelError, match="exposes no attention probabilities"):
         vltok.apply(model, ADL)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("tap_fan_base_16_p4_hybrid", {"conv_dims": (8, 16), "conv_depths": (1, 1), "embed_dim": 16, "num_heads": 2}),
+        ("tap_rvt_base_plus", {"embed_dim": 16, "num_heads": 2}),
+    ],
+)
+def test_the_papers_backbones_are_trained_with_it(name, settings, checkpointing):
+    import timm
+
+    import vltok.models
+
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=3, depth=3, **settings).train()
+    model.set_grad_checkpointing(checkpointing)
+    seen = []
+    hooks = [
+        each.attn_drop.register_forward_hook(lambda m, args, out: seen.append(out)) for each in model.token_attentions()
+    ]
+    with vltok.apply(model, vltok.ADL(threshold=0.9)) as handle:
+        assert handle.family == "tap_backbone"
+        model(torch.randn(2, 3, 64, 96))
+        expected = attention_diversification_loss(seen[:3], 0.9)
+        torch.testing.assert_close(handle.loss(), expected)
+        handle.loss().backward()
+        assert model.blocks[0].attn.q.weight.grad.abs().sum() > 0 if hasattr(model.blocks[0].attn, "q") else True
+        assert len(handle.report(file=None).diversification.losses) == 3
+    model.zero_grad()
+    for hook in hooks:
+        hook.remove()
+    with unchanged(model), pytest.raises((UnsupportedModelError, EditConflictError)):
+        vltok.apply(model, vltok.TAP())
 
 
 @pytest.mark.parametrize(

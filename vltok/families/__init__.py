@@ -33,6 +33,7 @@ TOWERS = {
     "dinov2_with_registers": ("transformers.models.dinov2_with_registers", "hf_vit", "Dinov2WithRegisters"),
     "timm_vit": ("timm.models.vision_transformer", "timm_vit", "VisionTransformer"),
     "timm_eva": ("timm.models.eva", "timm_vit", "Eva"),
+    "tap_backbone": ("vltok.models.tap_layers", "tap_backbone", "TapBackbone"),
 }
 
 CONFIG_FIELD = "vltok"  # of a model's config: what was on it when it was saved

@@ -32,6 +32,18 @@ def watch(edits: Edits, block: int, attention: nn.Module, watcher: ScoreWatcher)
     edits.after(attention, recorder.show)
 
 
+class MapRecorder:
+    """Shows the probabilities that go through a dropout layer, before it drops any."""
+
+    def __init__(self, block: int, watcher: ScoreWatcher) -> None:
+        self.block = block
+        self.watcher = watcher
+
+    def show(self, dropout: nn.Module, args: tuple, kwargs: dict[str, Any], output: torch.Tensor) -> None:
+        if dropout.training:
+            self.watcher.see_map(self.block, args[0])
+
+
 class ScoreRecorder:
     """Holds the queries and keys of one block from where they are made until the block has attended."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -13,10 +13,11 @@ from vltok.edits import Edits
 from vltok.errors import UnsupportedModelError
 from vltok.families import mark_checkpoint, unsupported
 from vltok.families.capture import restore_output_capture
-from vltok.families.scores import watch
+from vltok.families.scores import MapRecorder, watch
 from vltok.families.self_attention import find_attention, read_attention, tokens_of
 from vltok.families.vision import VisionRecorder
 from vltok.method import Run
+from vltok.recompute import is_recomputing, statistics_kept
 from vltok.views import ProjectorSite, RelevanceJudge, ScoreWatcher, SelfAttention, TokenSelector, VisionView
 
 # Stands in the config of a changed tower, for a name that is looked up when a tower is built from it: so a checkpoint
@@ -60,6 +61,10 @@ class TowerFamily:
     def guard(self, config: Any) -> dict[str, Any]:
         """Fields of that config that keep a model from being built from it, with what to put there."""
         return {"hidden_act": GUARD}
+
+    def shown_maps(self, tower: nn.Module) -> Sequence[nn.Module]:
+        """Dropout layers that the attention maps of the blocks go through; none where queries and keys say it all."""
+        return ()
 
     def check_norm(self, block: nn.Module) -> None:
         """Raise UnsupportedModelError if `first_norm` stands elsewhere than before the attention."""
@@ -134,8 +139,12 @@ class TowerView(VisionView):
     def watch_scores(self, edits: Edits, blocks: Sequence[int], watcher: ScoreWatcher) -> None:
         self.family.check_attention(self.host)
         edits.before(self._patches, Starter(watcher).start)
+        maps = self.family.shown_maps(self.host)
         for block in blocks:
-            watch(edits, block, self.attention_module(block), watcher)
+            if maps:
+                edits.after(maps[block], MapRecorder(block, watcher).show)
+            else:
+                watch(edits, block, self.attention_module(block), watcher)
 
     def mark_checkpoint(self, edits: Edits, settings: dict[str, Any]) -> None:
         """Note in the tower's config what is on it, so that a checkpoint saved meanwhile says how to load it."""
@@ -214,7 +223,7 @@ class GridRecorder:
         Raises:
             ValueError: If a backward pass recomputes, and pictures of two grids could be meant.
         """
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:  # in a backward pass
+        if is_recomputing():
             self._went_back = True
             fitting = [each for each in self._pending if each[0] * each[1] == patches]
             if len(fitting) > 1:
@@ -238,7 +247,7 @@ class Pooler:
     def pool(self, norm: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         tokens, *rest = args
         grid = self.grids.grid_of(tokens.shape[1] - self.num_prefix_tokens)
-        with _statistics_kept(self.module):
+        with statistics_kept(self.module) if is_recomputing() else contextlib.nullcontext():
             return (self.module(tokens, grid), *rest), kwargs
 
 
@@ -250,24 +259,6 @@ class Starter:
 
     def start(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self.watcher.start()
-
-
-@contextlib.contextmanager
-def _statistics_kept(module: nn.Module) -> Iterator[None]:
-    """In a backward pass that recomputes, leave running statistics alone: these pictures are in them already."""
-    norms = [part for part in module.modules() if isinstance(part, nn.BatchNorm2d) and part.training]
-    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1 or not norms:
-        yield
-        return
-    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
-    for norm in norms:
-        norm.momentum = 0.0
-    try:
-        yield
-    finally:
-        for norm, (momentum, count) in zip(norms, before, strict=True):
-            norm.momentum = momentum
-            norm.num_batches_tracked.copy_(count)
 
 
 def _with_map(module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> tuple[torch.Tensor, None]:

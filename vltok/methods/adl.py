@@ -17,7 +17,8 @@ from vltok.edits import Edits
 from vltok.errors import UnsupportedInputError
 from vltok.method import Method, Run, register
 from vltok.methods.blocks import Blocks, check_blocks, chosen_blocks
-from vltok.methods.diversification import score_diversification_loss
+from vltok.methods.diversification import attention_diversification_loss, score_diversification_loss
+from vltok.recompute import is_recomputing
 from vltok.report import Diversification
 from vltok.views import VisionHost
 
@@ -81,9 +82,14 @@ class _Losses:
         self.run.losses.pop("adl", None)
 
     def see(self, block: int, query: torch.Tensor, key: torch.Tensor, scale: float) -> None:
+        self._count(block, score_diversification_loss(query, key, scale, self.threshold))
+
+    def see_map(self, block: int, attention: torch.Tensor) -> None:
+        self._count(block, attention_diversification_loss(attention, self.threshold))
+
+    def _count(self, block: int, loss: torch.Tensor) -> None:
         # A backward pass that recomputes this block needs the loss to be computed again, and not to be counted again.
-        loss = score_diversification_loss(query, key, scale, self.threshold)
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:  # in a backward pass
+        if is_recomputing():
             if loss.requires_grad and block in self._losses and not self._losses[block].requires_grad:
                 raise UnsupportedInputError(
                     "reentrant gradient checkpointing makes attention without a graph first, so the attention "

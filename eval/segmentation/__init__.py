@@ -1,0 +1,1 @@
+"""Segmentation: mean intersection over union of Hugging Face models on clean and corrupted pictures."""
