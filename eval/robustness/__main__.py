@@ -171,8 +171,8 @@ def main(
 ) -> None:
     """Test classifiers with and without vltok methods on corrupted, unusual and slightly moving pictures.
 
-    Prints tables and writes results.json, corruptions.png and, in runs/, every model's results. Published scores (mCE,
-    mFR) are given where all that they are made of was measured.
+    Prints tables and writes results.json, corruptions.png and, in runs/, every model's results.
+    mCE and mFR are given where all that they are made of was measured.
     """
     if threads is not None:
         torch.set_num_threads(threads)
@@ -270,7 +270,7 @@ def _show(rows: list[report.Row], model: str, out: Path, caption: str) -> None:
     if rows[0]["by_corruption"]:
         plots.plot(rows, out / "corruptions.png")
     wide.print(report.render(rows, model))
-    console.print(caption, highlight=False)
+    wide.print(caption, highlight=False)
     if rows[0]["by_corruption"] and not rows[0]["mce"]:
         console.print("no mCE: it is defined by all 15 corruptions at all 5 severities", highlight=False)
     if rows[0]["flip_rates"] and not rows[0]["mfr"]:

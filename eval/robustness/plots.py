@@ -11,64 +11,53 @@ import matplotlib.pyplot as plt
 
 
 def plot(
-    rows: Sequence[Mapping[str, Any]], path: Path, ylabel: str = "top-1 error, %", clean: str | None = "1 - clean"
+    rows: Sequence[Mapping[str, Any]], path: Path, ylabel: str = "top-1 error, %", clean: str = "1 - clean"
 ) -> None:
-    """Draw two panels: bars per corruption, whiskers from the lowest to the highest seed; and the means per severity.
+    """Draw means per corruption and per severity, with lines from the lowest to the highest seed.
 
     Args:
-        rows: For every arm "arm", and the shares "by_corruption", "by_severity" and "clean".
+        rows: For every arm "arm", and spreads of shares in "by_corruption", "by_severity" and "clean".
         path: Of the PNG.
         ylabel: What is drawn.
-        clean: How "clean" becomes what is drawn: "1 - clean", "clean" as it is, None to leave it out.
+        clean: How "clean" becomes what is drawn: "1 - clean", or "clean" as it is.
     """
     names, severities = list(rows[0]["by_corruption"]), list(rows[0]["by_severity"])
-    height = 0.8 / len(rows)
-    size = (12, max(4.5, 1.2 + len(names) * (0.24 + 0.1 * len(rows))))
+    size = (11, max(4.0, 1.4 + len(names) * (0.2 + 0.08 * len(rows))))
     figure, (left, right) = plt.subplots(1, 2, figsize=size, width_ratios=(3, 2), layout="constrained")
+    has_clean = all(row["clean"] for row in rows)
+    ticks = [0] * has_clean + [int(severity) for severity in severities]
     for number, row in enumerate(rows):
-        color = f"C{number}"
-        spreads = [row["by_corruption"][name] for name in names]
-        places = [place + (number - (len(rows) - 1) / 2) * height for place in range(len(names))]
-        means = [100 * each["mean"] for each in spreads]
-        left.barh(places, means, height, color=color, label=row["arm"], xerr=_whiskers(spreads))
-        points, lows, highs = [], [], []
-        if clean is not None and row["clean"]:
-            points = [_clean(row["clean"]["mean"], clean)]
-            values = [_clean(value, clean) for value in row["clean"]["values"]]
-            lows, highs = [min(values)], [max(values)]
-        for severity in severities:
-            values = [100 * value for value in row["by_severity"][severity]["values"]]
-            points.append(100 * row["by_severity"][severity]["mean"])
-            lows.append(min(values))
-            highs.append(max(values))
-        ticks = ([0] if len(points) > len(severities) else []) + [int(severity) for severity in severities]
-        right.plot(ticks, points, marker="o", markersize=4, linewidth=1.4, color=color, label=row["arm"])
-        right.fill_between(ticks, lows, highs, color=color, alpha=0.2)
+        shift = number - (len(rows) - 1) / 2  # arms side by side, so that none hides another
+        style = {"color": f"C{number}", "marker": "o", "markersize": 4.5, "label": row["arm"]}
+        means, ranges = _percent([row["by_corruption"][name] for name in names])
+        places = [place + 0.7 * shift / len(rows) for place in range(len(names))]
+        left.errorbar(means, places, xerr=ranges, linestyle="", elinewidth=1.6, **style)
+        spreads = [row["by_severity"][severity] for severity in severities]
+        if has_clean:
+            values = [1 - value if clean == "1 - clean" else value for value in row["clean"]["values"]]
+            spreads.insert(0, {"mean": sum(values) / len(values), "values": values})
+        means, ranges = _percent(spreads)
+        places = [tick + 0.16 * shift / len(rows) for tick in ticks]
+        right.errorbar(places, means, yerr=ranges, linewidth=1.2, elinewidth=1.6, **style)
+    for place in range(0, len(names), 2):
+        left.axhspan(place - 0.5, place + 0.5, color="0.95", zorder=0)
     left.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
-    left.invert_yaxis()
-    left.set_ylim(len(names) - 0.5, -0.5)
+    left.set_ylim(len(names) - 0.5, -0.5)  # the first on top
     left.set_xlabel(f"{ylabel}, mean over severities")
-    left.grid(axis="x", alpha=0.25)
-    left.set_axisbelow(True)
+    left.grid(axis="x", alpha=0.3)
     right.set_xticks(ticks, ["clean" if tick == 0 else str(tick) for tick in ticks])
     right.set_xlabel("severity")
     right.set_ylabel(f"{ylabel}, mean over corruptions")
-    right.grid(alpha=0.25)
+    right.grid(alpha=0.3)
     right.legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
-def _whiskers(spreads: Sequence[Mapping[str, Any]]) -> list[list[float]] | None:
-    """Distances from the mean to the lowest and to the highest value, in %; None for one value."""
-    if spreads[0]["deviation"] is None:
-        return None
-    return [
-        [100 * (each["mean"] - min(each["values"])) for each in spreads],
-        [100 * (max(each["values"]) - each["mean"]) for each in spreads],
-    ]
-
-
-def _clean(value: float, how: str) -> float:
-    return 100 * (1 - value) if how == "1 - clean" else 100 * value
+def _percent(spreads: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[list[float]]]:
+    """Means in %, and their distances from the lowest and to the highest value."""
+    means = [100 * each["mean"] for each in spreads]
+    lows = [mean - 100 * min(each["values"]) for mean, each in zip(means, spreads, strict=True)]
+    highs = [100 * max(each["values"]) - mean for mean, each in zip(means, spreads, strict=True)]
+    return means, [[max(0.0, low) for low in lows], [max(0.0, high) for high in highs]]  # rounding can go below 0

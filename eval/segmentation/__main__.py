@@ -173,7 +173,7 @@ def _show(rows: list[dict[str, Any]], out: Path, caption: str) -> None:
         wide.print(table)
         plots.plot(rows, out / "corruptions.png", "mIoU, %", clean="clean")
     wide.print(report.render(rows))
-    console.print(caption, highlight=False)
+    wide.print(caption, highlight=False)
     console.print(f"written to {out}", highlight=False)
 
 

@@ -300,6 +300,11 @@ def write_frames(folder, frames):
         Image.fromarray(frame).save(folder / f"frame{number}.png")  # frame10 must come after frame9
 
 
+def test_frames_come_in_the_order_of_their_numbers(tmp_path):
+    write_frames(tmp_path / "s", IMAGES[:12])
+    assert all(np.array_equal(a, b) for a, b in zip(flips.read_frames(tmp_path / "s"), IMAGES[:12], strict=True))
+
+
 def test_flip_rates_of_frames_and_videos_are_those_of_a_loop(made, tmp_path):
     root, model, expected = tmp_path / "p", make_model(), {}
     draw = np.random.default_rng(0)
