@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -9,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from eval.measure import cpu_allocations
 from vltok.methods import diversification as module
 from vltok.methods.diversification import score_diversification_loss
 from vltok.nn import AttentionDiversificationLoss, attention_diversification_loss
@@ -144,31 +145,34 @@ def test_half_precision_is_computed_in_float32(dtype):
     assert all(each.grad.dtype == dtype for each in scores)
 
 
-class Numbers(TorchDispatchMode):
-    """The largest tensor that is made."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for each in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(each, torch.Tensor):
-                self.largest = max(self.largest, each.untyped_storage().nbytes() // each.element_size())
-        return out
+@pytest.mark.parametrize("scaler", [2**12, 2**16, 2**18])
+def test_gradients_of_float16_survive_a_loss_scaler(scaler):
+    """Unscaled, most of them are smaller than float16 can hold; a scale may be larger than it can."""
+    scores = [each.detach().half().requires_grad_() for each in projections(32, 6, 64, 8)]
+    wide = [each.detach().double().requires_grad_() for each in scores]
+    grads = torch.autograd.grad(score_diversification_loss(*scores, 0.4, 0.8) * scaler, scores)
+    expected = torch.autograd.grad(plain([(0.4 * wide[0] @ wide[1].mT).softmax(-1)], 0.8), wide)
+    for mine, theirs in zip(grads, expected, strict=True):
+        assert mine.dtype == torch.float16
+        error = (mine.double() / scaler - theirs).norm() / theirs.norm()
+        assert error < 1e-3
 
 
 def test_maps_of_all_heads_and_samples_are_never_held_at_once(monkeypatch):
     monkeypatch.setattr(module, "CPU_CHUNK", 2000)
-    scores = projections(8, 6, 40, 4)
-    with Numbers() as numbers:
-        score_diversification_loss(*scores, 1.0).backward()
-    assert numbers.largest <= max(8 * 6 * 40 * 4, 6 * 40 * 16) < 8 * 6 * 40 * 40
-    maps = attention(8, 6, 40).detach().requires_grad_()
-    with Numbers() as numbers:
-        torch.autograd.grad(attention_diversification_loss(maps), maps)
-    assert numbers.largest == 8 * 40 * 40, "the mean over the heads"
+    query, key = (each.detach().float().requires_grad_() for each in projections(8, 6, 40, 4))
+    allocated = [size for _, size in cpu_allocations(lambda: score_diversification_loss(query, key, 1.0).backward())]
+    assert max(allocated) == query.nbytes, "one gradient; a map of all heads has ten times as many numbers"
+    assert max(itertools.accumulate(allocated)) < 7 * query.nbytes
+    maps = attention(8, 6, 40).detach().float().requires_grad_()
+
+    def run() -> None:
+        (grad,) = torch.autograd.grad(attention_diversification_loss(maps), maps)
+        assert grad.shape == maps.shape
+
+    allocated = [size for _, size in cpu_allocations(run)]
+    assert max(allocated) == maps.nbytes / 6, "the mean over the heads"
+    assert max(itertools.accumulate(allocated)) <= maps.nbytes
 
 
 def test_without_gradients_none_are_computed():
@@ -182,14 +186,24 @@ def test_without_gradients_none_are_computed():
 
 
 def test_the_operations_keep_torchs_rules_for_custom_ones():
-    torch.library.opcheck(module._score_loss, (*projections(2, 2, 5, 3), 0.9, 1.2, True))
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+        scores = [each.detach().to(dtype).requires_grad_() for each in projections(2, 2, 5, 3)]
+        torch.library.opcheck(module._score_loss, (*scores, 0.9, 1.2, True))
     torch.library.opcheck(module._map_loss, (attention(2, 2, 5), 1.2, True))
 
 
 def test_it_compiles_as_one_graph():
-    scores = projections()
-    compiled = torch.compile(score_diversification_loss, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(*scores, 0.7, 1.2), score_diversification_loss(*scores, 0.7, 1.2))
+    scores, maps = projections(), [attention(), attention(1, 3, 9, seed=1)]
+    for function, inputs in (
+        (lambda *own: score_diversification_loss(*own, 0.7, 1.2), scores),
+        (lambda *own: attention_diversification_loss(own, 1.2), maps),
+    ):
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        found, expected = compiled(*inputs), function(*inputs)
+        torch.testing.assert_close(found, expected)
+        pairs = (torch.autograd.grad(loss, inputs) for loss in (found, expected))
+        for pair in zip(*pairs, strict=True):
+            torch.testing.assert_close(*pair)
 
 
 def test_the_module_is_the_function():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from pathlib import Path
 
@@ -10,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from eval.measure import cpu_allocations
 from vltok.methods import token_pooling as module
 from vltok.methods.token_pooling import dilated_mean
 from vltok.nn import TokenAwareAveragePooling
@@ -166,25 +167,11 @@ def test_gradients_are_those_of_finite_differences():
     torch.library.opcheck(module._mix, (maps, weights))
 
 
-class Largest(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.numbers = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for each in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(each, torch.Tensor):
-                self.numbers = max(self.numbers, each.numel())
-        return out
-
-
-def test_no_neighbourhood_is_unfolded():
-    x = noise(2, 20 * 20, 16).requires_grad_()
-    pooling = make(16)
-    with Largest() as largest:
-        pooling(x).sum().backward()
-    assert largest.numbers == x.numel()
+def test_no_neighbourhood_is_unfolded_and_one_pooled_map_is_held_at_a_time():
+    x, pooling = noise(2, 20 * 20, 16).requires_grad_(), make(16)
+    allocated = [size for _, size in cpu_allocations(lambda: pooling(x).sum().backward())]
+    assert max(allocated) == x.nbytes
+    assert max(itertools.accumulate(allocated)) < 6 * x.nbytes, "output, its gradient, that of x, one mean, one product"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -195,18 +182,34 @@ def test_a_module_of_half_precision_stays_near(dtype):
     torch.testing.assert_close(half.float(), pooling(x, (4, 5)), rtol=0.05, atol=0.05)
 
 
-def test_autocast_keeps_the_dtype_of_the_tokens():
-    pooling, x = make(), noise(2, 20, 6)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_keeps_the_dtype_of_the_tokens(dtype):
+    pooling, x = make(), noise(2, 20, 6).to(dtype).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         found = pooling(x, (4, 5))
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, pooling(x, (4, 5)), rtol=0.05, atol=0.05)
+    assert found.dtype == dtype
+    wide = x.detach().float().requires_grad_()
+    expected = pooling(wide, (4, 5))
+    torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.05)
+    cotangent = noise(2, 20, 6, seed=2)
+    for own, reference in zip(
+        torch.autograd.grad(found, [x, *pooling.parameters()], cotangent.to(dtype)),
+        torch.autograd.grad(expected, [wide, *pooling.parameters()], cotangent),
+        strict=True,
+    ):
+        assert F.cosine_similarity(own.float().flatten(), reference.flatten(), 0) > 0.99
 
 
-def test_it_compiles_as_one_graph():
-    pooling, x = make(), noise(2, 20, 6)
+@pytest.mark.parametrize("training", [False, True])
+def test_it_compiles_as_one_graph(training):
+    pooling, x = make(num_prefix_tokens=1).train(training), noise(2, 21, 6).requires_grad_()
+    own, cotangent = [x, *pooling.parameters()], noise(2, 21, 6, seed=2)
     compiled = torch.compile(pooling, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x, (4, 5)), pooling(x, (4, 5)))
+    found, expected = compiled(x, (4, 5)), pooling(x, (4, 5))
+    torch.testing.assert_close(found, expected)
+    pairs = (torch.autograd.grad(out, own, cotangent) for out in (found, expected))
+    for pair in zip(*pairs, strict=True):
+        torch.testing.assert_close(*pair)
 
 
 def test_parameters_have_the_released_names():
@@ -241,6 +244,7 @@ def test_settings_out_of_range_are_refused(settings, error, words):
         ((2, 20, 6), (4, 4), "not 0 prefix tokens and a grid of 4 x 4 = 16"),
         ((2, 16, 5), None, r"x must be \(B, N, 6\)"),
         ((2, 5, 4, 4), None, r"feature maps must be \(B, 6, H, W\)"),
+        ((2, 6, 4, 5), (5, 4), "feature maps have a grid of 4 x 5; leave out"),
         ((16, 6), None, "x must be"),
         ((2, 0, 6), None, "form no square"),
     ],

@@ -112,6 +112,7 @@ def test_a_checkpoint_of_rvt_fits_pictures_of_another_size(tmp_path):
     resized = timm.create_model(RVT, pretrained=True, pretrained_cfg_overlay=overlay, **settings).eval()
     assert resized.blocks[0].attn.att_mask.shape == (4, 18, 18)
     torch.testing.assert_close(resized(pictures(2, 96, 48)), released(pictures(2, 96, 48)))
+    assert make(RVT, img_size=79).blocks[0].attn.att_mask.shape == (4, 25, 25)  # 79 pixels make 5 tokens
     weights = make(RVT, img_size=(64, 96)).state_dict()
     with pytest.raises(RuntimeError, match=r"size mismatch for .*att_mask"):
         released.load_state_dict(checkpoint_filter_fn(weights, released))
@@ -173,6 +174,7 @@ def test_intermediates_agree_with_features_and_stop_early(name):
     assert torch.equal(final, features)
     raw = model.forward_intermediates(pictures(), [-1], intermediates_only=True)[0]
     torch.testing.assert_close(model.norm(raw.permute(0, 2, 3, 1)), maps[1].permute(0, 2, 3, 1))
+    assert len(model.forward_intermediates(pictures(), norm=True)[1]) == len(model.feature_info)
     tokens = features[:, 1:] if name == FAN else features
     torch.testing.assert_close(tokens, (maps[1] if name == FAN else raw).flatten(2).mT)
     calls = []

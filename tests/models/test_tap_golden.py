@@ -71,6 +71,16 @@ def test_a_model_has_the_released_weights_in_the_released_order(name):
     assert sum(parameter.numel() for parameter in model.parameters()) == MODELS[name]["num_params"]
 
 
+def test_norms_have_the_released_epsilons():
+    """Which differ by less than the tolerances of the other tests can see."""
+    for name in NAMES:
+        for key, module in bare(name).named_modules():
+            if isinstance(module, nn.LayerNorm):
+                assert module.eps == (1e-5 if key.endswith("norm_v") else 1e-6), key
+            elif isinstance(module, nn.BatchNorm2d):
+                assert (module.eps, module.momentum) == (1e-5, 0.1)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_model_answers_as_released_and_shows_the_released_attention(name):
     golden, released, model, maps = load_file(DATA / f"{name}.safetensors"), weights(name), bare(name), []

@@ -62,12 +62,14 @@ def test_checkpointing_changes_neither_gradients_nor_statistics(name):
     model = make(name, drop_path_rate=0.3)
     start = {key: value.clone() for key, value in model.state_dict().items()}
     results, calls = [], []
-    model.blocks[0].attn.register_forward_hook(lambda *args: calls.append(args))
+    watched = [model.blocks[0].attn] + ([model.patch_embed.backbone.stages[0].blocks[0].norm] if name == FAN else [])
+    for part in watched:
+        part.register_forward_hook(lambda *args: calls.append(args))
     for lean in (False, True):
         model.load_state_dict(start)
         model.set_grad_checkpointing(lean)
         results.append(step(model, pictures(3)))
-    assert len(calls) == 3  # once, then twice
+    assert len(calls) == 3 * len(watched)  # once, then twice
     out = model(pictures(3)).sum()
     for _ in range(2):
         out.backward(retain_graph=True)

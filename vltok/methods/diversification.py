@@ -179,15 +179,21 @@ def _map_backward(ctx, grad, _):
 _map_loss.register_autograd(_map_backward, setup_context=_save_map)
 
 
+def _empty_grads(query: torch.Tensor, key: torch.Tensor, with_grad: bool) -> Iterator[torch.Tensor]:
+    """Room for gradients: float32 for float16, where most would round to 0 before a loss scaler multiplies them."""
+    for x in (query, key):
+        yield x.new_empty(x.shape if with_grad else (0,), dtype=torch.promote_types(x.dtype, torch.bfloat16))
+
+
 @torch.library.custom_op("vltok::score_diversification", mutates_args=())
 def _score_loss(
     query: torch.Tensor, key: torch.Tensor, scale: float, threshold: float, with_grad: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The loss, and its gradients for queries and keys, in their dtype."""
+    """The loss, and its gradients for queries and keys."""
     batch, heads, count, _ = query.shape
     wide = torch.promote_types(query.dtype, torch.float32)
     loss = query.new_zeros((), dtype=wide)
-    grad_query, grad_key = (x.new_empty(x.shape if with_grad else (0,)) for x in (query, key))
+    grad_query, grad_key = _empty_grads(query, key, with_grad)
     with torch.autocast(query.device.type, enabled=False):
         for chosen in _chunks(batch, heads * count * count, query.device):
             own = (x[chosen].to(wide).contiguous() for x in (query, key))
@@ -231,17 +237,19 @@ def _sample_loss(
 
 @_score_loss.register_fake
 def _(query, key, scale, threshold, with_grad):
-    grads = (x.new_empty(x.shape if with_grad else (0,)) for x in (query, key))
+    grads = _empty_grads(query, key, with_grad)
     return query.new_empty((), dtype=torch.promote_types(query.dtype, torch.float32)), *grads
 
 
 def _save_score(ctx, inputs, output):
+    ctx.dtypes = [x.dtype for x in inputs[:2]]
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[1:])
 
 
 def _score_backward(ctx, grad, *_):
-    return *(own * grad.to(own.dtype) for own in ctx.saved_tensors), None, None, None
+    grads = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+    return *((own * grad.to(own.dtype)).to(dtype) for own, dtype in grads), None, None, None
 
 
 _score_loss.register_autograd(_score_backward, setup_context=_save_score)

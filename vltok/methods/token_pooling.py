@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 Grid = tuple[int, int]
-CHUNK = 2**18  # numbers of feature maps that are pooled together on the CPU, as many as stay in a core's cache
+CHUNK = 2**18  # numbers of feature maps that a CPU thread pools at a time, as many as stay in a core's cache
 MARGIN = 8.0  # of the token itself before the other scales, where pooling starts as the identity
 
 
@@ -84,7 +84,7 @@ class TokenAwareAveragePooling(nn.Module):
 
         Args:
             x: Tokens, (B, N, C): prefix tokens, then the grid's row by row; or feature maps, (B, C, H, W).
-            grid: Height and width of the grid, (H, W), of tokens. By default it is a square.
+            grid: Height and width of the grid, (H, W). By default that of the feature maps, or a square of tokens.
 
         Returns:
             The same shape and dtype.
@@ -95,6 +95,8 @@ class TokenAwareAveragePooling(nn.Module):
         if x.dim() == 4:
             if x.shape[1] != self.dim:
                 raise ValueError(f"feature maps must be (B, {self.dim}, H, W), got {tuple(x.shape)}")
+            if grid is not None and tuple(grid) != x.shape[2:]:
+                raise ValueError(f"feature maps have a grid of {x.shape[2]} x {x.shape[3]}; leave out grid={grid}")
             return self._pool(x.movedim(1, -1)).movedim(-1, 1)
         height, width = self._check(x, grid)
         patches = x[:, self.num_prefix_tokens :] if self.num_prefix_tokens else x
@@ -145,7 +147,8 @@ def dilated_mean(maps: torch.Tensor, dilation: int) -> torch.Tensor:
 def _chunks(maps: torch.Tensor) -> Iterator[slice]:
     """Samples that are pooled together."""
     per_sample = max(1, maps[:1].numel())
-    size = max(1, CHUNK // per_sample) if maps.device.type == "cpu" else max(1, maps.shape[0])
+    on_cpu = maps.device.type == "cpu"
+    size = max(1, CHUNK * torch.get_num_threads() // per_sample if on_cpu else maps.shape[0])
     for first in range(0, maps.shape[0], size):
         yield slice(first, min(first + size, maps.shape[0]))
 

@@ -249,7 +249,7 @@ class TapFan(TapBackbone):
         return {name for name, _ in self.named_parameters() if name.endswith(names)}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns that order parameters by depth, for layer-wise learning rates; `coarse` makes levels of groups."""
+        """Patterns that order parameters by depth, for layer-wise learning rates; `coarse` makes blocks one group."""
         last = r"^cls_attn_blocks" if coarse else r"^cls_attn_blocks\.(\d+)"
         return {
             "stem": r"^(?:patch_embed|pos_embed)\b",

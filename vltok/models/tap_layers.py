@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from vltok.methods.token_pooling import Grid
-from vltok.recompute import statistics_kept
+from vltok.recompute import is_recomputing, statistics_kept
 
 
 class TapBackbone(nn.Module):
@@ -177,10 +177,12 @@ class TapBackbone(nn.Module):
     def _run(self, block: nn.Module, x: torch.Tensor, grid: Grid) -> torch.Tensor:
         if not (self.grad_checkpointing and torch.is_grad_enabled()):
             return block(x, grid)
-        if torch.compiler.is_compiling():
-            return checkpoint(block, x, grid, use_reentrant=False)
-        contexts = contextlib.nullcontext(), statistics_kept(block)
-        return checkpoint(block, x, grid, use_reentrant=False, context_fn=lambda: contexts)
+
+        def run(x: torch.Tensor) -> torch.Tensor:
+            with statistics_kept(block) if is_recomputing() else contextlib.nullcontext():
+                return block(x, grid)
+
+        return checkpoint(run, x, use_reentrant=False)
 
     def _taken(self, indices: int | Sequence[int] | None) -> list[int]:
         """Levels by their number from 0."""

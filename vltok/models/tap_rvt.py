@@ -141,8 +141,9 @@ class TapRvtBlock(nn.Module):
 class TapRvt(TapBackbone):
     """Patches by convolutions, then blocks of attention on a grid of stride 16, without [CLS] or position embeddings.
 
-    Any picture whose sides are at least 15 pixels will do; of sides that 16 doesn't divide, the released convolutions
-    leave out what is over. Levels, for features: the blocks; `features_only` gives four of them, evenly spaced.
+    Any picture whose sides are at least 15 pixels will do; a side of n pixels makes (n + 1) // 16 tokens, and the
+    released convolutions leave out what is over. Levels, for features: the blocks; `features_only` gives four of them,
+    evenly spaced.
 
     Differs from the released code: pictures of other sizes get the learned scales of attention by resizing, where there
     smaller ones get those of other positions and larger ones fail; and the rate of stochastic depth reaches
@@ -304,6 +305,5 @@ def tap_rvt_base_plus(pretrained: bool = False, **kwargs: Any) -> TapRvt:
 
 
 def _patches(side: int) -> int:
-    """Tokens along a side of so many pixels."""
-    convolved = (side - 1) // 2
-    return (convolved + 1) // 2 // 4
+    """Tokens along a side of so many pixels: what the convolutions make of it."""
+    return (side + 1) // 16
