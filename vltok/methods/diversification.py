@@ -242,14 +242,12 @@ def _(query, key, scale, threshold, with_grad):
 
 
 def _save_score(ctx, inputs, output):
-    ctx.dtypes = [x.dtype for x in inputs[:2]]
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[1:])
 
 
 def _score_backward(ctx, grad, *_):
-    grads = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-    return *((own * grad.to(own.dtype)).to(dtype) for own, dtype in grads), None, None, None
+    return *(own * grad.to(own.dtype) for own in ctx.saved_tensors), None, None, None  # autograd sees to the dtype
 
 
 _score_loss.register_autograd(_score_backward, setup_context=_save_score)

@@ -1,7 +1,7 @@
 """TAP: let each token of a ViT draw on its neighbourhood before attention, which makes it robust to corrupted pictures.
 
 Paper: https://arxiv.org/abs/2303.11126. Needs training. Differs from it: it goes into a ViT that exists, and by default
-starts as the identity, so that the model computes as before until it is fine-tuned.
+starts near the identity, so that the model computes nearly as before until it is fine-tuned.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class TAP(Method):
         temperature: Of the softmax over scales, above 0.
         blocks: Which blocks, as (start, stop) of a Python range: (0, 6) the first six, (-2, None) the last two. All by
             default.
-        init: What new weights start as: "identity" leaves what the model computes as it is; "published" is the start of
-            the paper, for training from scratch.
+        init: What new weights start as: "identity" lets each token take about 0.1 % of itself from elsewhere, so that a
+            trained model computes nearly what it did; "published" is the start of the paper, for training from scratch.
     """
 
     training_free: ClassVar[bool] = False
