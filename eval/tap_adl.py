@@ -213,6 +213,7 @@ def main(
     if device not in ("cpu", "cuda"):
         raise typer.BadParameter(f"must be cpu or cuda, got {device!r}", param_hint="--device")
     os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # the profiler reports missing GPUs as errors otherwise
+    torch.backends.cudnn.allow_tf32 = False  # both formulations in full float32, so that they can agree
     torch.set_num_threads(threads)
     results = [
         measure_pooling(*shape, device, rounds, seconds)

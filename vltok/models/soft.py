@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 from timm.layers import resample_abs_pos_embed
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
 from vltok.models.soft_transformer import SoftTransformer
+from vltok.models.weights import check_weights
 
 WIDTHS = (64, 128, 320, 512)
 SIZES: dict[str, dict[str, Any]] = {
@@ -63,12 +64,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: SoftTransformer) 
 
 def _create(name: str, pretrained: bool, **kwargs: Any) -> SoftTransformer:
     if pretrained:
-        config = resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
-        if not (config.has_weights or config.state_dict):
-            raise ValueError(
-                f"pretrained=True needs a file for {name}, as nothing is downloaded: get the authors' checkpoint and "
-                f'pass pretrained_cfg_overlay={{"file": PATH}} as well, or checkpoint_path=PATH in place of it'
-            )
+        check_weights(name, kwargs)
     kind, _, size = name.rpartition("_")
     return build_model_with_cfg(
         SoftTransformer,

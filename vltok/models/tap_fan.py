@@ -26,7 +26,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from vltok.methods.token_pooling import Grid, TokenAwareAveragePooling
-from vltok.models.tap_layers import TapBackbone, check_settings, check_weights, released_weights
+from vltok.models.tap_layers import TapBackbone, check_settings, released_weights
+from vltok.models.weights import check_weights
 
 NAME = "tap_fan_base_16_p4_hybrid"
 default_cfgs = generate_default_cfgs(

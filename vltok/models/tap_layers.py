@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from timm.layers import get_device_dtype
-from timm.models import clean_state_dict, resolve_pretrained_cfg
+from timm.models import clean_state_dict
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -210,16 +210,6 @@ def check_size(size: Sequence[int], least: int, name: str) -> None:
     if min(size) < least:
         raise ValueError(
             f"{name} of {size[0]} x {size[1]} pixels are too small: make each side at least {least} pixels"
-        )
-
-
-def check_weights(name: str, settings: Mapping[str, Any]) -> None:
-    """Raise ValueError if the arguments of a model with `pretrained=True` say of no file to read weights from."""
-    config = resolve_pretrained_cfg(name, settings.get("pretrained_cfg"), settings.get("pretrained_cfg_overlay"))
-    if not (config.has_weights or config.state_dict):
-        raise ValueError(
-            f"pretrained=True needs a file for {name}, as nothing is downloaded: get the authors' checkpoint and "
-            f'pass pretrained_cfg_overlay={{"file": PATH}} as well, or checkpoint_path=PATH in place of it'
         )
 
 

@@ -24,7 +24,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from vltok.methods.token_pooling import Grid, TokenAwareAveragePooling
-from vltok.models.tap_layers import TapBackbone, check_settings, check_size, check_weights, released_weights
+from vltok.models.tap_layers import TapBackbone, check_settings, check_size, released_weights
+from vltok.models.weights import check_weights
 
 NAME = "tap_rvt_base_plus"
 STEM_WIDTH = 32
