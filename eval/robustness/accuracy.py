@@ -15,7 +15,7 @@ from eval.image_classification.sources import UNREADABLE, Source, checksum
 from eval.robustness.bench import Measured, Wanted
 from eval.robustness.classes import match_outputs
 from eval.robustness.classifiers import logits
-from eval.robustness.corruptions import MIN_SIDE, corrupt, library_version, picture_seed, start_worker, warm_up
+from eval.robustness.corruptions import MIN_SIDE, corrupt, package_version, picture_seed, start_worker, warm_up
 from eval.robustness.setup import ClassifierSetup
 
 Key = tuple[str | None, int, int]  # corruption, severity, number of the picture
@@ -90,7 +90,7 @@ class Accuracy:
                 f"the model's input is {height} x {width}, corruptions need {MIN_SIDE} x {MIN_SIDE}: with --corrupt "
                 "picture they are made before pictures are resized"
             )
-        self._library = library_version() if corrupts else None
+        self._library = package_version() if corrupts else None
 
     def open(self) -> None:
         """Open the source.

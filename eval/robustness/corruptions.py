@@ -57,7 +57,7 @@ def picture_seed(seed: int, index: int, corruption: str, severity: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint32)[0])
 
 
-def library_version() -> str:
+def package_version() -> str:
     """Name and version of what makes the corruptions.
 
     Raises:

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from eval.image_classification.sources import UNREADABLE, checksum
 from eval.robustness.accuracy import SHOWN
 from eval.robustness.bench import Measured, Wanted
-from eval.robustness.corruptions import MIN_SIDE, corrupt, library_version, picture_seed, start_worker, warm_up
+from eval.robustness.corruptions import MIN_SIDE, corrupt, package_version, picture_seed, start_worker, warm_up
 from eval.robustness.setup import Setup
 from eval.segmentation.layouts import Pair, Pairs
 from eval.segmentation.scores import IGNORED, confusion, intersection_over_union, mean_iou
@@ -69,7 +69,7 @@ class Masks:
         self._data = CorruptedPairs(found.pairs, setup.seed, reduces)
         self._chosen = setup.choose(len(found.pairs))
         corrupts = any(corruption for corruption, _ in self.cells.values())
-        self._library = library_version() if corrupts else None
+        self._library = package_version() if corrupts else None
         self._about = {
             "pictures": found.fingerprint(root),
             "layout": found.layout,

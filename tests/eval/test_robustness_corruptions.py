@@ -128,4 +128,4 @@ def test_names_and_severities_are_read_and_put_in_order():
 def test_a_missing_library_is_named_with_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "imagecorruptions", None)
     with pytest.raises(ModuleNotFoundError, match=r'imagecorruptions-imaug: pip install "vltok\[robustness\]"'):
-        corruptions.library_version()
+        corruptions.package_version()

@@ -7,6 +7,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vltok.kernels
@@ -189,10 +190,10 @@ def test_the_operations_are_what_torch_expects_of_one(layout):
         *tensors, grad = (x.mT.contiguous().mT for x in (*tensors, grad))
     for leaf in tensors:
         leaf.requires_grad_()
-    torch.library.opcheck(gaussian._product, (*tensors, "torch"))
+    opcheck(gaussian._product, (*tensors, "torch"))
     tensors = [x.detach() for x in tensors]
     for needed in ([True, True, True], [False, True, False], [True, False, True]):
-        torch.library.opcheck(gaussian._product_grad, (*tensors, grad, needed, "torch"))
+        opcheck(gaussian._product_grad, (*tensors, grad, needed, "torch"))
 
 
 @pytest.mark.parametrize(("n", "m"), [(3000, 40), (40, 3000), (300, 300)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vltok.kernels import gaussian_mix as module
@@ -95,7 +96,7 @@ def test_the_kernel_matrix_is_never_whole(monkeypatch):
 def test_the_operations_keep_torchs_rules_for_custom_ones():
     for needed in ([True] * 4, [False, True, False, True]):
         tensors = [x.detach().requires_grad_(wanted) for x, wanted in zip(inputs(2, n=8), needed, strict=True)]
-        torch.library.opcheck(torch.ops.vltok.gaussian_mix, (*tensors, "auto"))
+        opcheck(torch.ops.vltok.gaussian_mix, (*tensors, "auto"))
 
 
 def test_it_compiles_as_one_graph():

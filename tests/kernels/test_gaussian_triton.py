@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vltok.kernels import gaussian
@@ -222,9 +223,9 @@ class TestKernels:
         *tensors, grad = make(1, 6, 5, 3, 4)
         for leaf in tensors:
             leaf.requires_grad_()
-        torch.library.opcheck(gaussian._product, (*tensors, "triton"))
+        opcheck(gaussian._product, (*tensors, "triton"))
         tensors = [x.detach() for x in tensors]
-        torch.library.opcheck(gaussian._product_grad, (*tensors, grad, [True, False, True], "triton"))
+        opcheck(gaussian._product_grad, (*tensors, grad, [True, False, True], "triton"))
 
     def test_what_the_kernels_cannot_take_is_refused(self):
         *tensors, _ = make(1, 3, 4, 2, 257)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.library import opcheck
 from torch.nn import functional as F
 
 from eval.measure import cpu_allocations
@@ -188,8 +189,8 @@ def test_without_gradients_none_are_computed():
 def test_the_operations_keep_torchs_rules_for_custom_ones():
     for dtype in (torch.float64, torch.bfloat16, torch.float16):
         scores = [each.detach().to(dtype).requires_grad_() for each in projections(2, 2, 5, 3)]
-        torch.library.opcheck(module._score_loss, (*scores, 0.9, 1.2, True))
-    torch.library.opcheck(module._map_loss, (attention(2, 2, 5), 1.2, True))
+        opcheck(module._score_loss, (*scores, 0.9, 1.2, True))
+    opcheck(module._map_loss, (attention(2, 2, 5), 1.2, True))
 
 
 def test_it_compiles_as_one_graph():

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.library import opcheck
 
 from vltok.methods import inverse as module
 from vltok.methods.inverse import _kernel_inverse, kernel_inverse, released_inverse
@@ -284,4 +285,4 @@ def test_they_compile_as_one_graph(function, ridge):
 def test_the_operation_keeps_torchs_rules_for_custom_ones(steps, ridge):
     batch = torch.stack([kernel("near", seed).float() for seed in range(2)])
     for matrix in (batch, batch.mT, batch[0]):
-        torch.library.opcheck(_kernel_inverse, (matrix.clone().requires_grad_(), steps, ridge, True))
+        opcheck(_kernel_inverse, (matrix.clone().requires_grad_(), steps, ridge, True))

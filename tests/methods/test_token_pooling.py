@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.library import opcheck
 from torch.nn import functional as F
 
 from eval.measure import cpu_allocations
@@ -164,7 +165,7 @@ def test_gradients_are_those_of_finite_differences():
     maps = noise(2, 3, 4, 5, dtype=torch.float64).movedim(1, -1).contiguous().requires_grad_()
     weights = noise(2, 4, 5, 3, dtype=torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(module._mix, (maps, weights))
-    torch.library.opcheck(module._mix, (maps, weights))
+    opcheck(module._mix, (maps, weights))
 
 
 def test_no_neighbourhood_is_unfolded_and_one_pooled_map_is_held_at_a_time():
