@@ -32,7 +32,7 @@ from torch import nn
 from transformers import Cache, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import vltok
-from vltok.methods.selector import Selector
+from vltok.methods.pruning.selector import Selector
 from vltok.views import VisualTokens
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -24,8 +24,8 @@ from rich.progress import track
 from rich.table import Table
 
 from eval.measure import machine
-from vltok.methods.divprune import select_max_min
-from vltok.methods.todre import select_diverse
+from vltok.methods.pruning.divprune import select_max_min
+from vltok.methods.pruning.todre import select_diverse
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

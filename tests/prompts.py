@@ -11,7 +11,7 @@ from tiny import TinyFamily, picture
 from transformers import LlamaForCausalLM
 
 import vltok
-from vltok.methods.selector import Selector
+from vltok import Selector
 from vltok.views import AttentionRequest, VisualTokens
 
 PROMPTS = {  # the text, and for each image whether it has the family's size (0) or its other size (1)

@@ -17,7 +17,7 @@ from transformers import CLIPImageProcessor, CLIPImageProcessorPil, LlamaTokeniz
 
 import vltok
 from vltok.errors import CheckpointError
-from vltok.methods.token_packer_hd import choose_grid
+from vltok.methods.condensing.token_packer.tiles import choose_grid
 from vltok.processing import TokenPackerHDProcessor
 
 COMMA, NEWLINE, IMAGE = 45, 46, 4

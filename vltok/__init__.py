@@ -10,7 +10,18 @@ Importing it loads torch only; transformers arrives with the model you hand in.
 from vltok import errors, nn
 from vltok.api import Handle, apply
 from vltok.method import Method
-from vltok.methods import ADL, SOFT, TAP, DivPrune, FasterVLM, RandomTokens, StrideTokens, ToDRE, TokenPacker
+from vltok.methods import (
+    ADL,
+    SOFT,
+    TAP,
+    DivPrune,
+    FasterVLM,
+    RandomTokens,
+    Selector,
+    StrideTokens,
+    ToDRE,
+    TokenPacker,
+)
 from vltok.report import Report
 from vltok.serialization import from_pretrained, load, save
 from vltok.version import __version__
@@ -25,6 +36,7 @@ __all__ = [
     "Method",
     "RandomTokens",
     "Report",
+    "Selector",
     "StrideTokens",
     "ToDRE",
     "TokenPacker",

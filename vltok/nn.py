@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from vltok.methods.diversification import AttentionDiversificationLoss, attention_diversification_loss
-from vltok.methods.packer import TokenPackerProjector
-from vltok.methods.soft_attention import SoftmaxFreeAttention
-from vltok.methods.todre import Pivot, Strategy, ToDRE, choose_pivot, select_diverse
-from vltok.methods.token_pooling import TokenAwareAveragePooling
+from vltok.methods.adl.diversification import AttentionDiversificationLoss, attention_diversification_loss
+from vltok.methods.condensing.token_packer.projector import TokenPackerProjector
+from vltok.methods.pruning.todre import Pivot, Strategy, ToDRE, choose_pivot, select_diverse
+from vltok.methods.soft.attention import SoftmaxFreeAttention
+from vltok.methods.tap.pooling import TokenAwareAveragePooling
 from vltok.tokens import gather_tokens, keep_count
 
 __all__ = [
@@ -34,7 +34,7 @@ class DiversitySelector(nn.Module):
     Args:
         keep_ratio: Share of the tokens to keep, in (0, 1]. Exactly one of keep_ratio and num_keep.
         num_keep: Number of tokens to keep, at least 1.
-        strategy: "max_sum" or "k_center", see `vltok.methods.todre.select_diverse`.
+        strategy: "max_sum" or "k_center", see `vltok.methods.pruning.todre.select_diverse`.
         pivot: Where to start if `forward` isn't told: "cls" (needs attention), "center", "farthest", or "auto", which
             is "cls" if attention is given, else "center".
 

@@ -18,7 +18,7 @@ from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 
 from vltok.errors import CheckpointError
-from vltok.methods.token_packer_hd import (
+from vltok.methods.condensing.token_packer.tiles import (
     Thumbnail,
     candidate_grids,
     choose_grid,

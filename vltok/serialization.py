@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from vltok.api import Handle, apply
+from vltok.engine.guard import CONFIG_FIELD
 from vltok.errors import CheckpointError
-from vltok.families import CONFIG_FIELD
 from vltok.method import Method
 
 CONFIG_FILE = "vltok_config.json"

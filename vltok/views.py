@@ -53,7 +53,7 @@ class VisualTokens:
 
 
 class TokenSelector(Protocol):
-    """What `LanguageView.on_visual_tokens` needs of a method. `vltok.methods.selector.Selector` is its base class."""
+    """What `LanguageView.on_visual_tokens` needs of a method. `vltok.Selector` is its base class."""
 
     keep_ratio: float | None
     num_keep: int | None

@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from eval import attention_scaling as scaling
-from vltok.methods.inverse import released_inverse
+from vltok.methods.soft.inverse import released_inverse
 
 
 def invoke(*arguments: str):

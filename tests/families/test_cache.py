@@ -13,8 +13,8 @@ from tiny import TinyFamily, shared_model
 from transformers import DynamicCache, MistralConfig, Qwen2Config, StaticCache
 
 import vltok
+from vltok.engine import call as prompt
 from vltok.errors import UnsupportedInputError, UnsupportedModelError
-from vltok.families import prompt
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 METHODS = {

@@ -12,8 +12,8 @@ from transformers import StaticCache
 from transformers.masking_utils import create_causal_mask
 
 import vltok
+from vltok.engine import names as cache_name
 from vltok.errors import UnsupportedInputError
-from vltok.families import cache_name
 
 METHOD = vltok.ToDRE(keep_ratio=0.3, depth=0.5, tau=1.0)
 WORDS = torch.tensor([[9, 10, 11]])

@@ -14,7 +14,7 @@ from tiny import INTERNVL, picture, shared_model
 from transformers import GotOcr2ImageProcessor, InternVLForConditionalGeneration, InternVLVisionConfig
 
 import vltok
-from vltok.families.internvl import InternVL
+from vltok.families.vlm.internvl import InternVL
 from vltok.views import VisualTokens
 
 SIDE, TOKENS = 8, 16  # patches along a tile, tokens of a tile

@@ -13,8 +13,8 @@ from tiny import LLAVA, LLAVA_SIGLIP, shared_model
 from transformers import Dinov2Config, LlavaForConditionalGeneration, LlavaProcessor
 
 import vltok
+from vltok.engine.features import VisionRecorder
 from vltok.errors import UnsupportedModelError
-from vltok.families.vision import VisionRecorder
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 IMAGES = "adjacent images"

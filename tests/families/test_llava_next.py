@@ -11,7 +11,7 @@ from prompts import PROMPTS, batch, generate, pictures, probe, row, rows, single
 from tiny import LLAVA_NEXT, PINPOINTS, picture, shared_model
 
 import vltok
-from vltok.families import llava_next
+from vltok.families.vlm import llava_next
 
 SIDE = 3  # patches along a crop of 42 pixels
 SIZES = [(84, 50), (42, 84), (60, 60), (84, 84), (100, 30), (30, 100), (90, 7), (13, 84)]  # (width, height)

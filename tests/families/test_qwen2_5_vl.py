@@ -14,7 +14,7 @@ from tiny import QWEN2_5_VL, picture, shared_model
 
 import vltok
 from vltok.errors import UnsupportedInputError, UnsupportedModelError
-from vltok.families import qwen2_5_vl
+from vltok.families.vlm import qwen2_5_vl
 
 WINDOW = 2  # visual tokens along a window
 PRUNE = vltok.ToDRE(keep_ratio=0.3, relevance=False)

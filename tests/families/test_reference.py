@@ -12,7 +12,7 @@ from prompts import CACHE, PROMPTS, batch, generate, row, rows, single
 from tiny import TinyFamily, shared_model
 
 import vltok
-from vltok.families.layout import Layout
+from vltok.engine.layout import Layout
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # logits reach 6
 STAGE_1 = vltok.ToDRE(keep_ratio=0.3, relevance=False)

@@ -71,9 +71,9 @@ def test_the_loss_and_its_gradients_are_those_of_the_models_own_maps(name, atten
 def test_eval_mode_leaves_no_loss_and_makes_none(name, monkeypatch):
     model = copy.deepcopy(shared_tower(TOWERS[name]))
     calls = []
-    original = vltok.methods.adl.score_diversification_loss
+    original = vltok.methods.adl.method.score_diversification_loss
     monkeypatch.setattr(
-        vltok.methods.adl, "score_diversification_loss", lambda *args: calls.append(args) or original(*args)
+        vltok.methods.adl.method, "score_diversification_loss", lambda *args: calls.append(args) or original(*args)
     )
     with vltok.apply(model, ADL) as handle:
         assert handle.loss() == 0

@@ -12,10 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vltok.methods import DivPrune, FasterVLM, RandomTokens, StrideTokens
-from vltok.methods.divprune import select_max_min
-from vltok.methods.fastervlm import select_top
-from vltok.methods.random_tokens import position_hash, select_random
-from vltok.methods.stride import select_stride
+from vltok.methods.pruning.divprune import select_max_min
+from vltok.methods.pruning.fastervlm import select_top
+from vltok.methods.pruning.floors import position_hash, select_random, select_stride
 from vltok.tokens import keep_count
 from vltok.views import AttentionRequest, VisualTokens
 

@@ -13,8 +13,8 @@ from torch.library import opcheck
 from torch.nn import functional as F
 
 from eval.measure import cpu_allocations
-from vltok.methods import diversification as module
-from vltok.methods.diversification import score_diversification_loss
+from vltok.methods.adl import diversification as module
+from vltok.methods.adl.diversification import score_diversification_loss
 from vltok.nn import AttentionDiversificationLoss, attention_diversification_loss
 
 DATA = Path(__file__).parents[1] / "data"

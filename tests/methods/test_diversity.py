@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vltok.methods import diversity
-from vltok.methods.divprune import max_min_order, select_max_min
-from vltok.methods.todre import diverse_order, select_diverse
+from vltok.methods.pruning import greedy
+from vltok.methods.pruning.divprune import max_min_order, select_max_min
+from vltok.methods.pruning.todre import diverse_order, select_diverse
 
 DATA = Path(__file__).parent.parent / "data"
 PIVOTS = {"todre_select_n48_d16": (0, 7, 47), "todre_select_n576_d64": (0, 226, 575)}
@@ -25,7 +25,7 @@ STRATEGIES = ("max_sum", "k_center")
 @pytest.fixture(params=[True, False], ids=["gram", "rows"])
 def route(request, monkeypatch):
     """Force one of the two ways to the same similarities."""
-    monkeypatch.setattr(diversity, "gram_is_cheaper", lambda tokens, num_rows: request.param)
+    monkeypatch.setattr(greedy, "gram_is_cheaper", lambda tokens, num_rows: request.param)
 
 
 def golden(name: str, strategy: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -99,7 +99,7 @@ def test_divprune_takes_one_token_of_every_group_of_equal_ones():
 
 @pytest.mark.parametrize("fault", ["bfloat16 similarity", "not masked", "first row for all", "not normalised"])
 def test_planted_faults_miss_the_golden_picks(fault, monkeypatch):
-    right = diversity._follow
+    right = greedy._follow
 
     def follow(row_of, first, num_keep, score):
         def wrong_row_of(index):
@@ -110,9 +110,9 @@ def test_planted_faults_miss_the_golden_picks(fault, monkeypatch):
 
         return right(wrong_row_of, first, num_keep, score)
 
-    monkeypatch.setattr(diversity, "_follow", follow)
+    monkeypatch.setattr(greedy, "_follow", follow)
     if fault == "not normalised":
-        monkeypatch.setattr(diversity, "_inverse", torch.ones_like)
+        monkeypatch.setattr(greedy, "_inverse", torch.ones_like)
     wrong = 0
     for strategy in STRATEGIES:
         tokens, pivots, picks = golden("todre_select_n576_d64", strategy)
@@ -158,7 +158,7 @@ def test_ties_duplicates_and_zero_rows_follow_the_definition_exactly(rows, data,
     num_keep = data.draw(st.integers(1, len(rows)))
     pivot = data.draw(st.integers(0, len(rows) - 1))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(diversity, "gram_is_cheaper", lambda tokens, num_rows: gram)
+        patch.setattr(greedy, "gram_is_cheaper", lambda tokens, num_rows: gram)
         picks = diverse_order(tokens.unsqueeze(0), num_keep, torch.tensor([pivot]), strategy)
     assert picks.dtype == torch.int64
     assert picks[0].tolist() == slow_order(tokens, num_keep, pivot, strategy)
@@ -208,7 +208,7 @@ def test_rows_of_a_batch_do_not_depend_on_each_other(strategy, route):
 def test_a_batch_larger_than_memory_is_taken_in_parts(monkeypatch):
     tokens, pivots = clustered(5, 100, 16), torch.arange(5)
     whole, isolated = diverse_order(tokens, 30, pivots), max_min_order(tokens, 30)
-    monkeypatch.setattr(diversity, "GRAM_ENTRIES", 2 * 100**2)
+    monkeypatch.setattr(greedy, "GRAM_ENTRIES", 2 * 100**2)
     assert torch.equal(diverse_order(tokens, 30, pivots), whole)
     assert torch.equal(max_min_order(tokens, 30), isolated)
 
@@ -247,13 +247,13 @@ def test_autocast_does_not_reach_the_similarity(route):
 @contextlib.contextmanager
 def products_seen(monkeypatch) -> list[str]:
     """The precision that float32 products were allowed, product by product."""
-    seen, multiply = [], diversity._multiply
+    seen, multiply = [], greedy._multiply
 
     def watched(a, b, out):
         seen.append(torch.backends.mkldnn.matmul.fp32_precision)
         multiply(a, b, out)
 
-    monkeypatch.setattr(diversity, "_multiply", watched)
+    monkeypatch.setattr(greedy, "_multiply", watched)
     yield seen
 
 
@@ -263,7 +263,7 @@ def test_only_bfloat16_tokens_use_bfloat16_units_and_the_setting_is_put_back(set
     matmul = torch.backends.mkldnn.matmul
     tokens, pivots = clustered(1, 400, 256).to(dtype), torch.tensor([3])
     expected = diverse_order(tokens, 100, pivots)
-    monkeypatch.setattr(diversity, "cpu_multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(greedy, "cpu_multiplies_bfloat16", lambda: True)
     matmul.fp32_precision = setting
     try:
         with products_seen(monkeypatch) as seen:
@@ -272,7 +272,7 @@ def test_only_bfloat16_tokens_use_bfloat16_units_and_the_setting_is_put_back(set
         tokens[0, 5, 6] = torch.nan
         with pytest.raises(ValueError, match="NaN"):
             diverse_order(tokens, 100, pivots)
-        with pytest.raises(RuntimeError, match="planted"), diversity.float32_products(tokens, matrix_units=True):
+        with pytest.raises(RuntimeError, match="planted"), greedy.float32_products(tokens, matrix_units=True):
             raise RuntimeError("planted")
         assert matmul.fp32_precision == setting
     finally:
@@ -282,18 +282,18 @@ def test_only_bfloat16_tokens_use_bfloat16_units_and_the_setting_is_put_back(set
 
 
 def test_threads_do_not_put_back_each_other_s_setting(monkeypatch):
-    monkeypatch.setattr(diversity, "cpu_multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(greedy, "cpu_multiplies_bfloat16", lambda: True)
     matmul, entered, left, seen = torch.backends.mkldnn.matmul, threading.Event(), threading.Event(), []
 
     def half() -> None:
-        with diversity.float32_products(torch.ones(1, dtype=torch.bfloat16), matrix_units=True):
+        with greedy.float32_products(torch.ones(1, dtype=torch.bfloat16), matrix_units=True):
             entered.set()
             left.wait(0.3)  # time for the other to come in, were it not kept out
         left.set()
 
     def single() -> None:
         entered.wait(10)
-        with diversity.float32_products(torch.ones(1)):
+        with greedy.float32_products(torch.ones(1)):
             seen.append(matmul.fp32_precision)
             left.wait(10)
 
@@ -310,10 +310,10 @@ def test_threads_do_not_put_back_each_other_s_setting(monkeypatch):
 def test_the_route_follows_the_size():
     wide = torch.empty(1, 2880, 4096, device="meta")
     tokens = torch.empty(1, 2880, 4096)
-    assert not diversity.gram_is_cheaper(tokens, 8)
-    assert diversity.gram_is_cheaper(tokens, 287)
-    assert not diversity.gram_is_cheaper(wide, 8)  # not a CPU
-    assert diversity.gram_is_cheaper(wide, 287)
+    assert not greedy.gram_is_cheaper(tokens, 8)
+    assert greedy.gram_is_cheaper(tokens, 287)
+    assert not greedy.gram_is_cheaper(wide, 8)  # not a CPU
+    assert greedy.gram_is_cheaper(wide, 287)
 
 
 class HostWaits(TorchDispatchMode):

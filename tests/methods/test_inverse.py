@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 from torch.library import opcheck
 
-from vltok.methods import inverse as module
-from vltok.methods.inverse import _kernel_inverse, kernel_inverse, released_inverse
+from vltok.methods.soft import inverse as module
+from vltok.methods.soft.inverse import _kernel_inverse, kernel_inverse, released_inverse
 
 GOLDEN = load_file(Path(__file__).parents[1] / "data" / "soft_newton.safetensors")
 RIDGES = pytest.mark.parametrize("ridge", [0.0, 0.01])

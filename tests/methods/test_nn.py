@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import vltok
-from vltok.methods.todre import choose_pivot, select_diverse
+from vltok.methods.pruning.todre import choose_pivot, select_diverse
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from vltok.errors import CheckpointError
-from vltok.methods import packer
+from vltok.methods.condensing.token_packer import projector as packer
 from vltok.nn import TokenPackerProjector
 
 DATA = Path(__file__).parents[1] / "data"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vltok.methods.todre import choose_pivot
+from vltok.methods.pruning.todre import choose_pivot
 
 KEYS = torch.tensor([11, -7, 2**62])
 

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.functional import scaled_dot_product_attention
 
-from vltok.attention import attention_mass, indicator_values
-from vltok.methods.todre import ToDRE, relevance_ratios
+from vltok.engine.attention import attention_mass, indicator_values
+from vltok.methods.pruning.todre import ToDRE, relevance_ratios
 
 DATA = Path(__file__).parent.parent / "data"
 CASES = json.loads((DATA / "todre_alpha.json").read_text())

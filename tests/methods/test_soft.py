@@ -17,7 +17,7 @@ import vltok
 from vltok.families import view
 from vltok.kernels.gaussian import gaussian_kernel
 from vltok.method import Method
-from vltok.methods.soft import start_from_softmax
+from vltok.methods.soft.method import start_from_softmax
 from vltok.nn import SoftmaxFreeAttention
 from vltok.views import SelfAttention
 
@@ -32,7 +32,7 @@ from vltok.views import SelfAttention
         ({"conv_size": -1}, ValueError, "conv_size must be at least 1, got -1"),
         ({"newton_iters": 0}, ValueError, "newton_iters must be at least 1, got 0"),
         ({"newton_iters": None}, TypeError, "newton_iters must be an integer of at least 1, got None"),
-        ({"init": "value"}, ValueError, r"init must be one of \('mean', 'query', 'key', 'random'\), got 'value'"),
+        ({"init": "value"}, ValueError, r"init must be one of 'mean', 'query', 'key', 'random', got 'value'"),
         ({"backend": "cuda"}, ValueError, "backend must be one of .* got 'cuda'"),
         ({"blocks": (0,)}, TypeError, r"blocks must be \(start, stop\), integers or None; got \(0,\)"),
         ({"blocks": (0, 2, 1)}, TypeError, r"blocks must be \(start, stop\)"),

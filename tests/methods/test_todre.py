@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vltok.method import Method
-from vltok.methods.todre import ToDRE, choose_pivot, select_diverse
+from vltok.methods.pruning.todre import ToDRE, choose_pivot, select_diverse
 from vltok.views import AttentionRequest, VisualTokens
 
 

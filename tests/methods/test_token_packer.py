@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import vltok
 from vltok.errors import UnsupportedModelError
-from vltok.methods.token_packer import start_from_pooling
+from vltok.methods.condensing.token_packer.method import start_from_pooling
 from vltok.nn import TokenPackerProjector
 from vltok.views import ProjectorSite
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tiny import LLAVA, picture
 
 import vltok
-from vltok.methods.token_packer_hd import (
+from vltok.methods.condensing.token_packer.tiles import (
     MAX_TILES,
     candidate_grids,
     choose_grid,

@@ -14,8 +14,8 @@ from torch.library import opcheck
 from torch.nn import functional as F
 
 from eval.measure import cpu_allocations
-from vltok.methods import token_pooling as module
-from vltok.methods.token_pooling import dilated_mean
+from vltok.methods.tap import pooling as module
+from vltok.methods.tap.pooling import dilated_mean
 from vltok.nn import TokenAwareAveragePooling
 
 DATA = Path(__file__).parents[1] / "data"

@@ -10,7 +10,7 @@ from timm.models import group_parameters
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
-from vltok.methods.diversification import attention_diversification_loss
+from vltok.methods.adl.diversification import attention_diversification_loss
 
 
 def step(model: nn.Module, x: torch.Tensor) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

@@ -29,7 +29,7 @@ from transformers.utils import is_protobuf_available, is_sentencepiece_available
 from vltok.api import Handle, apply
 from vltok.convert import Entry, ShardWriter, check_names, new_folder, open_shard, read_json, scan, weight_files
 from vltok.errors import CheckpointError
-from vltok.methods.token_packer import HEAD_DIM, LEVELS, TokenPacker
+from vltok.methods.condensing.token_packer.method import HEAD_DIM, LEVELS, TokenPacker
 from vltok.serialization import save
 
 PROJECTOR = "multi_modal_projector."

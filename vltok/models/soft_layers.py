@@ -12,7 +12,7 @@ from timm.layers import DropPath, Mlp
 from torch import nn
 from torch.nn import functional as F
 
-from vltok.methods.soft_attention import Grid, SoftmaxFreeAttention
+from vltok.methods.soft.attention import Grid, SoftmaxFreeAttention
 
 STEM_WIDTH = 32
 

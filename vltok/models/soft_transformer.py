@@ -15,7 +15,7 @@ from timm.layers import calculate_drop_path_rates, get_device_dtype, resample_ab
 from timm.models import checkpoint
 from torch import nn
 
-from vltok.methods.soft_attention import Grid, SoftmaxFreeAttention
+from vltok.methods.soft.attention import Grid, SoftmaxFreeAttention
 from vltok.models.soft_layers import PatchEmbed, SoftBlock, SoftmaxBlock
 
 STAGES = 4

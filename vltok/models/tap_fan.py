@@ -25,7 +25,7 @@ from timm.models.xcit import LPI, ClassAttentionBlock, PositionalEncodingFourier
 from torch import nn
 from torch.nn import functional as F
 
-from vltok.methods.token_pooling import Grid, TokenAwareAveragePooling
+from vltok.methods.tap.pooling import Grid, TokenAwareAveragePooling
 from vltok.models.tap_layers import TapBackbone, check_settings, released_weights
 from vltok.models.weights import check_weights
 

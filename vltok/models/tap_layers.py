@@ -15,7 +15,7 @@ from timm.models import clean_state_dict
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from vltok.methods.token_pooling import Grid
+from vltok.methods.tap.pooling import Grid
 from vltok.recompute import is_recomputing, statistics_kept
 
 

@@ -13,8 +13,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import is_torch_bf16_gpu_available
 
 from vltok.api import Handle, apply
+from vltok.engine.guard import CONFIG_FIELD
 from vltok.errors import VltokError
-from vltok.families import CONFIG_FIELD
 from vltok.method import Method
 from vltok.processing import TokenPackerHDProcessor
 from vltok.serialization import CONFIG_FILE, from_pretrained, load

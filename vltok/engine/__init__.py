@@ -1,0 +1,1 @@
+"""Carries out what methods decide on models of transformers. Knows no family and no algorithm."""

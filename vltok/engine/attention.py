@@ -1,0 +1,311 @@
+"""Every way attention is read: rows and columns of a softmax, the parts of an attention module, what watches them."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import nn
+
+from vltok.edits import Edits
+from vltok.errors import UnsupportedInputError, UnsupportedModelError
+from vltok.views import Projection, ScoreWatcher, SelfAttention
+
+_ROLES = {
+    "query": re.compile(r"(.*\.)?(W_)?q(uery)?(_proj)?"),
+    "key": re.compile(r"(.*\.)?k(ey)?(_proj)?"),
+    "value": re.compile(r"(.*\.)?v(alue)?(_proj)?"),
+    "fused": re.compile(r"(.*\.)?qkv(_proj)?"),
+}
+_HEADS = ("num_heads", "num_attention_heads")
+_SCALES = ("scale", "scaling")
+_BIASES = ("q_bias", "k_bias", "v_bias")
+
+
+# Rows and columns of a softmax attention, exact and without the N x N map
+
+
+def _heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
+    return x.float().unflatten(-1, (num_heads, -1)).transpose(-3, -2)  # (..., S, C) -> (..., H, S, C / H)
+
+
+def cls_attention(query: torch.Tensor, key: torch.Tensor, num_heads: int, scale: float) -> torch.Tensor:
+    """Attention of one query row, a = softmax(scale q K^T), mean over the heads.
+
+    Args:
+        query: The projected query row, (B, 1, C).
+        key: The projected keys, (B, S, C).
+        num_heads: Attention heads, H; C is divisible by it.
+        scale: Factor of the logits, usually (C / H) ** -0.5.
+
+    Returns:
+        Attention, (B, S), float32; each row sums to 1.
+    """
+    logits = _heads(query, num_heads) @ _heads(key, num_heads).mT * scale  # (B, H, 1, S)
+    return logits.softmax(-1).mean(1).squeeze(1)
+
+
+def received_attention(
+    query: torch.Tensor, key: torch.Tensor, num_heads: int, scale: float, chunk: int = 256
+) -> torch.Tensor:
+    """Attention every key receives, the mean over all queries and heads.
+
+    Args:
+        query: Projected queries, (B, S, C).
+        key: Projected keys, (B, S, C).
+        num_heads: Attention heads, H.
+        scale: Factor of the logits.
+        chunk: Queries taken at a time; peak memory is B * H * chunk * S floats.
+
+    Returns:
+        Attention received, (B, S), float32; each row sums to 1.
+    """
+    keys = _heads(key, num_heads).mT
+    total = key.new_zeros(key.shape[0], key.shape[1], dtype=torch.float32)
+    for rows in query.split(chunk, dim=1):
+        total += (_heads(rows, num_heads) @ keys * scale).softmax(-1).sum(dim=(1, 2))
+    return total / (num_heads * query.shape[1])
+
+
+def indicator_values(columns: torch.Tensor, num_heads: int, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
+    """Values that make an attention layer return how much each query attends to groups of keys.
+
+    With the c-th value channel 1 on the keys of group c and 0 elsewhere, the attention output's c-th channel is the
+    query's attention mass on that group: exact for any mask, rotary embedding or attention kernel.
+
+    Args:
+        columns: Which keys belong to which group, (B, S, G), bool; G <= head_dim.
+        num_heads: Key-value heads.
+        head_dim: Width of a head.
+        dtype: The dtype the layer computes in.
+
+    Returns:
+        What to put in the place of the value projection's output, (B, S, num_heads * head_dim).
+
+    Raises:
+        ValueError: If there are more groups than value channels.
+    """
+    batch, length, groups = columns.shape
+    if groups > head_dim:
+        raise ValueError(f"{groups} groups of keys don't fit into {head_dim} value channels; give at most {head_dim}")
+    values = columns.new_zeros(batch, length, num_heads, head_dim, dtype=dtype)
+    values[..., :groups] = columns.unsqueeze(2)
+    return values.flatten(2)
+
+
+def attention_mass(output: torch.Tensor, head_dim: int, groups: int) -> torch.Tensor:
+    """Read the attention mass out of what attention returned for `indicator_values`.
+
+    Args:
+        output: Concatenated head outputs before the output projection, (B, S, H * head_dim).
+        head_dim: Width of a head.
+        groups: Number of groups, G.
+
+    Returns:
+        Share of each query's attention on each group, mean over the query heads, (B, S, G), float32.
+    """
+    return output.unflatten(-1, (-1, head_dim))[..., :groups].float().mean(2)
+
+
+# Which part of an attention module is which, whatever the library calls them
+
+
+def find_attention(block: nn.Module) -> str | None:
+    """Name of the child of a block that attends: the one with heads, and a layer for queries or for all three."""
+    found = [name for name, child in block.named_children() if num_heads(child) and _projects_queries(child)]
+    return found[0] if len(found) == 1 else None
+
+
+def read_attention(module: nn.Module, dim: int) -> SelfAttention:
+    """Take a self-attention apart.
+
+    Args:
+        module: The attention.
+        dim: Width of the tokens, C.
+
+    Raises:
+        UnsupportedModelError: If projections are missing or of another width, or other parts have weights.
+    """
+    layers = _linear_layers(module)
+    biases = {role: getattr(module, f"{role[0]}_bias", None) for role in ("query", "key", "value")}
+    if "fused" in layers:
+        layer = layers["fused"]
+        weights = layer.weight.chunk(3)
+        parts = dict(zip(("query", "key", "value"), weights, strict=True))
+        own = layer.bias.chunk(3) if layer.bias is not None else (biases["query"], biases["key"], biases["value"])
+        projections: dict[str, Projection] = {
+            role: (weight, bias) for (role, weight), bias in zip(parts.items(), own, strict=True)
+        }
+    else:
+        projections = {
+            role: (layers[role].weight, layers[role].bias if layers[role].bias is not None else biases[role])
+            for role in ("query", "key", "value")
+            if role in layers
+        }
+    if "out" in layers:
+        projections["out"] = (layers["out"].weight, layers["out"].bias)
+    if missing := {"query", "key", "value", "out"} - projections.keys():
+        raise _unsupported(module, f"has no linear layer for {', '.join(sorted(missing))}")
+    for role, (weight, _) in projections.items():
+        if weight.shape != (dim, dim) or not weight.is_floating_point():
+            raise _unsupported(module, f"projects {role} by {tuple(weight.shape)} {weight.dtype}, not {dim} -> {dim}")
+        if weight.is_meta:
+            raise _unsupported(module, "is offloaded (on the meta device); load it onto a device")
+    known = {id(parameter) for layer in layers.values() for parameter in layer.parameters()}
+    known |= {id(bias) for bias in biases.values() if bias is not None}
+    if others := [name for name, parameter in module.named_parameters() if id(parameter) not in known]:
+        raise _unsupported(module, f"has further weights, {', '.join(others)}")
+    leaves = {name: part for name, part in module.named_modules() if not list(part.children())}
+    if others := [name for name, part in leaves.items() if not isinstance(part, nn.Linear | nn.Dropout | nn.Identity)]:
+        raise _unsupported(module, f"has further parts, {', '.join(others)}")
+    return SelfAttention(module, num_heads(module), **projections)
+
+
+def tokens_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """The tokens among the arguments a block calls its attention with.
+
+    Raises:
+        ValueError: If there is a mask or a position embedding among them, which change what attention means, or
+            attention maps are asked for.
+    """
+    tokens, wanted = split_arguments(args, kwargs)
+    wanted += ["output_attentions"] if kwargs.get("output_attentions") is True else []
+    if wanted:
+        raise ValueError(
+            f"{type(module).__name__} attends from all tokens to all, but its block asks for more, by "
+            f"{', '.join(wanted)}: masks, rotary positions and attention maps are not to be had; take the method off "
+            "for that"
+        )
+    return tokens
+
+
+def split_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, list[str]]:
+    """The tokens among the arguments of an attention, and the names of those that change what it means.
+
+    Single numbers, such as how many items are in a batch, are passed down by trainers and change nothing.
+    """
+    given = {**{f"argument {place}": value for place, value in enumerate(args)}, **kwargs}
+    tokens = given.pop(next(iter(given)))
+    tensors = [name for name, value in given.items() if isinstance(value, torch.Tensor) and value.dim() > 0]
+    return tokens, tensors + [name for name in ("is_causal",) if given.get(name) is True]
+
+
+def num_heads(module: nn.Module) -> int:
+    """Heads of an attention module, 0 if it has no such number."""
+    return next((getattr(module, name) for name in _HEADS if isinstance(getattr(module, name, None), int)), 0)
+
+
+def _projects_queries(module: nn.Module) -> bool:
+    patterns = _ROLES["query"], _ROLES["fused"]
+    return any(pattern.fullmatch(name) for name, _ in module.named_modules() for pattern in patterns if name)
+
+
+def attention_scale(module: nn.Module) -> float | None:
+    """What products of queries and keys are multiplied by, or None if the module has no such number."""
+    return next((getattr(module, name) for name in _SCALES if isinstance(getattr(module, name, None), float)), None)
+
+
+def score_layers(module: nn.Module) -> tuple[nn.Module, nn.Module] | None:
+    """The layers that give queries and keys, whatever their type, so that adapters on them count.
+
+    Norms of queries and keys come last where there are any, also those that do nothing. None if there are no such
+    layers, or if further weights may have a part in the probabilities.
+    """
+    if any(name not in _BIASES for name, _ in module.named_parameters(recurse=False)):
+        return None
+    children = dict(module.named_modules())
+    for names in (("q_norm", "k_norm"), (_ROLES["query"], _ROLES["key"])):
+        found = [
+            next((child for name, child in children.items() if name and re.fullmatch(pattern, name)), None)
+            for pattern in names
+        ]
+        if None not in found:
+            return found[0], found[1]
+    return None
+
+
+def _linear_layers(module: nn.Module) -> dict[str, nn.Linear]:
+    """Linear layers by role; the one that is neither query, key, value nor all three is the output projection."""
+    layers: dict[str, nn.Linear] = {}
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Linear):
+            role = next((role for role, pattern in _ROLES.items() if pattern.fullmatch(name)), "out")
+            layers.setdefault(role, layer)
+    return layers
+
+
+def _unsupported(module: nn.Module, reason: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"the attention of this vision tower can't be replaced: {type(module).__name__} {reason}; what can is plain "
+        "multi-head self-attention, as in CLIP, SigLIP, ViT and DINOv2 of transformers and most ViTs of timm"
+    )
+
+
+# Showing queries and keys to a method, while the attention itself runs as it always does
+
+
+def watch(edits: Edits, block: int, attention: nn.Module, watcher: ScoreWatcher) -> None:
+    """Show the watcher the queries and keys of an attention, each time it runs in train mode.
+
+    Raises:
+        UnsupportedModelError: If the attention doesn't say where its queries and keys are.
+    """
+    layers, scale, heads = score_layers(attention), attention_scale(attention), num_heads(attention)
+    if layers is None or scale is None or not heads:
+        raise UnsupportedModelError(
+            f"{type(attention).__name__}, block {block} of this vision tower, exposes no attention probabilities: it "
+            "has no softmax over scaled products of queries and keys that vltok can find, as CLIP, SigLIP, ViT and "
+            "DINOv2 of transformers and most ViTs of timm have; leave such blocks out with blocks=(start, stop)"
+        )
+    recorder = ScoreRecorder(block, heads, scale, watcher)
+    for layer, keep in zip(layers, (recorder.keep_query, recorder.keep_key), strict=True):
+        edits.after(layer, keep)
+    edits.after(attention, recorder.show)
+
+
+class MapRecorder:
+    """Shows the probabilities that go through a dropout layer, before it drops any."""
+
+    def __init__(self, block: int, watcher: ScoreWatcher) -> None:
+        self.block = block
+        self.watcher = watcher
+
+    def show(self, dropout: nn.Module, args: tuple, kwargs: dict[str, Any], output: torch.Tensor) -> None:
+        if dropout.training:
+            self.watcher.see_map(self.block, args[0])
+
+
+class ScoreRecorder:
+    """Holds the queries and keys of one block from where they are made until the block has attended."""
+
+    def __init__(self, block: int, heads: int, scale: float, watcher: ScoreWatcher) -> None:
+        self.block = block
+        self.heads = heads
+        self.scale = scale
+        self.watcher = watcher
+        self._query: torch.Tensor | None = None
+        self._key: torch.Tensor | None = None
+
+    def keep_query(self, layer: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> None:
+        if layer.training:
+            self._query = self._by_heads(output)
+
+    def keep_key(self, layer: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> None:
+        if layer.training:
+            self._key = self._by_heads(output)
+
+    def show(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        if self._query is None or self._key is None:
+            return
+        query, key, self._query, self._key = self._query, self._key, None, None
+        if others := split_arguments(args, kwargs)[1]:
+            raise UnsupportedInputError(
+                f"{type(attention).__name__} got {', '.join(others)}, with which its probabilities are not those of "
+                "its queries and keys; call the vision tower without"
+            )
+        self.watcher.see(self.block, query, key, self.scale)
+
+    def _by_heads(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, N, C) or (B, heads, N, d) -> (B, heads, N, d)."""
+        return x if x.dim() == 4 else x.unflatten(-1, (self.heads, -1)).transpose(1, 2)

@@ -1,0 +1,84 @@
+"""VlmView: a vision-language model as methods see it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from vltok.edits import Edits
+from vltok.engine.guard import mark_checkpoint
+from vltok.engine.pruning import PruningEngine
+from vltok.errors import UnsupportedModelError
+from vltok.families import find_tower
+from vltok.families.towers import TOWERS
+from vltok.families.towers.view import TowerView
+from vltok.families.vlm.base import VlmFamily
+from vltok.method import Run
+from vltok.views import LanguageView, ProjectorSite, ProjectorView, RelevanceJudge, TokenSelector, VisionView
+
+
+class VlmView(LanguageView, ProjectorView):
+    """A vision-language model, its parts found by its family."""
+
+    def __init__(self, family: VlmFamily, model: nn.Module, processor: Any) -> None:
+        self.family = family
+        self.processor = processor
+        self.host = model
+        self._engine: PruningEngine | None = None
+        self._tower: TowerView | None = None
+        self._restore: dict[str, dict[str, Any]] = {}
+
+    @property
+    def vision(self) -> VisionView:
+        if self._tower is None:
+            tower = self.family.tower(self.host)
+            self._tower = find_tower(tower)
+            if self._tower is None:
+                raise UnsupportedModelError(
+                    f"the vision tower of {self.family.title}, {type(tower).__name__}, is not one whose blocks vltok "
+                    f"knows; families that can: llava, llava_next, llava_onevision, and {', '.join(TOWERS)} alone"
+                )
+        return self._tower
+
+    def on_visual_tokens(self, edits: Edits, run: Run, selector: TokenSelector) -> None:
+        self._pruning(edits, run).use_selector(edits, self.host, selector)
+
+    def on_decoder_layers(self, edits: Edits, run: Run, judge: RelevanceJudge) -> None:
+        self._pruning(edits, run).use_judge(edits, self.host, judge)
+
+    def projector_site(self) -> ProjectorSite:
+        return self.family.projector_site(self.host)
+
+    def swap_projector(
+        self, edits: Edits, run: Run, projector: nn.Module, levels: tuple[int, ...], scale_factor: int
+    ) -> None:
+        if self._engine is not None or self._is_pruned():
+            raise ValueError(
+                "the tokens that the projector in place returns are already being pruned; replace the projector first: "
+                "vltok.apply(model, [projector method, pruning method], processor=processor)"
+            )
+        self._restore = self.family.swap_projector(
+            edits, run, self.host, self.processor, projector, levels, scale_factor
+        )
+
+    def mark_checkpoint(self, edits: Edits, settings: dict[str, Any]) -> None:
+        """Note in the model's config what is on it, so that a checkpoint saved meanwhile says how to load it."""
+        tower = {} if self._tower is None else {"vision_config": self._tower.restore}
+        mark_checkpoint(edits, self.host.config, settings, self._restore | tower)
+
+    def _is_pruned(self) -> bool:
+        hooks = self.host._forward_pre_hooks.values()
+        return any(isinstance(getattr(hook, "__self__", None), PruningEngine) for hook in hooks)
+
+    def _pruning(self, edits: Edits, run: Run) -> PruningEngine:
+        if self._engine is None:
+            if self._is_pruned():
+                raise ValueError(
+                    "this model's visual tokens are already pruned; remove that handle first, or apply the methods "
+                    "together: vltok.apply(model, [first, second])"
+                )
+            self.family.check_pruning(self.host)
+            self._engine = PruningEngine(self.family, run)
+            self._engine.install(edits, self.host)
+        return self._engine

@@ -1,0 +1,9 @@
+"""Methods that keep some of the visual tokens of every image."""
+
+from vltok.methods.pruning.divprune import DivPrune
+from vltok.methods.pruning.fastervlm import FasterVLM
+from vltok.methods.pruning.floors import RandomTokens, StrideTokens
+from vltok.methods.pruning.selector import Selector
+from vltok.methods.pruning.todre import ToDRE
+
+__all__ = ["DivPrune", "FasterVLM", "RandomTokens", "Selector", "StrideTokens", "ToDRE"]

@@ -1,0 +1,63 @@
+"""Selector, the base of the training-free methods that keep some of the visual tokens of every image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from vltok.checks import check_budget, check_choice
+from vltok.edits import Edits
+from vltok.method import Method, Run
+from vltok.views import AttentionRequest, LanguageView, VisualTokens
+
+
+@dataclass(frozen=True)
+class Selector(Method):
+    """Keep some visual tokens of every image before the language model and drop the rest.
+
+    A selector defines `select`, a pure function of the visual tokens; embeddings, masks, positions, cache and labels
+    are the family's work.
+
+    Attributes:
+        keep_ratio: Share of each image's visual tokens to keep, in (0, 1]. Exactly one of keep_ratio and num_keep.
+        num_keep: Number of visual tokens to keep per image, at least 1.
+        positions: "keep" leaves the kept tokens their rotary positions, "reindex" counts them anew without gaps.
+    """
+
+    keep_ratio: float | None = None
+    num_keep: int | None = None
+    positions: Literal["keep", "reindex"] = "keep"
+
+    def __post_init__(self) -> None:
+        if (self.keep_ratio is None) == (self.num_keep is None):
+            given = (
+                "neither" if self.keep_ratio is None else f"keep_ratio={self.keep_ratio} and num_keep={self.num_keep}"
+            )
+            raise ValueError(f"{type(self).__name__} takes exactly one of keep_ratio and num_keep, got {given}")
+        check_budget(self.keep_ratio, self.num_keep)
+        check_choice("positions", self.positions, ("keep", "reindex"))
+
+    def attention_request(self, has_cls: bool) -> AttentionRequest | None:
+        """Say which attention of the vision tower `select` needs; none by default.
+
+        Args:
+            has_cls: Whether the vision tower has a [CLS] token.
+        """
+        return None
+
+    def select(self, visual: VisualTokens, num_keep: int) -> torch.Tensor:
+        """Pick tokens, a pure function.
+
+        Args:
+            visual: The visual tokens of B images of N tokens each.
+            num_keep: How many to keep, in 1..N.
+
+        Returns:
+            Kept positions, (B, num_keep), ascending, int64.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define select()")
+
+    def attach(self, view: LanguageView, edits: Edits, run: Run) -> None:
+        view.on_visual_tokens(edits, run, self)

@@ -1,0 +1,255 @@
+"""Softmax-free attention: a Gaussian kernel that factors through landmarks, so that time and memory are linear.
+
+Papers: https://arxiv.org/abs/2110.11945 (SOFT, NeurIPS 2021), https://arxiv.org/abs/2207.03341 (SOFT-Norm, IJCV 2024).
+Differs from the released code, unless `parity=True`: the inverse is checked and, where it is not one, solved; no sample
+depends on another; rows and columns that the ratio leaves over get landmarks too. Prefix tokens are an addition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from vltok.errors import CheckpointError
+from vltok.kernels.depthwise import depthwise_conv2d
+from vltok.kernels.gaussian import BACKENDS, gaussian_kernel
+from vltok.kernels.gaussian_mix import gaussian_mix
+from vltok.methods.soft.inverse import RIDGE, STEPS, kernel_inverse, released_inverse
+from vltok.methods.weights import load_weights, weights_around
+
+Grid = tuple[int, int]
+
+
+class HeadConv2d(nn.Conv2d):
+    """A depthwise convolution over heads, (B, heads * d, H, W) to the same: the d channels of a head share a kernel."""
+
+    def __init__(self, num_heads: int, kernel_size: int) -> None:
+        super().__init__(num_heads, num_heads, kernel_size, padding=kernel_size // 2, groups=num_heads, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return depthwise_conv2d(x, self.weight.repeat_interleave(x.shape[1] // self.groups, 0))
+
+
+class GaussianKernel(nn.Module):
+    """What stands between the projections: landmarks, kernels and the convolution of the values, by released names."""
+
+    def __init__(
+        self,
+        head_dim: int,
+        num_heads: int,
+        ratio: int,
+        conv_size: int,
+        normalize: bool,
+        newton_iters: int,
+        num_prefix_tokens: int,
+        backend: str,
+        parity: bool,
+    ) -> None:
+        super().__init__()
+        self.ratio = ratio
+        self.normalize = normalize
+        self.newton_iters = newton_iters
+        self.num_prefix_tokens = num_prefix_tokens
+        self.backend = backend
+        self.parity = parity
+        self.Qlandmark_op = nn.Conv2d(head_dim, head_dim, ratio, stride=ratio, bias=False)
+        self.Qnorm_act = nn.Sequential(nn.LayerNorm(head_dim), nn.GELU())
+        self.conv = HeadConv2d(num_heads, conv_size)
+
+    def forward(self, query: torch.Tensor, value: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """Attend: query and value (B, heads, N, d), query serving as key too -> (B, heads, N, d), float32."""
+        with torch.autocast(query.device.type, enabled=False):
+            scale = query.shape[-1] ** -0.25
+            wide = torch.promote_types(query.dtype, torch.float32)
+            query = query.to(wide).contiguous()
+            landmarks = self.landmarks(query, grid, scale).to(wide)
+            center = landmarks.mean(2, keepdim=True).detach()  # kernels see differences, products see less rounding
+            query = torch.add(-center, query, alpha=scale)
+            landmarks = landmarks - center
+            weight = self._inverse(gaussian_kernel(landmarks))  # (B, heads, M, M)
+            attended = gaussian_mix(query, landmarks, value.to(wide), weight, self.backend)
+            return attended + self._convolve(value, grid)
+
+    def landmarks(self, query: torch.Tensor, grid: Grid, scale: float) -> torch.Tensor:
+        """Condense `scale` times the queries of each ratio x ratio region: (B, heads, N, d) -> (B, heads, M, d)."""
+        height, length = grid
+        patches = query[:, :, self.num_prefix_tokens :] if self.num_prefix_tokens else query
+        image = patches.flatten(0, 1).mT.unflatten(2, grid)  # (B * heads, d, H, W), channels last in memory
+        image = image.to(self.Qlandmark_op.weight.dtype)
+        below, right = -height % self.ratio, -length % self.ratio
+        if (below or right) and not self.parity:
+            image = F.pad(image, (0, right, 0, below), mode="replicate")
+        rows = self.Qlandmark_op(image).flatten(2).mT * scale  # (B * heads, M, d)
+        rows = self.Qnorm_act(rows).unflatten(0, query.shape[:2])
+        if self.num_prefix_tokens:
+            rows = torch.cat([rows, query[:, :, : self.num_prefix_tokens] * scale], dim=2)
+        return rows
+
+    def _inverse(self, kernel: torch.Tensor) -> torch.Tensor:
+        ridge = 0.0 if self.normalize else RIDGE
+        inverse = (released_inverse if self.parity else kernel_inverse)(kernel, self.newton_iters, ridge)
+        if not self.normalize:
+            return inverse
+        scale = kernel.sum(-1).rsqrt()
+        return scale.unsqueeze(-1) * inverse * scale.unsqueeze(-2)
+
+    def _convolve(self, value: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """Convolve values on the grid: (B, heads, N, d) -> (B, heads, N, d); prefix tokens get nothing."""
+        rows = value.transpose(1, 2).flatten(2)[:, self.num_prefix_tokens :]  # (B, H * W, C)
+        image = rows.unflatten(1, grid).permute(0, 3, 1, 2)  # channels last in memory, as convolutions like it
+        rows = self.conv(image.to(self.conv.weight.dtype)).flatten(2).mT
+        if self.num_prefix_tokens:
+            rows = F.pad(rows, (0, 0, self.num_prefix_tokens, 0))
+        return rows.unflatten(2, (value.shape[1], -1)).transpose(1, 2)
+
+
+class SoftmaxFreeAttention(nn.Module):
+    """Self-attention with linear cost: SOFT, or SOFT-Norm with `normalize`.
+
+    Queries and keys are one projection. Landmarks are queries condensed over `ratio` x `ratio` regions of the grid, and
+    prefix tokens as they are. Kernels and their inverse are computed in float32 whatever the dtype of the module. State
+    dicts have the released names.
+
+    Args:
+        dim: Width, C.
+        num_heads: Attention heads; must divide `dim`.
+        ratio: Side of the region that becomes one landmark; at most the shorter side of the grid. Released are 8, 4, 2.
+        conv_size: Side of the convolution of the values, odd. Released are 9, 5, 3 for those ratios.
+        normalize: Scale the inverse by the landmarks' row sums, which generalises better (SOFT-Norm).
+        newton_iters: Newton steps for the inverse. What they leave unsolved is solved in float64.
+        num_prefix_tokens: Tokens before those of the grid, such as [CLS] and registers.
+        backend: What computes the kernel products, see `vltok.kernels.gaussian.gaussian_product`.
+        parity: Compute what the released code computes, for its checkpoints: the unchecked inverse, with `normalize`
+            the one whose start depends on the whole batch; no landmarks for rows and columns that `ratio` leaves over.
+
+    Raises:
+        TypeError, ValueError: If a setting is out of range.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        ratio: int,
+        conv_size: int,
+        normalize: bool = True,
+        newton_iters: int = STEPS,
+        num_prefix_tokens: int = 0,
+        backend: str = "auto",
+        parity: bool = False,
+    ) -> None:
+        super().__init__()
+        sizes = {"dim": dim, "num_heads": num_heads, "ratio": ratio, "conv_size": conv_size}
+        for name, value in {**sizes, "newton_iters": newton_iters, "num_prefix_tokens": num_prefix_tokens}.items():
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an integer, got {value!r}")
+            if value < (least := 0 if name == "num_prefix_tokens" else 1):
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        if dim % num_heads:
+            raise ValueError(f"num_heads must divide dim={dim}, got {num_heads}")
+        if conv_size % 2 == 0:
+            raise ValueError(f"conv_size must be odd, so that the convolution keeps the grid; got {conv_size}")
+        if backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+        self.dim = dim
+        self.num_heads = num_heads
+        self.num_prefix_tokens = num_prefix_tokens
+        self.W_q = nn.Linear(dim, dim)
+        self.W_v = nn.Linear(dim, dim)
+        self.attn = GaussianKernel(
+            dim // num_heads,
+            num_heads,
+            ratio,
+            conv_size,
+            normalize,
+            newton_iters,
+            num_prefix_tokens,
+            backend,
+            parity,
+        )
+        self.ff = nn.Linear(dim, dim)
+
+    def forward(self, x: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """Attend.
+
+        Args:
+            x: Tokens, (B, N, C): prefix tokens, then the grid's row by row; N = num_prefix_tokens + H * W.
+            grid: Height and width of the grid, (H, W).
+
+        Returns:
+            (B, N, C), in the dtype that a linear layer gives.
+
+        Raises:
+            ValueError: If the tokens don't form the grid, or the grid is smaller than the ratio.
+        """
+        self._check(x, grid)
+        query, value = (part(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (self.W_q, self.W_v))
+        attended = self.attn(query, value, grid)  # (B, heads, N, d)
+        return self.ff(attended.transpose(1, 2).flatten(2).to(value.dtype))
+
+    def _check(self, x: torch.Tensor, grid: Grid) -> None:
+        height, width = grid
+        ratio, prefix = self.attn.ratio, self.num_prefix_tokens
+        if x.dim() != 3 or x.shape[-1] != self.dim:
+            raise ValueError(f"x must be (B, N, {self.dim}), got {tuple(x.shape)}")
+        if x.shape[1] != prefix + height * width:
+            raise ValueError(
+                f"{x.shape[1]} tokens are not {prefix} prefix tokens and a grid of {height} x {width} = "
+                f"{height * width}; pass the grid that the tokens form, and num_prefix_tokens at construction"
+            )
+        if ratio > min(height, width):
+            raise ValueError(
+                f"ratio={ratio} is larger than the grid of {height} x {width}; use a ratio of at most "
+                f"{min(height, width)}, or a larger picture"
+            )
+
+    def extra_repr(self) -> str:
+        inner = self.attn
+        names = ("ratio", "normalize", "newton_iters", "num_prefix_tokens", "backend", "parity")
+        return ", ".join([f"num_heads={self.num_heads}"] + [f"{name}={getattr(inner, name)!r}" for name in names])
+
+    @classmethod
+    def from_official(
+        cls,
+        state_dict: Mapping[str, torch.Tensor],
+        normalize: bool = True,
+        newton_iters: int = STEPS,
+        num_prefix_tokens: int = 0,
+        backend: str = "auto",
+        parity: bool = True,
+    ) -> SoftmaxFreeAttention:
+        """Build the attention that released weights belong to, by default computing what they were trained with.
+
+        Args:
+            state_dict: Weights with the official names, bare or behind a common prefix ("block1.0.att.mha."), of one
+                attention. Sizes, dtype and device are read from them.
+            normalize: Whether they are of a -Norm model, which weights don't tell.
+            newton_iters: As for the constructor.
+            num_prefix_tokens: As for the constructor.
+            backend: As for the constructor.
+            parity: As for the constructor.
+
+        Raises:
+            CheckpointError: If weights are missing, unexpected or of the wrong shape; the message lists them.
+        """
+        anchor = "W_q.weight"
+        own = weights_around(state_dict, anchor)
+
+        def size(name: str, dims: int, axis: int, default: int) -> int:  # the default is to name what is missing
+            return own[name].shape[axis] if name in own and own[name].dim() == dims else default
+
+        dim, heads = size(anchor, 2, 1, 64), size("attn.conv.weight", 4, 0, 2)
+        ratio, conv_size = size("attn.Qlandmark_op.weight", 4, -1, 8), size("attn.conv.weight", 4, -1, 9)
+        settings = (normalize, newton_iters, num_prefix_tokens, backend, parity)
+        if min(dim, heads, ratio, conv_size) < 1 or dim % heads or conv_size % 2 == 0:
+            raise CheckpointError(
+                f"these weights are of no softmax-free attention: width {dim}, {heads} heads, ratio {ratio}, "
+                f"convolution of {conv_size}; heads must divide the width, and the convolution be odd"
+            )
+        with torch.device("meta"):
+            attention = cls(dim, heads, ratio, conv_size, *settings)
+        load_weights(attention, own, "a softmax-free attention")
+        return attention
