@@ -8,8 +8,10 @@ Importing it loads torch only; transformers arrives with the model you hand in.
 """
 
 from vltok import errors, nn
-from vltok.api import Handle, apply
-from vltok.method import Method
+from vltok.api import apply
+from vltok.families import register_family, supported_models
+from vltok.handle import Handle, handles, remove
+from vltok.method import Method, register
 from vltok.methods import (
     ADL,
     SOFT,
@@ -44,7 +46,12 @@ __all__ = [
     "apply",
     "errors",
     "from_pretrained",
+    "handles",
     "load",
     "nn",
+    "register",
+    "register_family",
+    "remove",
     "save",
+    "supported_models",
 ]

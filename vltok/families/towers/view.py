@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -223,14 +224,14 @@ def restore_output_capture(edits: Edits, model: nn.Module) -> None:
     swapped out then. Without them it does so again when it next needs them.
     """
     before = [module for module in model.modules() if getattr(module, _FLAG, False)]
+    edits.at_undo(partial(_take_off_output_capture, model, before))
 
-    def undo() -> None:
-        for module in model.modules():
-            if getattr(module, _FLAG, False) and module not in before:
-                delattr(module, _FLAG)
-                for part in module.modules():
-                    hooks = part._forward_hooks
-                    for key in [key for key, hook in hooks.items() if getattr(hook, "__name__", "") == _HOOK]:
-                        del hooks[key]
 
-    edits.at_undo(undo)
+def _take_off_output_capture(model: nn.Module, before: Sequence[nn.Module]) -> None:
+    for module in model.modules():
+        if getattr(module, _FLAG, False) and module not in before:
+            delattr(module, _FLAG)
+            for part in module.modules():
+                hooks = part._forward_hooks
+                for key in [key for key, hook in hooks.items() if getattr(hook, "__name__", "") == _HOOK]:
+                    del hooks[key]

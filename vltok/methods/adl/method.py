@@ -58,7 +58,7 @@ class ADL(Method):
 
     def attach(self, view: VisionHost, edits: Edits, run: Run) -> None:
         blocks = self.settled(view).blocks
-        run.report("diversification", Diversification(blocks))
+        run.fact("diversification", Diversification(blocks))
         view.vision.watch_scores(edits, range(*blocks), _Losses(run, blocks, self.weight, self.threshold))
 
 

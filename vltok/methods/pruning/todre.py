@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -174,6 +174,8 @@ class ToDRE(Selector):
         stages: Which stages run: (1,), (2,) or (1, 2). Left out, it follows `relevance`.
         seed: For `pivot="random"`.
     """
+
+    fixed: ClassVar[tuple[str, ...]] = ("relevance", "depth", "stages")  # they decide which layers are hooked
 
     strategy: Strategy = "max_sum"
     pivot: Pivot = "auto"

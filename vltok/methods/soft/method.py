@@ -102,7 +102,7 @@ class SOFT(Method):
             weight = old.out[0]
             vision.swap_attention(edits, block, attention.to(weight.device, weight.dtype))
         landmarks = math.prod(-(-side // method.ratio) for side in vision.grid)
-        run.report("attention", LinearAttention(method.blocks, math.prod(vision.grid), landmarks))
+        run.fact("attention", LinearAttention(method.blocks, math.prod(vision.grid), landmarks))
 
 
 @torch.no_grad()

@@ -65,4 +65,4 @@ class TAP(Method):
             )
             like = next(vision.attention_module(block).parameters())
             vision.pool_before_attention(edits, block, CHILD, pooling.to(like.device, like.dtype))
-        run.report("pooling", Pooling(blocks, self.num_scales))
+        run.fact("pooling", Pooling(blocks, self.num_scales))
