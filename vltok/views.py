@@ -64,20 +64,44 @@ class TokenSelector(Protocol):
     def select(self, visual: VisualTokens, num_keep: int) -> torch.Tensor: ...
 
 
-class RelevanceJudge(Protocol):
-    """What `LanguageView.on_decoder_layers` needs of a method: where to look, and what to conclude.
+class DecoderState(Protocol):
+    """What a decoder rule sees of a prompt at one layer, each thing computed when it is asked for.
 
-    `candidate_layers` counts decoder layers: l means that the layers after the l-th may run without visual tokens.
-    `judge` gets, for the l-th layer, what share of its attention each row puts on visual and on text tokens (mass,
-    (B, S, 2), float32, mean over heads), and which rows are visual, (B, S), and text after the first visual token,
-    (B, S). It returns the two ratios and the decision, (B,) each.
+    There is one row for each of N samples: a row of the batch, or one of several samples packed into a row. All are
+    shown the S tokens that are still there.
+
+    Attributes:
+        is_visual: Which of them are visual tokens of the sample, (N, S), bool.
+        is_text: Which are text of the sample's prompt behind its first visual token, (N, S), bool. Answers that
+            training looks at, and what a draft model guessed, are not prompt.
+        hidden_states: What the layer's attention looks at, (N, S, D).
+        mass: What share of its attention each token puts on these visual and on these text tokens, (N, S, 2), float32,
+            mean over the heads, read from the attention's own queries and keys.
     """
 
-    def candidate_layers(self, num_layers: int) -> tuple[int, ...]: ...
+    is_visual: torch.Tensor
+    is_text: torch.Tensor
 
-    def judge(
-        self, mass: torch.Tensor, is_visual: torch.Tensor, is_text: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
+    @property
+    def hidden_states(self) -> torch.Tensor: ...
+
+    @property
+    def mass(self) -> torch.Tensor: ...
+
+    def record(self, alpha_tv: torch.Tensor, alpha_vt: torch.Tensor, dropped: torch.Tensor) -> None:
+        """Leave both attention ratios and the decision for the report, (N,) each."""
+
+
+class DecoderRule(Protocol):
+    """What `LanguageView.on_decoder_layers` needs of a method: where to look, and which tokens go on.
+
+    `layers` counts decoder layers: l means that it is asked after the attention of the l-th, for the layers behind it.
+    """
+
+    def layers(self, num_layers: int) -> tuple[int, ...]: ...
+
+    def keep(self, state: DecoderState) -> torch.Tensor:
+        """Which tokens go on, (N, S), bool. Only visual tokens can leave."""
 
 
 @dataclass(frozen=True)
@@ -236,5 +260,5 @@ class LanguageView(Protocol):
     def on_visual_tokens(self, edits: Edits, run: Run, selector: TokenSelector) -> None:
         """Let `selector` choose which visual tokens of every image enter the language model."""
 
-    def on_decoder_layers(self, edits: Edits, run: Run, judge: RelevanceJudge) -> None:
-        """Let `judge` decide, per sample, after which decoder layer all visual tokens leave."""
+    def on_decoder_layers(self, edits: Edits, run: Run, rule: DecoderRule) -> None:
+        """Let `rule` decide which visual tokens leave inside the decoder."""

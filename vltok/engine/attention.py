@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import re
+import sys
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vltok.edits import Edits
+from vltok.engine.names import CACHE
 from vltok.errors import UnsupportedInputError, UnsupportedModelError
-from vltok.views import Projection, ScoreWatcher, SelfAttention
+from vltok.views import AttentionKind, AttentionRequest, Projection, ScoreWatcher, SelfAttention
 
 _ROLES = {
     "query": re.compile(r"(.*\.)?(W_)?q(uery)?(_proj)?"),
@@ -106,6 +111,150 @@ def attention_mass(output: torch.Tensor, head_dim: int, groups: int) -> torch.Te
         Share of each query's attention on each group, mean over the query heads, (B, S, G), float32.
     """
     return output.unflatten(-1, (-1, head_dim))[..., :groups].float().mean(2)
+
+
+# Reading the attention of a decoder layer, by running it once more with other values
+
+READ = "vltok_read"  # the attention implementation that reads; registered with transformers when first needed
+
+
+class _ReadError(Exception):
+    """Ends an attention that was run for its probabilities alone."""
+
+
+class _Reading:
+    """What one run of an attention module is read for.
+
+    Attributes:
+        name: The attention implementation it has.
+        columns: Which keys belong to which group, (B, E, G), bool.
+        mass: Share of each query's attention on each group, mean over the heads, (B, Q, G), float32, once it has run.
+    """
+
+    def __init__(self, name: str, columns: torch.Tensor) -> None:
+        self.name = name
+        self.columns = columns
+        self.mass: torch.Tensor | None = None
+
+
+class _Held:
+    """Stands for a KV cache in which the keys of this call are already."""
+
+    def __init__(self, keys: torch.Tensor) -> None:
+        self.keys = keys
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> tuple:
+        return self.keys, value[:, :, :1].expand(*self.keys.shape[:3], value.shape[-1])
+
+
+class _Instead:
+    """Stands for an object one attribute of which is another."""
+
+    def __init__(self, base: object, **replaced: object) -> None:
+        self._base = base
+        vars(self).update(replaced)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._base, name)
+
+
+def _read(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any
+) -> None:
+    reading = kwargs.pop("vltok_reading")
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+        reading.name, getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    )
+    values = indicator_values(reading.columns.to(value.device), value.shape[1], value.shape[-1], value.dtype)
+    values = values.unflatten(-1, value.shape[1::2]).transpose(1, 2)
+    output, _ = attend(module, query, key, values, mask, **kwargs)  # (B, Q, H, d)
+    reading.mass = attention_mass(output.flatten(2), output.shape[-1], reading.columns.shape[-1])
+    raise _ReadError
+
+
+@torch.no_grad()
+def decoder_mass(
+    module: nn.Module, args: tuple, kwargs: dict[str, Any], columns: torch.Tensor, held: torch.Tensor | None
+) -> torch.Tensor:
+    """Say how much each query of a decoder layer attends to groups of keys, exactly and without the map.
+
+    The module runs again on what it just ran on, as a copy of its own that other threads don't see, with indicator
+    values in the place of its values.
+
+    Args:
+        module: The attention of a decoder layer.
+        args: Its arguments in the forward that just ran.
+        kwargs: Its keyword arguments there.
+        columns: The groups of keys, (B, E, G), bool.
+        held: All keys that it attended to, (B, H, E, d), where some were in a KV cache before; else None.
+
+    Returns:
+        Attention mass, (B, Q, G), float32, mean over the heads.
+
+    Raises:
+        UnsupportedModelError: If the module doesn't attend by one of transformers' attention functions.
+    """
+    if READ not in ALL_ATTENTION_FUNCTIONS:
+        ALL_ATTENTION_FUNCTIONS.register(READ, _read)
+    reading = _Reading(module.config._attn_implementation, columns)
+    shadow = copy.copy(module)
+    shadow.config = _Instead(module.config, _attn_implementation=READ)
+    shadow.training = False  # no attention dropout here
+    kwargs = {**kwargs, CACHE: None if held is None else _Held(held), "vltok_reading": reading}
+    with contextlib.suppress(_ReadError):
+        type(module).forward(shadow, *args, **kwargs)
+    if reading.mass is None:
+        raise unreadable(module)
+    return reading.mass
+
+
+def unreadable(attention: object) -> UnsupportedModelError:
+    """What to say of a decoder whose attention can't be read."""
+    return UnsupportedModelError(
+        f"{type(attention).__name__} shows no queries and keys: it doesn't attend by one of transformers' attention "
+        "functions, or its layer hands it no keyword arguments; dropping visual tokens inside the decoder needs that. "
+        "Methods that prune before the decoder work (for ToDRE relevance=False)"
+    )
+
+
+# Reading the attention of a vision tower while it encodes pictures
+
+
+def rows_of_tower(module: nn.Module, args: tuple, kwargs: dict[str, Any], kind: AttentionKind) -> torch.Tensor:
+    """Attention over the tower's tokens, from the query and key projections as they are now, adapters included.
+
+    Args:
+        module: An attention module, about to run.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+        kind: "cls" for the first query's row, "received" for the mean over all queries.
+
+    Returns:
+        Attention, (R, S), float32.
+    """
+    tokens = args[0] if args else kwargs["hidden_states"]
+    norms = [getattr(module, name, None) or nn.Identity() for name in ("q_norm", "k_norm")]
+    queries = module.q_proj(tokens[:, :1] if kind == "cls" else tokens)
+    query, key = norms[0](queries), norms[1](module.k_proj(tokens))
+    heads = num_heads(module)
+    scale = attention_scale(module) or (key.shape[-1] // heads) ** -0.5
+    with torch.autocast(key.device.type, enabled=False):
+        return (cls_attention if kind == "cls" else received_attention)(query, key, heads, scale)
+
+
+class TowerReader:
+    """Stands before the attention of a tower's layer, and reads it for the encoding under way that asked for it."""
+
+    def __init__(self, tape: Any, request: AttentionRequest, read: Any) -> None:
+        self.tape = tape
+        self.request = request
+        self.read = read
+
+    @torch.no_grad()
+    def see(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        encoding = self.tape.encoding  # none while a backward pass recomputes a checkpointed layer
+        if encoding is not None and encoding.request == self.request:
+            encoding.attention = self.read(module, args, kwargs, self.request.kind)
 
 
 # Which part of an attention module is which, whatever the library calls them

@@ -1,9 +1,4 @@
-"""What the installed transformers calls the KV cache.
-
-It is one word for models, decoder layers, attention, mask functions and outputs: `cache` from 5.24 on,
-`past_key_values` before. A model that says `cache` still takes the old word from its callers, but translates it inside
-`forward`, which is too late for a hook that runs before.
-"""
+"""What the installed transformers, and the models of one version, call things."""
 
 from __future__ import annotations
 
@@ -11,13 +6,25 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+# The KV cache is one word for models, decoder layers, attention, mask functions and outputs: `cache` from 5.24 on,
+# `past_key_values` before. A model that says `cache` still takes the old word from its callers, but translates it
+# inside `forward`, which is too late for a hook that runs before.
 _OLD = "past_key_values"
-
 CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else _OLD
+
+_ATTENTION = ("self_attn", "attention", "attn")
 
 
 def cache_in(kwargs: Mapping[str, Any]) -> Any:
     """Return the cache that a call gets by keyword, or None; of two, the one transformers would take."""
     return kwargs.get(CACHE, kwargs.get(_OLD))
+
+
+def attention_of(layer: nn.Module) -> nn.Module | None:
+    """The attention module of a decoder layer or of a block of a vision tower, or None if no name is known."""
+    return next(
+        (getattr(layer, name) for name in _ATTENTION if isinstance(getattr(layer, name, None), nn.Module)), None
+    )

@@ -130,11 +130,11 @@ class CoarserPatches:
     """
 
     def __init__(self, owner: nn.Module, name: str, scale: int) -> None:
-        self._owner, self._name, self._scale = owner, name, scale
+        self._owner, self._name, self.scale = owner, name, scale
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         owner, vision = self._owner, self._owner.config.vision_config
-        coarser = _With(vision, patch_size=vision.patch_size * self._scale)
+        coarser = _With(vision, patch_size=vision.patch_size * self.scale)
         stand_in = _With(owner, config=_With(owner.config, vision_config=coarser))
         return getattr(type(owner), self._name)(stand_in, *args, **kwargs)
 

@@ -68,9 +68,8 @@ def view(model: nn.Module, processor: Any = None) -> VlmView | TowerView:
     if found := _find(model, vlm, vlm.VLMS):
         from vltok.families.vlm.view import VlmView
 
-        family, part = found
-        family.check(part)
-        return VlmView(family, part, processor)
+        found.family.check(found.part)
+        return VlmView(found.family, found.part, found.whole, processor)
     if tower := find_tower(model):
         return tower
     raise unsupported(model)
@@ -81,7 +80,7 @@ def find_tower(model: nn.Module) -> TowerView | None:
     if found := _find(model, towers, towers.TOWERS):
         from vltok.families.towers.view import TowerView
 
-        return TowerView(*found, model)
+        return TowerView(found.family, found.part, model)
     return None
 
 
@@ -112,10 +111,8 @@ class _Found:
     name: str
 
 
-def _find(
-    model: nn.Module, package: ModuleType, table: dict[str, tuple[str, str, str]]
-) -> tuple[Any, nn.Module] | None:
-    """The family of the part of a model that is in a table, and that part. Parts inside it, or its head, don't count.
+def _find(model: nn.Module, package: ModuleType, table: dict[str, tuple[str, str, str]]) -> _Found | None:
+    """The part of a model whose family is in a table. Parts inside it, or its head, don't count.
 
     Raises:
         UnsupportedModelError: If several parts are, side by side.
@@ -136,7 +133,7 @@ def _find(
             f"{type(model).__name__} holds {len(outer)} {kind} side by side: {names}; vltok can't tell which one is "
             "meant, so pass that one, and call apply() once for each that is to be changed"
         )
-    return (outer[0].family, outer[0].part) if outer else None
+    return outer[0] if outer else None
 
 
 def _belongs(one: _Found, other: _Found) -> bool:

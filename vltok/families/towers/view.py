@@ -11,15 +11,14 @@ import torch
 from torch import nn
 
 from vltok.edits import Edits
-from vltok.engine.attention import MapRecorder, find_attention, read_attention, tokens_of, watch
-from vltok.engine.features import VisionRecorder
+from vltok.engine.attention import MapRecorder, TowerReader, find_attention, read_attention, tokens_of, watch
 from vltok.engine.guard import mark_checkpoint
 from vltok.errors import UnsupportedModelError
 from vltok.families import unsupported
 from vltok.families.towers.base import TowerFamily
 from vltok.method import Run
 from vltok.recompute import is_recomputing, statistics_kept
-from vltok.views import ProjectorSite, RelevanceJudge, ScoreWatcher, SelfAttention, TokenSelector, VisionView
+from vltok.views import DecoderRule, ProjectorSite, ScoreWatcher, SelfAttention, TokenSelector, VisionView
 
 _FLAG = "_output_capturing_hooks_installed"
 _HOOK = "output_capturing_hook"
@@ -62,7 +61,7 @@ class TowerView(VisionView):
         old = self.attention_module(block)
         for part in old.modules():
             hooks = (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
-            if any(isinstance(getattr(hook, "__self__", None), VisionRecorder) for hook in hooks):
+            if any(isinstance(getattr(hook, "__self__", None), TowerReader) for hook in hooks):
                 raise ValueError(
                     f"the attention of block {block} is being watched by a pruning method; replace the attention "
                     "first: vltok.apply(model, [attention method, pruning method])"
@@ -106,7 +105,7 @@ class TowerView(VisionView):
     def on_visual_tokens(self, edits: Edits, run: Run, selector: TokenSelector) -> None:
         raise unsupported(self._model)
 
-    def on_decoder_layers(self, edits: Edits, run: Run, judge: RelevanceJudge) -> None:
+    def on_decoder_layers(self, edits: Edits, run: Run, rule: DecoderRule) -> None:
         raise unsupported(self._model)
 
     def projector_site(self) -> ProjectorSite:
