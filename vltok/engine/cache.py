@@ -150,6 +150,9 @@ class PrunedLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.inner.reset()
+        if self.inner.is_initialized:  # some versions of transformers leave zeros in the place of what was held
+            self.inner.keys = self.inner.values = None
+            self.inner.is_initialized = False
         self.length = self.tail = 0
         self.index = self.index[:, :0]
         self.is_full = True

@@ -323,7 +323,7 @@ class Prompt(Call):
         kept = keep.sum(1)
         length = max(1, int(kept.max()))
         keep = keep.to(self.device)
-        layout = Layout.from_mask(keep, length)
+        layout = Layout.from_mask(keep, length, self._samples)
         queries = (layout.order + self.base).masked_fill(~layout.real, -1)
         keys = queries.masked_fill(~layout.pack(attended.to(self.device)), -1)
         counts = attended.sum(1)

@@ -138,6 +138,7 @@ def _rows_of_layer(prompt: Prompt, index: int, hidden: torch.Tensor, kwargs: dic
     return hidden
 
 
+@torch.compiler.disable  # it waits for the device and decides in Python
 def after_attention(index: int, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
     """Look at the attention of layer `index` and let the rule decide which visual tokens go on."""
     prompt = kwargs.get(KEYWORD)

@@ -34,15 +34,22 @@ class Layout:
     slot: torch.Tensor
 
     @classmethod
-    def from_mask(cls, keep: torch.Tensor, length: int) -> Layout:
-        """Pack the positions where `keep` (B, T) is true; `length` is its largest row count, at least 1."""
+    def from_mask(cls, keep: torch.Tensor, length: int, samples: torch.Tensor | None = None) -> Layout:
+        """Pack the positions where `keep` (B, T) is true.
+
+        Args:
+            keep: What is kept.
+            length: The largest row count of `keep`, at least 1.
+            samples: The packed sample of each position, (B, T); none reads what stands for another. None if rows hold
+                one sample each.
+        """
         order = torch.argsort(keep, dim=1, stable=True)[:, keep.shape[1] - length :]
         start = length - keep.sum(1, keepdim=True)  # of the kept tokens of each row
-        return cls(
-            order=order,
-            real=torch.arange(length, device=keep.device) >= start,
-            slot=(start + keep.cumsum(1) - 1).maximum(start).clamp(max=length - 1),
-        )
+        slot = (start + keep.cumsum(1) - 1).maximum(start).clamp(max=length - 1)
+        if samples is not None:
+            is_strange = samples.gather(1, order.gather(1, slot)) != samples
+            slot = torch.where(is_strange, (slot + 1).clamp(max=length - 1), slot)
+        return cls(order=order, real=torch.arange(length, device=keep.device) >= start, slot=slot)
 
     def pack(self, x: torch.Tensor, dim: int = 1) -> torch.Tensor:
         """Bring (..., T, ...) into slots, (..., P, ...); the batch is the dimension before T.

@@ -1,8 +1,8 @@
 """Attention masks by original index: full, sliding, chunked, packed, and maps that callers bring along.
 
-A query sees a key that stands for a token at or before its own, that the caller does not hide, of the same packed sample
-and within the window. All of this is said in indices of the sequence as it was before pruning, so it holds for packed
-rows, for old entries of a cache, and for what came after.
+A query sees a key that stands for a token at or before its own, that the caller does not hide, of the same packed
+sample and within the window. All of this is said in indices of the sequence as it was before pruning, so it holds for
+packed rows, for old entries of a cache, and for what came after.
 """
 
 from __future__ import annotations
