@@ -15,8 +15,9 @@ from timm.layers import calculate_drop_path_rates, get_device_dtype, resample_ab
 from timm.models import checkpoint
 from torch import nn
 
-from vltok.methods.soft.attention import Grid, SoftmaxFreeAttention
+from vltok.methods.soft.attention import SoftmaxFreeAttention
 from vltok.models.soft_layers import PatchEmbed, SoftBlock, SoftmaxBlock
+from vltok.tokens import Grid
 
 STAGES = 4
 POOLS = ("token", "avg", "")

@@ -19,8 +19,7 @@ from vltok.kernels.gaussian import BACKENDS, gaussian_kernel
 from vltok.kernels.gaussian_mix import gaussian_mix
 from vltok.methods.soft.inverse import RIDGE, STEPS, kernel_inverse, released_inverse
 from vltok.methods.weights import load_weights, weights_around
-
-Grid = tuple[int, int]
+from vltok.tokens import Grid
 
 
 class HeadConv2d(nn.Conv2d):
