@@ -54,7 +54,7 @@ class SoftTransformer(nn.Module):
         drop_path_rate: Stochastic depth of the last block, in [0, 1); it grows linearly from 0 at the first.
         normalize: Whether it is SOFT-Norm.
         parity: Compute what the released code computes, see above.
-        backend: What computes the kernel products, see `vltok.kernels.gaussian.gaussian_product`.
+        backend: What computes the kernel products, see `vltok.kernels.gaussian_mix.gaussian_mix`.
 
     Raises:
         ValueError: If a setting is out of range, or not one number for each stage.

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import torch
 
+from vltok.kernels.transforms import is_transformed
+
 RIDGE = 0.01  # added to the diagonal in the variant that is not normalised
 START = 1.8  # of 2, from where on Newton's iteration diverges
 STEPS = 20  # of the paper; 2^20 is also what the float64 solution cuts small eigenvalues off by
@@ -24,7 +26,7 @@ def kernel_inverse(kernel: torch.Tensor, newton_iters: int = STEPS, ridge: float
     both come from Newton's iteration, and matrices that it leaves with a residual above `TOLERANCE` (or
     `PSEUDO_TOLERANCE`) are solved in float64. On the CPU all are, which takes less time there.
 
-    Gradients are those of the exact inverse, dP = -Y^T G Y^T; they take what was cut off for 0, too.
+    Derivatives, of any order, are those of the exact inverse, dY = -Y dP Y; they take what was cut off for 0, too.
 
     Args:
         kernel: Symmetric matrices with entries in [0, 1] and ones on the diagonal, (..., M, M), float32 or float64.
@@ -34,7 +36,7 @@ def kernel_inverse(kernel: torch.Tensor, newton_iters: int = STEPS, ridge: float
     Returns:
         The inverses, (..., M, M), in the dtype of `kernel`. NaN where the kernel has NaN.
     """
-    return _kernel_inverse(kernel, newton_iters, ridge, True)
+    return _inverse(kernel, newton_iters, ridge, True)
 
 
 def released_inverse(kernel: torch.Tensor, newton_iters: int = STEPS, ridge: float = RIDGE) -> torch.Tensor:
@@ -52,7 +54,9 @@ def released_inverse(kernel: torch.Tensor, newton_iters: int = STEPS, ridge: flo
         About the inverses, (..., M, M).
     """
     if ridge > 0:
-        return _kernel_inverse(kernel, newton_iters, ridge, False)
+        return _inverse(kernel, newton_iters, ridge, False)
+    if 0 in kernel.shape:
+        return kernel.clone()  # the largest row sum of none doesn't exist
     alpha = 2 / kernel.sum(-1).amax() ** 2
     with torch.no_grad():  # the largest of ten halvings that starts inside the region of convergence, or the last
         product, one = kernel @ kernel, torch.eye(kernel.shape[-1], dtype=kernel.dtype, device=kernel.device)
@@ -62,6 +66,12 @@ def released_inverse(kernel: torch.Tensor, newton_iters: int = STEPS, ridge: flo
     for _ in range(newton_iters):
         inverse = 2 * inverse - inverse @ kernel @ inverse
     return inverse
+
+
+def _inverse(kernel: torch.Tensor, newton_iters: int, ridge: float, check: bool) -> torch.Tensor:
+    if is_transformed(kernel):
+        return _Transformed.apply(kernel, newton_iters, ridge, check)
+    return _kernel_inverse(kernel, newton_iters, ridge, check)
 
 
 @torch.library.custom_op("vltok::kernel_inverse", mutates_args=())
@@ -140,6 +150,11 @@ def _(kernel: torch.Tensor, newton_iters: int, ridge: float, check: bool) -> tor
     return kernel.new_empty(kernel.shape)
 
 
+@_kernel_inverse.register_vmap
+def _(info, in_dims, kernel: torch.Tensor, newton_iters: int, ridge: float, check: bool):
+    return _kernel_inverse(kernel.movedim(in_dims[0], 0), newton_iters, ridge, check), 0
+
+
 def _keep_inverse(ctx, inputs, output) -> None:
     ctx.save_for_backward(output)
 
@@ -150,3 +165,24 @@ def _inverse_backward(ctx, grad: torch.Tensor):
 
 
 _kernel_inverse.register_autograd(_inverse_backward, setup_context=_keep_inverse)
+
+
+class _Transformed(torch.autograd.Function):
+    """The operation for torch.func and forward-mode differentiation, which don't see into a custom operation."""
+
+    generate_vmap_rule = True
+    backward = staticmethod(_inverse_backward)
+
+    @staticmethod
+    def forward(kernel: torch.Tensor, newton_iters: int, ridge: float, check: bool) -> torch.Tensor:
+        return _kernel_inverse(kernel, newton_iters, ridge, check)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(output)
+        ctx.save_for_forward(output)
+
+    @staticmethod
+    def jvp(ctx, tangent: torch.Tensor, *_) -> torch.Tensor:
+        (inverse,) = ctx.saved_tensors
+        return -inverse @ tangent @ inverse
