@@ -276,7 +276,7 @@ class SoftTransformer(nn.Module):
         name = f"pos_embed{number}"
         made_for, prefix = self.position_grids()[name]
         if prefix:
-            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
         x = x + resample_abs_pos_embed(getattr(self, name), grid, made_for, prefix, "bilinear", antialias=False)
         for block in getattr(self, f"block{number}"):
             x = checkpoint(block, x, grid) if self.grad_checkpointing else block(x, grid)
