@@ -122,7 +122,7 @@ def forward(
     """Compute K W K^T V and K^T V, K being the kernel (B, N, M) and behind it more columns, (B, N, P)."""
     tiles, m = _Tiles(query, landmarks), landmarks.shape[1]
     gathered = torch.cat([values.new_zeros(*landmarks.shape[:2], values.shape[-1]), columns.mT @ values], 1)
-    out = torch.empty_like(values)
+    out = values.new_empty(values.shape)  # contiguous, whatever the values are
     for chosen in tiles.samples():
         for rows, tile in tiles.of(chosen):
             gathered[chosen, :m].baddbmm_(tile.mT, values[chosen, rows])
@@ -150,7 +150,7 @@ def backward(
     tiles, m = _Tiles(query, landmarks), landmarks.shape[1]
     grad = grad.contiguous()
     received = torch.cat([torch.zeros_like(gathered[:, :m]), columns.mT @ grad], 1)
-    grad_query, grad_values = torch.empty_like(query), torch.empty_like(values)
+    grad_query, grad_values = query.new_empty(query.shape), values.new_empty(values.shape)
     grad_landmarks, grad_columns = torch.zeros_like(landmarks), torch.empty_like(columns)
     sums = torch.zeros_like(landmarks[..., :1])  # of the columns of E
     spread = torch.empty_like(tiles.buffer)

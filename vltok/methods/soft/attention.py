@@ -81,10 +81,11 @@ class GaussianKernel(nn.Module):
     def _condense(self, query: torch.Tensor, grid: Grid, scale: float) -> torch.Tensor:
         """Condense `scale` times the queries of each ratio x ratio region: (B, heads, N, d) -> (B, heads, M, d)."""
         cells = query[:, :, self.num_prefix_tokens :].flatten(0, 1).unflatten(1, grid)  # (B * heads, H, W, d)
-        if not self.parity:
-            for axis, side in enumerate(grid, 1):
-                if missing := -side % self.ratio:  # repeat the last row or column to a whole region
-                    cells = torch.cat([cells, cells.narrow(axis, side - 1, 1).repeat_interleave(missing, axis)], axis)
+        for axis, side in enumerate(grid, 1) if not self.parity else ():
+            whole = -(-side // self.ratio) * self.ratio
+            if whole != side or torch.compiler.is_compiling():  # where a graph for each case would be compiled
+                rows = torch.arange(whole, device=cells.device).clamp(max=side - 1)
+                cells = cells.index_select(axis, rows)  # the last row or column again, to a whole region
         image = cells.movedim(-1, 1).to(self.Qlandmark_op.weight.dtype)  # channels last in memory
         rows = self.Qlandmark_op(image).flatten(2).mT * scale  # (B * heads, M, d)
         return self.Qnorm_act(rows).unflatten(0, query.shape[:2])
