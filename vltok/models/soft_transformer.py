@@ -15,8 +15,9 @@ from timm.layers import calculate_drop_path_rates, get_device_dtype, resample_ab
 from timm.models import checkpoint
 from torch import nn
 
-from vltok.methods.soft.attention import Grid, SoftmaxFreeAttention
+from vltok.methods.soft.attention import SoftmaxFreeAttention
 from vltok.models.soft_layers import PatchEmbed, SoftBlock, SoftmaxBlock
+from vltok.tokens import Grid
 
 STAGES = 4
 POOLS = ("token", "avg", "")
@@ -53,7 +54,7 @@ class SoftTransformer(nn.Module):
         drop_path_rate: Stochastic depth of the last block, in [0, 1); it grows linearly from 0 at the first.
         normalize: Whether it is SOFT-Norm.
         parity: Compute what the released code computes, see above.
-        backend: What computes the kernel products, see `vltok.kernels.gaussian.gaussian_product`.
+        backend: What computes the kernel products, see `vltok.kernels.gaussian_mix.gaussian_mix`.
 
     Raises:
         ValueError: If a setting is out of range, or not one number for each stage.
@@ -275,7 +276,7 @@ class SoftTransformer(nn.Module):
         name = f"pos_embed{number}"
         made_for, prefix = self.position_grids()[name]
         if prefix:
-            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
         x = x + resample_abs_pos_embed(getattr(self, name), grid, made_for, prefix, "bilinear", antialias=False)
         for block in getattr(self, f"block{number}"):
             x = checkpoint(block, x, grid) if self.grad_checkpointing else block(x, grid)

@@ -14,7 +14,7 @@ import torch
 
 from vltok.checks import Blocks, check_blocks, check_choice, check_integer, chosen_blocks
 from vltok.edits import Edits
-from vltok.kernels.gaussian import BACKENDS
+from vltok.kernels.gaussian_mix import BACKENDS
 from vltok.method import Method, Run, register
 from vltok.methods.soft.attention import SoftmaxFreeAttention
 from vltok.methods.soft.inverse import STEPS
