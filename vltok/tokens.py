@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+Grid = tuple[int, int]
+
 
 def keep_count(num_tokens: int, keep_ratio: float | None = None, num_keep: int | None = None) -> int:
     """Say how many of `num_tokens` visual tokens a budget keeps.
