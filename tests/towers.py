@@ -57,6 +57,14 @@ class Tower:
         output = self.output(model, pixels, **options)
         return output if isinstance(output, torch.Tensor) else output[0]
 
+    def checkpoint(self, model: nn.Module, reentrant: bool) -> bool:
+        """Turn gradient checkpointing on; whether it is of the reentrant kind, which timm has no word for."""
+        if not self.is_hf:
+            model.set_grad_checkpointing()
+            return False
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
+        return reentrant
+
     def tokens(self, model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
         """The tokens after the last block, (B, prefix + patches, C): every weight of every block has a part in them."""
         if self.is_hf:
