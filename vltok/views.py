@@ -149,16 +149,26 @@ class SelfAttention:
 
 
 class ScoreWatcher(Protocol):
-    """What `VisionView.watch_scores` needs of a method."""
+    """What `VisionView.watch_scores` needs of a method.
 
-    def start(self) -> None:
+    `call` is one and the same object while a batch of pictures passes through the tower, and another for each batch;
+    None where nothing tells.
+    """
+
+    def start(self, call: object) -> None:
         """Pictures enter the tower."""
 
-    def see(self, block: int, query: torch.Tensor, key: torch.Tensor, scale: float) -> None:
+    def see(self, call: object, block: int, query: torch.Tensor, key: torch.Tensor, scale: float) -> None:
         """A block attends by softmax(scale * query key^T); both are (B, heads, N, d), with their graphs."""
 
-    def see_map(self, block: int, attention: torch.Tensor) -> None:
+    def see_map(self, call: object, block: int, attention: torch.Tensor) -> None:
         """A block, whose queries and keys are not the whole story, attends by these probabilities, (B, heads, N, N)."""
+
+    def drop(self, call: object) -> None:
+        """A block raised, so that the pictures go no further."""
+
+    def finish(self, call: object) -> None:
+        """The last block is done."""
 
 
 class VisionView(Protocol):
@@ -196,6 +206,7 @@ class VisionView(Protocol):
         It gets normalised tokens, (B, N, C), and the grid of the pictures at hand, and returns (B, N, C).
 
         Raises:
+            UnsupportedModelError: If patches are dropped on the way.
             ValueError: If another method is watching the attention.
         """
 
@@ -203,10 +214,11 @@ class VisionView(Protocol):
         """Add `module` to a block as its child `name`, and let what attends see its tokens in place of the block's.
 
         It is called as `module(x, grid)` with the tokens that enter the block, (B, N, C), before they are normalised,
-        and returns (B, N, C). The residual path goes around it.
+        and returns (B, N, C). The residual path goes around it. It is moved to where the block's weights are.
 
         Raises:
-            UnsupportedModelError: If the block doesn't normalise, attend and add, in this order.
+            UnsupportedModelError: If the block doesn't normalise, attend and add, in this order, its weights are not at
+                hand, or patches are dropped on the way.
             EditConflictError: If the block has a child of that name.
         """
 

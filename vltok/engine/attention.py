@@ -1,4 +1,4 @@
-"""Every way attention is read: rows and columns of a softmax, the parts of an attention module, what watches them."""
+"""Every way attention is read: rows and columns of a softmax, and the parts of an attention module."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from vltok.edits import Edits
 from vltok.engine.names import CACHE
-from vltok.errors import UnsupportedInputError, UnsupportedModelError
-from vltok.views import AttentionKind, AttentionRequest, Projection, ScoreWatcher, SelfAttention
+from vltok.engine.weights import check_at_hand
+from vltok.errors import UnsupportedModelError
+from vltok.views import AttentionKind, AttentionRequest, Projection, SelfAttention
 
 _ROLES = {
     "query": re.compile(r"(.*\.)?(W_)?q(uery)?(_proj)?"),
@@ -274,8 +274,10 @@ def read_attention(module: nn.Module, dim: int) -> SelfAttention:
         dim: Width of the tokens, C.
 
     Raises:
-        UnsupportedModelError: If projections are missing or of another width, or other parts have weights.
+        UnsupportedModelError: If projections are missing, quantised or of another width, other parts have weights, or
+            the weights aren't at hand.
     """
+    check_at_hand(module, f"the attention of this vision tower, {type(module).__name__},")
     layers = _linear_layers(module)
     biases = {role: getattr(module, f"{role[0]}_bias", None) for role in ("query", "key", "value")}
     if "fused" in layers:
@@ -297,10 +299,10 @@ def read_attention(module: nn.Module, dim: int) -> SelfAttention:
     if missing := {"query", "key", "value", "out"} - projections.keys():
         raise _unsupported(module, f"has no linear layer for {', '.join(sorted(missing))}")
     for role, (weight, _) in projections.items():
-        if weight.shape != (dim, dim) or not weight.is_floating_point():
-            raise _unsupported(module, f"projects {role} by {tuple(weight.shape)} {weight.dtype}, not {dim} -> {dim}")
-        if weight.is_meta:
-            raise _unsupported(module, "is offloaded (on the meta device); load it onto a device")
+        if not weight.is_floating_point() or type(weight.data) is not torch.Tensor:
+            raise _unsupported(module, f"projects {role} by quantised weights ({type(weight.data).__name__})")
+        if weight.shape != (dim, dim):
+            raise _unsupported(module, f"projects {role} by {tuple(weight.shape)}, not {dim} -> {dim}")
     known = {id(parameter) for layer in layers.values() for parameter in layer.parameters()}
     known |= {id(bias) for bias in biases.values() if bias is not None}
     if others := [name for name, parameter in module.named_parameters() if id(parameter) not in known]:
@@ -341,8 +343,13 @@ def split_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torc
 
 
 def num_heads(module: nn.Module) -> int:
-    """Heads of an attention module, 0 if it has no such number."""
-    return next((getattr(module, name) for name in _HEADS if isinstance(getattr(module, name, None), int)), 0)
+    """Heads of an attention module, 0 if neither it nor a part of it has such a number."""
+    return _number(module, _HEADS, int) or 0
+
+
+def is_nested(module: nn.Module) -> bool:
+    """Whether an attention module leaves attending to a part of it, and returns tokens alone."""
+    return not any(hasattr(module, name) for name in _HEADS)
 
 
 def _projects_queries(module: nn.Module) -> bool:
@@ -351,8 +358,18 @@ def _projects_queries(module: nn.Module) -> bool:
 
 
 def attention_scale(module: nn.Module) -> float | None:
-    """What products of queries and keys are multiplied by, or None if the module has no such number."""
-    return next((getattr(module, name) for name in _SCALES if isinstance(getattr(module, name, None), float)), None)
+    """What products of queries and keys are multiplied by, or None if no part of the module has such a number."""
+    return _number(module, _SCALES, float)
+
+
+def _number(module: nn.Module, names: tuple[str, ...], kind: type) -> Any:
+    """The number of one of these names, of a module or of the one part that has it."""
+    numbers = [
+        [getattr(part, name) for name in names if isinstance(getattr(part, name, None), kind)]
+        for part in module.modules()
+    ]
+    found = [each[0] for each in numbers if each]
+    return found[0] if numbers[0] or len(found) == 1 else None
 
 
 def score_layers(module: nn.Module) -> tuple[nn.Module, nn.Module] | None:
@@ -389,72 +406,3 @@ def _unsupported(module: nn.Module, reason: str) -> UnsupportedModelError:
         f"the attention of this vision tower can't be replaced: {type(module).__name__} {reason}; what can is plain "
         "multi-head self-attention, as in CLIP, SigLIP, ViT and DINOv2 of transformers and most ViTs of timm"
     )
-
-
-# Showing queries and keys to a method, while the attention itself runs as it always does
-
-
-def watch(edits: Edits, block: int, attention: nn.Module, watcher: ScoreWatcher) -> None:
-    """Show the watcher the queries and keys of an attention, each time it runs in train mode.
-
-    Raises:
-        UnsupportedModelError: If the attention doesn't say where its queries and keys are.
-    """
-    layers, scale, heads = score_layers(attention), attention_scale(attention), num_heads(attention)
-    if layers is None or scale is None or not heads:
-        raise UnsupportedModelError(
-            f"{type(attention).__name__}, block {block} of this vision tower, exposes no attention probabilities: it "
-            "has no softmax over scaled products of queries and keys that vltok can find, as CLIP, SigLIP, ViT and "
-            "DINOv2 of transformers and most ViTs of timm have; leave such blocks out with blocks=(start, stop)"
-        )
-    recorder = ScoreRecorder(block, heads, scale, watcher)
-    for layer, keep in zip(layers, (recorder.keep_query, recorder.keep_key), strict=True):
-        edits.after(layer, keep)
-    edits.after(attention, recorder.show)
-
-
-class MapRecorder:
-    """Shows the probabilities that go through a dropout layer, before it drops any."""
-
-    def __init__(self, block: int, watcher: ScoreWatcher) -> None:
-        self.block = block
-        self.watcher = watcher
-
-    def show(self, dropout: nn.Module, args: tuple, kwargs: dict[str, Any], output: torch.Tensor) -> None:
-        if dropout.training:
-            self.watcher.see_map(self.block, args[0])
-
-
-class ScoreRecorder:
-    """Holds the queries and keys of one block from where they are made until the block has attended."""
-
-    def __init__(self, block: int, heads: int, scale: float, watcher: ScoreWatcher) -> None:
-        self.block = block
-        self.heads = heads
-        self.scale = scale
-        self.watcher = watcher
-        self._query: torch.Tensor | None = None
-        self._key: torch.Tensor | None = None
-
-    def keep_query(self, layer: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> None:
-        if layer.training:
-            self._query = self._by_heads(output)
-
-    def keep_key(self, layer: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> None:
-        if layer.training:
-            self._key = self._by_heads(output)
-
-    def show(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        if self._query is None or self._key is None:
-            return
-        query, key, self._query, self._key = self._query, self._key, None, None
-        if others := split_arguments(args, kwargs)[1]:
-            raise UnsupportedInputError(
-                f"{type(attention).__name__} got {', '.join(others)}, with which its probabilities are not those of "
-                "its queries and keys; call the vision tower without"
-            )
-        self.watcher.see(self.block, query, key, self.scale)
-
-    def _by_heads(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, N, C) or (B, heads, N, d) -> (B, heads, N, d)."""
-        return x if x.dim() == 4 else x.unflatten(-1, (self.heads, -1)).transpose(1, 2)

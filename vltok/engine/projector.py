@@ -8,6 +8,7 @@ from torch import nn
 
 from vltok.edits import Edits
 from vltok.engine.guard import PROJECTOR_GUARD
+from vltok.engine.weights import check_at_hand
 from vltok.errors import UnsupportedModelError
 from vltok.method import Run
 from vltok.report import Condensed
@@ -30,8 +31,7 @@ def projector_site(model: nn.Module) -> ProjectorSite:
             f"{vision.model_type}, so they form no grid; set it to {'default' if has_cls else 'full'!r} in model and "
             "processor"
         )
-    if any(parameter.is_meta for parameter in old.parameters()):
-        raise UnsupportedModelError("the projector's weights are offloaded (on the meta device); load it onto a device")
+    check_at_hand(old, "the projector", model)
     layers = (getattr(old, "linear_1", None), getattr(old, "linear_2", None))
     is_mlp = config.projector_hidden_act == "gelu" and all(
         isinstance(layer, nn.Linear) and layer.weight.is_floating_point()
