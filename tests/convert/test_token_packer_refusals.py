@@ -44,7 +44,7 @@ def test_a_tower_folder_is_not_filled_up_from_the_checkpoint(official, clip_fold
     weights = load_file(clip_folder / "model.safetensors")
     del weights["vision_model.post_layernorm.bias"]
     save_file({**weights, "vision_head.weight": torch.zeros(1)}, folder / "model.safetensors")
-    message = r"missing: vision_tower\.post_layernorm\.bias; unexpected: vision_head\.weight$"
+    message = r"missing vision_tower\.post_layernorm\.bias; unexpected vision_head\.weight$"
     refused(source, tmp_path / "out", CheckpointError, message, vision_tower=folder)
 
 
@@ -74,8 +74,8 @@ def test_missing_and_unexpected_weights_are_listed_together(official, clip_folde
     with pytest.raises(CheckpointError) as caught:
         convert(source, tmp_path / "out", vision_tower=clip_folder)
     message = str(caught.value)
-    assert "missing: language_model.model.norm.weight, multi_modal_projector.mlp.2.bias;" in message
-    assert "unexpected: model.layers.9.mlp.up_proj.weight, optimizer.step;" in message
+    assert "missing language_model.model.norm.weight, multi_modal_projector.mlp.2.bias;" in message
+    assert "unexpected model.layers.9.mlp.up_proj.weight, optimizer.step;" in message
     assert "lm_head.weight has shape (7, 64), expected (48, 64)" in message
     assert not (tmp_path / "out").exists()
 
