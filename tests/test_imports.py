@@ -28,7 +28,7 @@ MAY_IMPORT = {
         "serialization",
         "version",
     },
-    "api": {"edits", "families", "handle", "method", "run"},
+    "api": {"calls", "edits", "families", "handle", "method", "run"},
     "serialization": {"api", "engine", "errors", "families", "handle", "method"},
     "handle": {"calls", "edits", "method", "report", "run", "version"},
     "families": {"edits", "engine", "errors", "method", "recompute", "views"},
