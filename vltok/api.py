@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from vltok import families
+from vltok.calls import Calls
 from vltok.edits import Edits
 from vltok.handle import Attachment, Handle, settings
 from vltok.method import Method
@@ -32,15 +33,16 @@ def apply(model: nn.Module, method: Method | str | Iterable[Method | str], *, pr
     """
     methods = _read(method)
     view = families.view(model, processor)
-    edits, run = Edits(view.host), Run()
+    edits, run, calls = Edits(view.host), Run(), Calls(view.host)
     try:
+        edits.before(view.host, calls.before_call)  # first, so that it is the last to go
         settled: tuple[Method, ...] = ()
         for item in methods:
             settled += (item.settled(view),)
             settled[-1].attach(view, edits, run)
         if edits.added_modules:
             view.mark_checkpoint(edits, settings(view.family.name, settled))
-        attachment = Attachment(settled, view.family.name, view.host, edits, run, processor)
+        attachment = Attachment(settled, view.family.name, view.host, edits, run, calls, processor)
         attachment.leave_on_host()
     except BaseException:
         edits.undo()

@@ -13,7 +13,7 @@ from typing import Any, TextIO
 import torch
 from torch import nn
 
-from vltok.calls import wait_for_calls
+from vltok.calls import Calls
 from vltok.edits import Edits
 from vltok.method import Method
 from vltok.report import Report
@@ -33,6 +33,7 @@ class Attachment:
         host: The part of the model that the family is about.
         edits: The ledger of changes.
         run: Where the methods leave results.
+        calls: The calls of the host.
         processor: The model's processor, if one was passed.
         since: When it was made, in ns.
     """
@@ -46,6 +47,7 @@ class Attachment:
         host: nn.Module,
         edits: Edits,
         run: Run,
+        calls: Calls,
         processor: Any = None,
     ) -> None:
         self.methods = methods
@@ -53,6 +55,7 @@ class Attachment:
         self.host = host
         self.edits = edits
         self.run = run
+        self.calls = calls
         self.processor = processor
         self.since = time.time_ns()
 
@@ -124,15 +127,16 @@ class Handle:
     def remove(self) -> None:
         """Take the methods off: the model is bit for bit what it was. Does nothing the second time.
 
-        Calls that other threads are making, such as generate(), are waited for, up to a minute.
+        Calls that other threads are making, such as generate(), are waited for, up to a minute; those that begin
+        meanwhile wait for the end of this.
 
         Raises:
             EditConflictError: If a handle applied later changed the same part, remove that one first; if a call is
                 still under way after a minute; or if this is called from inside a call, such as by a hook or streamer.
         """
         if self.is_attached:
-            wait_for_calls(self.host)
-            self._attachment.edits.undo()
+            with self._attachment.calls.paused():
+                self._attachment.edits.undo()
 
     def using(self, **knobs: Any) -> AbstractContextManager[None]:
         """Use other settings in a block, for the calls of this thread; nothing is attached anew.
