@@ -92,8 +92,8 @@ class DecoderState(Protocol):
         """Leave both attention ratios and the decision for the report, (N,) each."""
 
 
-class DecoderRule(Protocol):
-    """What `LanguageView.on_decoder_layers` needs of a method: where to look, and which tokens go on.
+class TokenRule(Protocol):
+    """What `LanguageView.on_decoder_layers` needs of a method. `vltok.DecoderRule` is its base class.
 
     `layers` counts decoder layers: l means that it is asked after the attention of the l-th, for the layers behind it.
     """
@@ -272,5 +272,5 @@ class LanguageView(Protocol):
     def on_visual_tokens(self, edits: Edits, run: Run, selector: TokenSelector) -> None:
         """Let `selector` choose which visual tokens of every image enter the language model."""
 
-    def on_decoder_layers(self, edits: Edits, run: Run, rule: DecoderRule) -> None:
+    def on_decoder_layers(self, edits: Edits, run: Run, rule: TokenRule) -> None:
         """Let `rule` decide which visual tokens leave inside the decoder."""

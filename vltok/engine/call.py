@@ -17,7 +17,7 @@ from vltok.engine.masks import Keys, gather_mask, make_mask, window_of
 from vltok.errors import UnsupportedInputError
 
 if TYPE_CHECKING:
-    from vltok.views import DecoderRule, TokenSelector
+    from vltok.views import TokenRule, TokenSelector
 
 
 class Hints:
@@ -285,7 +285,7 @@ class Prompt(Call):
         self.encoding: Encoding | None = None
         self.outer: Any = None
         self.selector: TokenSelector | None = None
-        self.rule: DecoderRule | None = None
+        self.rule: TokenRule | None = None
         self.pictures: list[Picture] = []
         self.picks: list[torch.Tensor] = []
         self.repeat = 1

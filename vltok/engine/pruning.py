@@ -42,7 +42,7 @@ from vltok.engine.names import attention_of, cache_in
 from vltok.errors import UnsupportedInputError, UnsupportedModelError
 from vltok.report import Report
 from vltok.run import Run
-from vltok.views import AttentionRequest, DecoderRule, TokenSelector
+from vltok.views import AttentionRequest, TokenRule, TokenSelector
 
 ENCODE = "get_image_features"
 
@@ -56,7 +56,7 @@ class PruningEngine:
         self.edits = edits
         self.run = run
         self.selector: TokenSelector | None = None
-        self.rule: DecoderRule | None = None
+        self.rule: TokenRule | None = None
         self.has_cls = family.has_cls(model)
         self.tape = Tape()
         self.recent = Recent()
@@ -89,7 +89,7 @@ class PruningEngine:
         self.selector = selector
         self._watch_tower(self.request_of(selector))
 
-    def use_rule(self, rule: DecoderRule) -> None:
+    def use_rule(self, rule: TokenRule) -> None:
         """Let `rule` drop visual tokens inside the decoder."""
         if self.rule is not None:
             raise ValueError(f"{type(self.rule).__name__} already drops visual tokens in this decoder; give one")

@@ -19,7 +19,7 @@ from vltok.families.towers.base import TowerFamily
 from vltok.families.towers.capture import refuse_maps, restore_output_capture
 from vltok.families.towers.grids import Pooler, Supplier, with_map
 from vltok.method import Run
-from vltok.views import DecoderRule, ProjectorSite, ScoreWatcher, SelfAttention, TokenSelector, VisionView
+from vltok.views import ProjectorSite, ScoreWatcher, SelfAttention, TokenRule, TokenSelector, VisionView
 
 
 class TowerView(VisionView):
@@ -107,7 +107,7 @@ class TowerView(VisionView):
     def on_visual_tokens(self, edits: Edits, run: Run, selector: TokenSelector) -> None:
         raise unsupported(self._model)
 
-    def on_decoder_layers(self, edits: Edits, run: Run, rule: DecoderRule) -> None:
+    def on_decoder_layers(self, edits: Edits, run: Run, rule: TokenRule) -> None:
         raise unsupported(self._model)
 
     def projector_site(self) -> ProjectorSite:

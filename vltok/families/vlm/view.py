@@ -15,7 +15,7 @@ from vltok.families.towers import TOWERS
 from vltok.families.towers.view import TowerView
 from vltok.families.vlm.base import VlmFamily
 from vltok.method import Run
-from vltok.views import DecoderRule, LanguageView, ProjectorSite, ProjectorView, TokenSelector, VisionView
+from vltok.views import LanguageView, ProjectorSite, ProjectorView, TokenRule, TokenSelector, VisionView
 
 
 class VlmView(LanguageView, ProjectorView):
@@ -45,7 +45,7 @@ class VlmView(LanguageView, ProjectorView):
     def on_visual_tokens(self, edits: Edits, run: Run, selector: TokenSelector) -> None:
         self._pruning(edits, run).use_selector(selector)
 
-    def on_decoder_layers(self, edits: Edits, run: Run, rule: DecoderRule) -> None:
+    def on_decoder_layers(self, edits: Edits, run: Run, rule: TokenRule) -> None:
         self._pruning(edits, run).use_rule(rule)
 
     def projector_site(self) -> ProjectorSite:
