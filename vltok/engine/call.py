@@ -13,7 +13,7 @@ import torch
 from vltok.engine.cache import PrunedLayer, attention_layers
 from vltok.engine.features import Encoding, Picture
 from vltok.engine.layout import Layout
-from vltok.engine.masks import Keys, gather_mask, make_mask, window_of
+from vltok.engine.masks import Keys, gather_mask, make_mask, windows_of
 from vltok.errors import UnsupportedInputError
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ class Call:
     __slots__ = (
         "__weakref__",
         "_keys",
+        "_known",
         "_masks",
         "_open",
         "base",
@@ -61,6 +62,7 @@ class Call:
         "maps",
         "mask",
         "states",
+        "windows",
     )
 
     def __init__(self, cache: Any, base: int, length: int, mask: Any) -> None:
@@ -72,7 +74,8 @@ class Call:
         self.has_entered = False
         self.states: list[torch.Tensor] | None = None
         self._masks: dict[Any, Any] = {}
-        self._keys: dict[Any, Keys] = {}
+        self._known: dict[Any, tuple[Keys, bool]] = {}
+        self._keys: dict[int, Keys] = {}  # of each layer that has run
         if self.mask is not None and self.mask.shape[1] != base + length:
             raise UnsupportedInputError(
                 f"{length} tokens came on top of {base} that were fed in before, but attention_mask has "
@@ -86,6 +89,7 @@ class Call:
         self.config = config
         self.device = device
         self.groups = [0] * layers
+        self.windows = windows_of(config, layers)
         self.mask = None if self.mask is None else self.mask.to(device).bool()
         self._open = self.mask is None or bool(self.mask.all())
 
@@ -109,43 +113,42 @@ class Call:
             return torch.zeros(1, 1, dtype=torch.int64, device=self.device)
         return self.mask.int().argmax(1, keepdim=True)
 
-    def keys(self, index: int) -> tuple[Keys, bool]:
-        """What queries and keys of a decoder layer stand for, and whether nothing is hidden by anything but order."""
-        past, group = self.past(index), self.groups[index]
-        queries, labels, is_full = self.new_labels(group)
-        mark = (None if past is None else (past.group, past.entries), group)
-        if mark not in self._keys:
-            if past is not None:
-                labels = torch.cat([past.labels().to(labels.device).expand(len(labels), -1), labels], dim=1)
-                if past.is_sliding:
-                    visible = past.inner.sliding_window - 1 + queries.shape[1]
-                    labels = labels[:, -visible:]
-            if not self._open:
-                seen = self.mask.expand(len(labels), -1).gather(1, labels.clamp(min=0))
-                labels = labels.masked_fill(~seen, -1)
-            starts = self.starts().expand(len(labels), 1)
-            self._keys[mark] = Keys(queries, labels, self.samples(), starts, self.is_reindexed)
-        is_plain = is_full and self._open and (past is None or past.is_full) and self.samples() is None
-        return self._keys[mark], is_plain
-
     @property
     def is_reindexed(self) -> bool:
         """Whether positions count the kept tokens alone."""
         raise NotImplementedError
 
     def mask_of(self, index: int, hidden: torch.Tensor) -> Any:
-        """The mask of a decoder layer, for hidden states (B, P, D)."""
-        window = window_of(self.config, index)
-        past = self.past(index)
-        mark = (window, self.groups[index], None if past is None else (past.group, past.entries))
-        if mark not in self._masks:
-            keys, is_plain = self.keys(index)
+        """The mask of a decoder layer that is about to run, for hidden states (B, P, D)."""
+        window, past, group = self.windows[index], self.past(index), self.groups[index]
+        mark = (group, None if past is None else (past.group, past.entries))
+        if mark not in self._known:
+            self._known[mark] = self._look(past, group)
+        keys, is_plain = self._known[mark]
+        self._keys[index] = keys
+        if (mark, window) not in self._masks:
             ready = self.maps.get(window.kind, self.maps.get(None))
             if ready is not None:
-                self._masks[mark] = gather_mask(ready, keys.queries - self.base, keys.keys)
+                mask = gather_mask(ready, keys.queries - self.base, keys.keys)
             else:
-                self._masks[mark] = make_mask(self.config, hidden, window, keys, is_plain)
-        return self._masks[mark]
+                mask = make_mask(self.config, hidden, window, keys, is_plain)
+            self._masks[mark, window] = mask
+        return self._masks[mark, window]
+
+    def _look(self, past: PrunedLayer | None, group: int) -> tuple[Keys, bool]:
+        """What queries and keys of a layer stand for, and whether nothing is hidden by anything but order."""
+        queries, labels, is_full = self.new_labels(group)
+        if past is not None:
+            labels = torch.cat([past.labels().to(labels.device).expand(len(labels), -1), labels], dim=1)
+            if past.is_sliding:
+                visible = past.inner.sliding_window - 1 + queries.shape[1]
+                labels = labels[:, -visible:]
+        if not self._open:
+            seen = self.mask.expand(len(labels), -1).gather(1, labels.clamp(min=0))
+            labels = labels.masked_fill(~seen, -1)
+        starts = self.starts().expand(len(labels), 1)
+        is_plain = is_full and self._open and (past is None or past.is_full) and self.samples() is None
+        return Keys(queries, labels, self.samples(), starts, self.is_reindexed), is_plain
 
     def spread(self, index: int, attention: torch.Tensor) -> torch.Tensor:
         """Bring the attention map of a layer back to logical length.
@@ -157,7 +160,7 @@ class Call:
         Returns:
             (B, H, Q, base + T), zero where a key is gone.
         """
-        labels = self.keys(index)[0].keys[:, -attention.shape[-1] :].to(attention.device)
+        labels = self._keys[index].keys.to(attention.device)
         total = self.base + self.length
         columns = labels.masked_fill(labels < 0, total)[:, None, None].expand_as(attention)
         spread = attention.new_zeros(*attention.shape[:-1], total + 1)

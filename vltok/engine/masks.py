@@ -30,15 +30,17 @@ class Window:
     size: int = 0
 
 
-def window_of(config: Any, index: int) -> Window:
-    """The window of a decoder layer, read from the decoder's config."""
+def windows_of(config: Any, layers: int) -> list[Window]:
+    """The window of each of so many decoder layers, read from the decoder's config."""
     types = getattr(config, "layer_types", None)
     sizes = {
         "sliding_attention": getattr(config, "sliding_window", None),
         "chunked_attention": getattr(config, "attention_chunk_size", None),
     }
-    kind = types[index] if types else next((kind for kind, size in sizes.items() if size), "full_attention")
-    return Window(kind, sizes[kind]) if sizes.get(kind) else Window()
+    if not types:
+        types = [next((kind for kind, size in sizes.items() if size), "full_attention")] * layers
+    windows = {kind: Window(kind, sizes[kind]) if sizes.get(kind) else Window() for kind in set(types)}
+    return [windows[kind] for kind in types]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 # The KV cache is one word for models, decoder layers, attention, mask functions and outputs: `cache` from 5.24 on,
@@ -15,16 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 _OLD = "past_key_values"
 CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else _OLD
 
-_ATTENTION = ("self_attn", "attention", "attn")
-
 
 def cache_in(kwargs: Mapping[str, Any]) -> Any:
     """Return the cache that a call gets by keyword, or None; of two, the one transformers would take."""
     return kwargs.get(CACHE, kwargs.get(_OLD))
-
-
-def attention_of(layer: nn.Module) -> nn.Module | None:
-    """The attention module of a decoder layer or of a block of a vision tower, or None if no name is known."""
-    return next(
-        (getattr(layer, name) for name in _ATTENTION if isinstance(getattr(layer, name, None), nn.Module)), None
-    )

@@ -38,7 +38,8 @@ from vltok.engine.features import (
     record_of,
 )
 from vltok.engine.masks import seen_by_any
-from vltok.engine.names import attention_of, cache_in
+from vltok.engine.names import cache_in
+from vltok.engine.parts import attention_of
 from vltok.errors import UnsupportedInputError, UnsupportedModelError
 from vltok.report import Report
 from vltok.run import Run
@@ -71,6 +72,7 @@ class PruningEngine:
 
     def install(self, head: nn.Module | None) -> None:
         """Hook the model, the head around it if there is one, and its decoder."""
+        self.edits.at_undo(partial(_sweep, self.model))
         if head is not None:
             self.edits.before(head, before_head)
         self.edits.before(self.model, self.before_model)
@@ -360,6 +362,15 @@ def call_attends(mask: Any, visual: torch.Tensor, base: int) -> torch.Tensor:
             f"{tuple(maps[0].shape)}"
         )
     return attended.to(visual.device).expand_as(visual)
+
+
+def _sweep(model: nn.Module) -> None:
+    """Take off hooks that came into the model with copies of hooked parts, as adapters make them."""
+    ours = {before_decoder, after_decoder, before_layer, after_attention}
+    for module in model.modules():
+        for table in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in table.items() if getattr(hook, "func", hook) in ours]:
+                del table[key]
 
 
 def _has(module: nn.Module, hooks: tuple[Any, Any]) -> bool:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
+from vltok.engine.parts import live
 from vltok.errors import UnsupportedModelError
 from vltok.families import towers, vlm
 
@@ -166,15 +167,11 @@ def _live_parts(
         return
     seen.add(module)
     yield name, module, parent
-    children = dict(module.named_children())
-    copies = children.get("modules_to_save")
-    if "original_module" in children and isinstance(copies, nn.ModuleDict):
-        active = [key for key in getattr(module, "active_adapters", ()) if key in copies]
-        off = getattr(module, "disable_adapters", False) or not active
-        children = (
-            {"original_module": module.original_module} if off else {f"modules_to_save.{active[0]}": copies[active[0]]}
-        )
-    for key, child in children.items():
+    runs = live(module)
+    inside = module.named_children()
+    if runs is not module:
+        inside = [(key, part) for key, part in module.named_modules() if part is runs]
+    for key, child in inside:
         yield from _live_parts(child, f"{name}.{key}" if name else key, module, seen)
 
 

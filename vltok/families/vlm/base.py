@@ -10,7 +10,7 @@ from torch import nn
 from vltok.edits import Edits
 from vltok.engine.attention import rows_of_tower
 from vltok.engine.features import Encoding, Picture, pixel_keys
-from vltok.engine.names import attention_of
+from vltok.engine.parts import attention_of, live
 from vltok.engine.projector import CoarserPatches, swap_projector
 from vltok.errors import UnsupportedModelError
 from vltok.method import Run
@@ -30,7 +30,7 @@ class VlmFamily:
 
     def tower(self, model: nn.Module) -> nn.Module:
         """The vision tower."""
-        return model.vision_tower
+        return live(model.vision_tower)
 
     def has_cls(self, model: nn.Module) -> bool:
         """Whether the vision tower has a [CLS] token."""

@@ -13,6 +13,7 @@ from transformers.vision_utils import get_vision_window_index
 
 from vltok.engine.attention import received_attention
 from vltok.engine.features import Encoding, pixel_keys
+from vltok.engine.parts import live
 from vltok.families.vlm.base import VlmFamily
 from vltok.views import AttentionKind
 
@@ -27,7 +28,7 @@ class Qwen2_5_VL(VlmFamily):
     attention_parts = ("qkv",)
 
     def tower(self, model: nn.Module) -> nn.Module:
-        return model.visual
+        return live(model.visual)
 
     def pixel_keys(self, model: nn.Module, encoding: Encoding, pixels: torch.Tensor) -> torch.Tensor:
         patches = encoding.arguments["image_grid_thw"].prod(-1).tolist()
@@ -56,7 +57,7 @@ class Qwen2_5_VL(VlmFamily):
         """Attention received by each visual token, (V,): the mean over its patches, out of the window order."""
         if encoding.attention is None:
             return None
-        visual, grid = model.visual, encoding.arguments["image_grid_thw"]
+        visual, grid = self.tower(model), encoding.arguments["image_grid_thw"]
         order, _ = get_vision_window_index(
             grid,
             spatial_merge_size=visual.spatial_merge_size,
