@@ -337,6 +337,15 @@ class Prompt(Call):
     def new_labels(self, group: int) -> tuple[torch.Tensor, torch.Tensor, bool]:
         return self._labels[group]
 
+    def places_in_samples(self, group: int) -> torch.Tensor | None:
+        """Where in its sample each slot of a layout is, (B, P), by which flash attention tells packed samples apart."""
+        if self._samples is None:
+            return None
+        samples = self.layouts[group].pack(self._samples)
+        slots = torch.arange(samples.shape[1], device=samples.device)
+        begins = torch.diff(samples, dim=1, prepend=samples[:, :1] - 1) != 0
+        return slots - torch.where(begins, slots, 0).cummax(1).values
+
     def place(self, position_ids: torch.Tensor | None) -> torch.Tensor:
         """Give the packed tokens their positions, and note that of the next token.
 

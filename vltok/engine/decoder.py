@@ -104,7 +104,8 @@ def before_layer(index: int, module: nn.Module, args: tuple, kwargs: dict) -> tu
     kwargs = dict(kwargs)
     if isinstance(call, Prompt):
         hidden = _rows_of_layer(call, index, hidden, kwargs)
-        kwargs["position_ids"] = None  # rotary tables are made; flash attention would look for gaps
+        # Rotary tables are made. Flash attention looks at positions alone, and takes gaps for the ends of samples.
+        kwargs["position_ids"] = call.places_in_samples(call.groups[index])
     kwargs["attention_mask"] = call.mask_of(index, hidden)
     past = call.past(index)
     is_read = isinstance(call, Prompt) and index in call.read

@@ -125,11 +125,11 @@ def make_mask(config: Any, like: torch.Tensor, window: Window, keys: Keys, is_pl
 
 
 def _flash_mask(name: str, window: Window, keys: Keys, is_plain: bool) -> torch.Tensor | None:
-    """Flash attention takes which keys are real, (B, E), and nothing else: it counts windows in keys."""
-    if keys.samples is not None:
+    """Flash attention takes which keys are real, (B, E): it counts windows in keys, and samples by positions."""
+    if keys.samples is not None and len(keys.queries) > 1:
         raise UnsupportedInputError(
-            f"samples packed into one row can't be told apart by {name!r} once tokens have left; use "
-            'attn_implementation="sdpa", or pad the samples'
+            f"{name!r} tells packed samples apart in a batch of one row only, and {len(keys.queries)} rows came; pack "
+            'into one row, or use attn_implementation="sdpa"'
         )
     if window.size and not keys.reindex:
         oldest = keys.keys.masked_fill(keys.keys < 0, torch.iinfo(torch.int64).max).amin(1)
@@ -138,7 +138,7 @@ def _flash_mask(name: str, window: Window, keys: Keys, is_plain: bool) -> torch.
                 f"the prompt is longer than the window of {window.size} tokens, which {name!r} would count in kept "
                 'tokens; use attn_implementation="sdpa", or positions="reindex"'
             )
-    return None if is_plain else keys.keys >= 0
+    return None if is_plain or keys.samples is not None else keys.keys >= 0
 
 
 def gather_mask(mask: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
