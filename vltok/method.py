@@ -100,8 +100,8 @@ class Method:
         for setting in settings:
             key, equals, value = setting.partition("=")
             if not equals or key.strip() in given:
-                wrong = "the same setting twice" if equals else repr(setting)
-                raise ValueError(f"settings of a method are written key=value, each once; got {wrong} in {text!r}")
+                wrong = f"{key.strip()} twice" if equals else repr(setting)
+                raise ValueError(f"a setting of a method is written once, as key=value, got {wrong} in {text!r}")
             given[key.strip()] = _value(value.strip())
         version = _METHODS[name].version if name in _METHODS else None
         try:
