@@ -83,7 +83,7 @@ class GaussianKernel(nn.Module):
         cells = query[:, :, self.num_prefix_tokens :].flatten(0, 1).unflatten(1, grid)  # (B * heads, H, W, d)
         for axis, side in enumerate(grid, 1) if not self.parity else ():
             whole = -(-side // self.ratio) * self.ratio
-            if whole != side or torch.compiler.is_compiling():  # where a graph for each case would be compiled
+            if torch.compiler.is_compiling() or whole != side:  # compiled, each case would be one more graph
                 rows = torch.arange(whole, device=cells.device).clamp(max=side - 1)
                 cells = cells.index_select(axis, rows)  # the last row or column again, to a whole region
         image = cells.movedim(-1, 1).to(self.Qlandmark_op.weight.dtype)  # channels last in memory
