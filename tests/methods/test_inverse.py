@@ -302,7 +302,9 @@ def test_forward_mode_follows_the_cut_off_and_torch_func_passes(ridge):
         weights = torch.randn(matrices.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         leaf = matrices.clone().requires_grad_()
         (gradient,) = torch.autograd.grad((invert(leaf) * weights).sum(), leaf)
-        assert error(torch.func.grad(lambda x: (invert(x) * weights).sum())(matrices), gradient) < 1e-9, name
+        assert (
+            error(torch.func.grad(lambda x, weights=weights: (invert(x) * weights).sum())(matrices), gradient) < 1e-9
+        ), name
 
 
 @RIDGES
