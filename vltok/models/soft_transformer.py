@@ -15,6 +15,7 @@ from timm.layers import calculate_drop_path_rates, get_device_dtype, resample_ab
 from timm.models import checkpoint
 from torch import nn
 
+from vltok.checks import check_choice, check_integer, is_number
 from vltok.methods.soft.attention import SoftmaxFreeAttention
 from vltok.models.soft_layers import PatchEmbed, SoftBlock, SoftmaxBlock
 from vltok.tokens import Grid
@@ -84,7 +85,7 @@ class SoftTransformer(nn.Module):
         _check_stages(STAGES - 1, ratios=ratios, conv_sizes=conv_sizes)
         if any(dim % heads for dim, heads in zip(embed_dims, num_heads, strict=True)):
             raise ValueError(f"num_heads must divide embed_dims, got {tuple(num_heads)} and {tuple(embed_dims)}")
-        if not 0 <= drop_path_rate < 1:
+        if not is_number(drop_path_rate) or not 0 <= drop_path_rate < 1:
             raise ValueError(f"drop_path_rate must be in [0, 1), got {drop_path_rate}")
         self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         self.in_chans = in_chans
@@ -308,11 +309,12 @@ def _check_stages(count: int = STAGES, **settings: Sequence[int]) -> None:
     for name, values in settings.items():
         if len(values) != count or min(values) < 1:
             raise ValueError(f"{name} must be {count} numbers of at least 1, got {tuple(values)}")
+        for value in values:
+            check_integer(name, value, least=1)
 
 
 def _checked_pool(global_pool: str) -> str:
-    if global_pool not in POOLS:
-        raise ValueError(f"global_pool must be one of {POOLS}, got {global_pool!r}")
+    check_choice("global_pool", global_pool, POOLS)
     return global_pool
 
 

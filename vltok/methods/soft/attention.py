@@ -82,8 +82,8 @@ class GaussianKernel(nn.Module):
         """Condense `scale` times the queries of each ratio x ratio region: (B, heads, N, d) -> (B, heads, M, d)."""
         cells = query[:, :, self.num_prefix_tokens :].flatten(0, 1).unflatten(1, grid)  # (B * heads, H, W, d)
         for axis, side in enumerate(grid, 1) if not self.parity else ():
-            whole = -(-side // self.ratio) * self.ratio
-            if whole != side or torch.compiler.is_compiling():  # where a graph for each case would be compiled
+            whole = ((side - 1) // self.ratio + 1) * self.ratio  # written so that a compiler sees it positive
+            if torch.compiler.is_compiling() or whole != side:  # compiled, each case would be one more graph
                 rows = torch.arange(whole, device=cells.device).clamp(max=side - 1)
                 cells = cells.index_select(axis, rows)  # the last row or column again, to a whole region
         image = cells.movedim(-1, 1).to(self.Qlandmark_op.weight.dtype)  # channels last in memory
