@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "convert": {"api", "errors", "methods", "serialization"},
     "train": {"api", "engine", "errors", "method", "processing", "serialization"},
     "processing": {"errors", "methods", "version"},
-    "models": {"errors", "methods", "recompute"},
+    "models": {"checks", "errors", "methods", "recompute", "tokens"},
     "nn": {"methods", "tokens"},
     "views": {"edits", "method"},
     "method": {"edits", "errors", "version"},
