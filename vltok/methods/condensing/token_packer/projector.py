@@ -185,7 +185,7 @@ class TokenPackerProjector(nn.Module):
         return self.mlp(attention.out_proj(out).unflatten(0, (batch, -1)))
 
     def _queries(self, weight: torch.Tensor, coarse: torch.Tensor) -> torch.Tensor:
-        """Ask for each region with the patch map at 1 / s, bilinear, not antialiased: (B, N, C) -> (heads, B * M, d)."""
+        """Ask for regions with the patch map at 1 / s, bilinear, not antialiased: (B, N, C) -> (heads, B * M, d)."""
         wide = torch.promote_types(coarse.dtype, torch.float32)
         image = coarse.to(wide).mT.unflatten(-1, self.grid)  # (B, C, H, W)
         size = tuple(side // self.scale_factor for side in self.grid)
