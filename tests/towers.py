@@ -65,7 +65,9 @@ class Tower:
         if not self.is_hf:
             model.set_grad_checkpointing()
             return False
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
+        word = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # before 5.23
+        settings = {f"{word}_checkpointing_kwargs": {"use_reentrant": reentrant}}
+        getattr(model, f"{word}_checkpointing_enable")(**settings)
         return reentrant
 
     def tokens(self, model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
@@ -126,7 +128,9 @@ TOWERS: dict[str, Tower] = {
     "timm-registers": Tower("timm_vit", _timm("vit_small_patch14_reg4_dinov2"), 5, False),
     "timm-no-class": Tower("timm_vit", _timm("vit_base_patch16_siglip_gap_224", dynamic_img_size=True), 0, False, {}),
     "timm-map": Tower("timm_vit", _timm("vit_base_patch16_siglip_224"), 0, False),
-    "timm-eva": Tower("timm_eva", _timm("eva_giant_patch14_224", mlp_ratio=2, dynamic_img_size=True), 1, False, {}, read_past=("qkv",)),
+    "timm-eva": Tower(
+        "timm_eva", _timm("eva_giant_patch14_224", mlp_ratio=2, dynamic_img_size=True), 1, False, {}, read_past=("qkv",)
+    ),
 }
 
 # The methods that change what a tower computes: one line each.

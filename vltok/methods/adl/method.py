@@ -23,7 +23,6 @@ from vltok.recompute import is_recomputing
 from vltok.report import Diversification
 from vltok.views import VisionHost
 
-
 MOST_TALLIES = 2  # of calls under way in a thread, besides the newest
 
 
