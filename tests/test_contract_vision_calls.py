@@ -204,7 +204,7 @@ def test_an_adapter_counts_before_the_method_and_after_it_and_merged(pair, model
     shown, layers = pictures(pair)[0], linear_layers(pair, model)
     early = copy.deepcopy(model)
     if pair.has(vltok.SOFT):
-        with pytest.raises(UnsupportedModelError, match="no attention module|has no linear layer|has further weights"):
+        with pytest.raises(UnsupportedModelError, match=r"no attention module|has no linear layer|has further weights"):
             pair.apply(adapt(early, target_modules=layers))
         with pair.apply(model) as handle:
             plain = outcome(pair, model, handle, shown)

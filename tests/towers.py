@@ -65,7 +65,9 @@ class Tower:
         if not self.is_hf:
             model.set_grad_checkpointing()
             return False
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
+        word = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # before 5.23
+        settings = {f"{word}_checkpointing_kwargs": {"use_reentrant": reentrant}}
+        getattr(model, f"{word}_checkpointing_enable")(**settings)
         return reentrant
 
     def tokens(self, model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:

@@ -128,9 +128,8 @@ class TowerCalls(TowerHook):
 
     def finish(self, block: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         """After the last block."""
-        if not torch.compiler.is_compiling():
-            call = self.newest()
-            self._thread.newest = (current_pass(), None if call is None else call.outer)
+        call = self.newest()
+        self._thread.newest = (current_pass(), None if call is None else call.outer)
 
     # Questions
 

@@ -150,8 +150,8 @@ class ScoreRecorder(TowerHook):
             return
         if scores.query is None or scores.key is None:
             raise UnsupportedInputError(
-                f"the layers of {type(attention).__name__}, block {self.number} of this vision tower, that make queries "
-                "and keys were replaced since it was compiled; run it once without torch.compile, and compile it anew"
+                f"the layers for queries and keys of {type(attention).__name__}, block {self.number} of this vision "
+                "tower, were replaced before it was compiled; run the tower once without torch.compile first"
             )
         if others := split_arguments(args, kwargs)[1]:
             raise UnsupportedInputError(
