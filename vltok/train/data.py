@@ -203,7 +203,7 @@ class Conversations(torch.utils.data.Dataset):
             return cls(datasets.load_from_disk(str(path)), images)
         try:
             records = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise SampleError(f"{path} is not a JSON file: {error}") from error
         if not isinstance(records, list):
             raise SampleError(f"{path} must hold a list of samples, got {type(records).__name__}")
