@@ -78,6 +78,7 @@ class TinyFamily:
         projects: Whether its projector can be replaced and its vision tower changed.
         packer_scale: A scale factor of TokenPacker that divides its patch grid.
         new_image_in_turn: Whether the unpruned generate() takes an image on top of a filled cache.
+        windowed: Whether some decoder layers see fewer tokens than the prompts have.
     """
 
     name: str
@@ -94,6 +95,7 @@ class TinyFamily:
     projects: bool = True
     packer_scale: int = 2
     new_image_in_turn: bool = True
+    windowed: bool = False
 
     @property
     def key(self) -> str:
@@ -363,10 +365,10 @@ QWEN2_5_VL = TinyFamily(
 INTERNVL = TinyFamily(
     "internvl", _internvl, _internvl_processor, "<IMG_CONTEXT>", (112, 56), (56, 56), True, (48, 16), projects=False
 )
-LLAVA_SLIDING = replace(LLAVA, build=functools.partial(_llava, text=_mistral), variant="sliding")
-LLAVA_CHUNKED = replace(LLAVA, build=functools.partial(_llava, text=_chunked_llama4), variant="chunked")
-INTERNVL_MIXED = replace(INTERNVL, build=functools.partial(_internvl, text=_mixed_qwen2), variant="mixed")
-QWEN2_5_VL_MIXED = replace(QWEN2_5_VL, build=functools.partial(_qwen2_5_vl, **MIXED), variant="mixed")
+LLAVA_SLIDING = replace(LLAVA, build=functools.partial(_llava, text=_mistral), variant="sliding", windowed=True)
+LLAVA_CHUNKED = replace(LLAVA, build=functools.partial(_llava, text=_chunked_llama4), variant="chunked", windowed=True)
+INTERNVL_MIXED = replace(INTERNVL, build=functools.partial(_internvl, text=_mixed_qwen2), variant="mixed", windowed=True)
+QWEN2_5_VL_MIXED = replace(QWEN2_5_VL, build=functools.partial(_qwen2_5_vl, **MIXED), variant="mixed", windowed=True)
 PRUNABLE = [LLAVA, LLAVA_SIGLIP, LLAVA_NEXT, QWEN2_5_VL, INTERNVL]
 ALL = [*PRUNABLE, LLAVA_ONEVISION]
 WINDOWED = [LLAVA_SLIDING, LLAVA_CHUNKED, INTERNVL_MIXED, QWEN2_5_VL_MIXED]  # windows that bite
