@@ -65,7 +65,7 @@ class Pair:
         return (self.family.axes,) if self.family.axes > 1 else ()
 
     def apply(self, model: torch.nn.Module, processor: Any = None) -> vltok.Handle:
-        """Apply the method; weights it brings are drawn large, the same at every call, from a generator of their own."""
+        """Apply the method; weights it brings are drawn large, the same at every call; no test's generator moves."""
         with torch.random.fork_rng(devices=[]):
             return draw(vltok.apply(model, self.method, processor=processor or self.family.processor()))
 

@@ -92,7 +92,9 @@ def packed(model: torch.nn.Module, family: TinyFamily, names: list[str]) -> dict
         positions = [torch.cat([torch.arange(p.shape[-1])[None], p]) for p in positions]
     images = [image for name in names for image in pictures(family, name)]
     inputs = dict(family.inputs([" ".join(PROMPTS[name][0] for name in names)], images))
-    joined = {key: torch.cat([s[key] for s in singles], dim=1) for key in ("input_ids", "mm_token_type_ids") if key in inputs}
+    joined = {
+        key: torch.cat([s[key] for s in singles], dim=1) for key in ("input_ids", "mm_token_type_ids") if key in inputs
+    }
     inputs.pop("attention_mask")
     return {**inputs, **joined, "position_ids": torch.cat(positions, dim=-1).unsqueeze(-2)}
 

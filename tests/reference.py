@@ -1,11 +1,11 @@
 """Two slow references for pruned models. Neither knows anything of vltok.
 
 The first runs one prompt at a time, without cache and hooks. The prompt is put together with the model's own public
-parts (embedding table, image encoder, rotary positions) and run through the decoder layers in a plain loop. A token that
-is gone is simply not there; a token that was dropped inside the decoder is there but hidden from every query by an
-explicit mask in the later layers. Sliding and chunked windows are counted in the tokens' indices in the unpruned prompt,
-or, where positions are counted anew, in the kept tokens. `join` puts a second turn behind a first, `pack` puts samples
-into one row.
+parts (embedding table, image encoder, rotary positions) and run through the decoder layers in a plain loop. A token
+that is gone is simply not there; a token that was dropped inside the decoder is there but hidden from every query by an
+explicit mask in the later layers. Sliding and chunked windows are counted in the tokens' indices in the unpruned
+prompt, or, where positions are counted anew, in the kept tokens. `join` puts a second turn behind a first, `pack` puts
+samples into one row.
 
 The second, `hidden_keys`, is the unpruned model, whose own masks get a column of -inf for every token that is gone.
 """
@@ -163,7 +163,7 @@ def counted(sample: torch.Tensor) -> torch.Tensor:
     return torch.cat([torch.arange(int(count)) for count in sample.unique_consecutive(return_counts=True)[1]])
 
 
-def leaving(row: Row, hidden_after: int | None | Sequence[int | None]) -> torch.Tensor:
+def leaving(row: Row, hidden_after: int | Sequence[int | None] | None) -> torch.Tensor:
     """The layer after which each token is hidden, (T,), counted from 1; a large number for those that stay."""
     layers = hidden_after if isinstance(hidden_after, Sequence) else [hidden_after] * len(row.images)
     gone = torch.full((len(row.embeds),), len(row.lm.layers) + 1)
@@ -177,7 +177,7 @@ def logits(
     picks: Sequence[torch.Tensor],
     *,
     reindex: bool = False,
-    hidden_after: int | None | Sequence[int | None] = None,
+    hidden_after: int | Sequence[int | None] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the kept tokens through the decoder.
 
@@ -230,7 +230,10 @@ def hidden_keys(eager: nn.Module, dropped: torch.Tensor | Sequence[torch.Tensor]
         def hook(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             mask = kwargs["attention_mask"]  # (B, 1, T, T)
             gone = torch.nn.functional.pad(columns[number], (0, mask.shape[-1] - columns[number].shape[-1]))
-            return args, {**kwargs, "attention_mask": mask.masked_fill(gone[:, None, None], torch.finfo(mask.dtype).min)}
+            return args, {
+                **kwargs,
+                "attention_mask": mask.masked_fill(gone[:, None, None], torch.finfo(mask.dtype).min),
+            }
 
         return hook
 

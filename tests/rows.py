@@ -13,6 +13,8 @@ refused = pytest.mark.parametrize("pair", matrix.parameters(matrix.REFUSED), ind
 few = pytest.mark.parametrize("pair", matrix.parameters({name: matrix.PAIRS[name] for name in _QUICK}), indirect=True)
 few_pruning = pytest.mark.parametrize(
     "pair",
-    matrix.parameters({name: pair for name, pair in matrix.SELECTING.items() if name in matrix.quick(matrix.SELECTING)}),
+    matrix.parameters(
+        {name: pair for name, pair in matrix.SELECTING.items() if name in matrix.quick(matrix.SELECTING)}
+    ),
     indirect=True,
 )

@@ -302,7 +302,11 @@ def _internvl_processor() -> Any:
 
 WINDOW = 8  # tokens, where prompts have 20 or more
 # Of four decoder layers every second one sees the whole prompt.
-MIXED = {"use_sliding_window": True, "sliding_window": WINDOW, "layer_types": ["full_attention", "sliding_attention"] * 2}
+MIXED = {
+    "use_sliding_window": True,
+    "sliding_window": WINDOW,
+    "layer_types": ["full_attention", "sliding_attention"] * 2,
+}
 
 
 def _mistral() -> Any:
@@ -367,7 +371,9 @@ INTERNVL = TinyFamily(
 )
 LLAVA_SLIDING = replace(LLAVA, build=functools.partial(_llava, text=_mistral), variant="sliding", windowed=True)
 LLAVA_CHUNKED = replace(LLAVA, build=functools.partial(_llava, text=_chunked_llama4), variant="chunked", windowed=True)
-INTERNVL_MIXED = replace(INTERNVL, build=functools.partial(_internvl, text=_mixed_qwen2), variant="mixed", windowed=True)
+INTERNVL_MIXED = replace(
+    INTERNVL, build=functools.partial(_internvl, text=_mixed_qwen2), variant="mixed", windowed=True
+)
 QWEN2_5_VL_MIXED = replace(QWEN2_5_VL, build=functools.partial(_qwen2_5_vl, **MIXED), variant="mixed", windowed=True)
 PRUNABLE = [LLAVA, LLAVA_SIGLIP, LLAVA_NEXT, QWEN2_5_VL, INTERNVL]
 ALL = [*PRUNABLE, LLAVA_ONEVISION]

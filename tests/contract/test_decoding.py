@@ -19,7 +19,6 @@ def draft_model(family: TinyFamily) -> torch.nn.Module:
     return family.model(seed=3)
 
 
-
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}], ids=str)
 def test_generation_with_and_without_a_cache_agrees(pair, model, options):
     with pair.apply(model):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import reference
 import torch
 from calls import ALONE, PROMPTS, TOLERANCE, batch, generate, logits, positions, single
 from prompts import hide
 from rows import only_pruning
 
 import vltok
-
 
 
 def test_text_only_prompts_pass_through_unchanged(pair, model):
@@ -77,8 +77,12 @@ def test_a_ready_made_mask_hides_what_the_flat_one_hides(pair, model):
     length = inputs["input_ids"].shape[1]
     inputs["position_ids"] = positions(model, inputs)
     inputs["position_ids"] = inputs["position_ids"].view(*pair.axes, 1, length)
-    causal = torch.ones(1, 1, length, length, dtype=torch.bool).tril()
+    masks = {}
+    for kind, size in set(reference.windows(model.model.language_model)):
+        seen = reference.in_window(kind, size, torch.arange(length)).tril()
+        masks[f"{kind}_attention"] = seen[None, None]
+    mask = masks if len(masks) > 1 else next(iter(masks.values()))
     with pair.apply(model):
         expected = logits(model, inputs, use_cache=False)
-        got = logits(model, {**inputs, "attention_mask": causal}, use_cache=False)
+        got = logits(model, {**inputs, "attention_mask": mask}, use_cache=False)
     torch.testing.assert_close(got, expected, **TOLERANCE)
