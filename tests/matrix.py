@@ -93,19 +93,17 @@ SELECTING = {name: pair for name, pair in PAIRS.items() if pair.prunes}
 BRINGING_WEIGHTS = {name: pair for name, pair in PAIRS.items() if not pair.prunes}
 
 
-def quick(pairs: dict[str, Pair]) -> set[str]:
-    """Of these pairs a few in which every family and every method comes up: those of the quick lane."""
-    families, methods, chosen = set(), set(), set()
+def one_of_each(pairs: dict[str, Pair]) -> dict[str, Pair]:
+    """Of these pairs a few in which every family and every method comes up."""
+    families, methods, chosen = set(), set(), {}
     for name, pair in pairs.items():
         if pair.family not in families or repr(pair.method) not in methods:
             families.add(pair.family)
             methods.add(repr(pair.method))
-            chosen.add(name)
+            chosen[name] = pair
     return chosen
 
 
 def parameters(pairs: dict[str, Pair]) -> list[Any]:
-    """The pairs as parameters of a test; those beyond the quick lane are marked `full`."""
-    chosen = quick(pairs)
-    marks = {name: [] if name in chosen else [pytest.mark.full] for name in pairs}
-    return [pytest.param(pair, id=name, marks=marks[name]) for name, pair in pairs.items()]
+    """The pairs as parameters of a test."""
+    return [pytest.param(pair, id=name) for name, pair in pairs.items()]

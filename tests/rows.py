@@ -1,20 +1,18 @@
-"""Marks that give a test other pairs than all."""
+"""Marks that give a test of the contract other pairs than all."""
 
 from __future__ import annotations
 
-import matrix
 import pytest
+from matrix import BRINGING_WEIGHTS, PAIRS, REFUSED, SELECTING, Pair, one_of_each, parameters
 
-_QUICK = matrix.quick(matrix.PAIRS)
-only_pruning = pytest.mark.parametrize("pair", matrix.parameters(matrix.SELECTING), indirect=True)
-only_trained = pytest.mark.parametrize("pair", matrix.parameters(matrix.BRINGING_WEIGHTS), indirect=True)
-refused = pytest.mark.parametrize("pair", matrix.parameters(matrix.REFUSED), indirect=True)
-# For what takes long and hangs on the engine alone.
-few = pytest.mark.parametrize("pair", matrix.parameters({name: matrix.PAIRS[name] for name in _QUICK}), indirect=True)
-few_pruning = pytest.mark.parametrize(
-    "pair",
-    matrix.parameters(
-        {name: pair for name, pair in matrix.SELECTING.items() if name in matrix.quick(matrix.SELECTING)}
-    ),
-    indirect=True,
-)
+
+def _only(pairs: dict[str, Pair]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("pair", parameters(pairs), indirect=True)
+
+
+only_pruning = _only(SELECTING)
+only_trained = _only(BRINGING_WEIGHTS)
+refused = _only(REFUSED)
+# For what takes long and hangs on the engine alone: every family and every method once.
+few = _only(one_of_each(PAIRS))
+few_pruning = _only(one_of_each(SELECTING))
