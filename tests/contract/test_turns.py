@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from calls import TOLERANCE, batch, generate, logits, positions, prompt, single
+from calls import TOLERANCE, batch, generate, positions, prompt, single
 from prompts import CACHE, turn
 from rows import few_pruning
 from tiny import picture
@@ -17,17 +17,12 @@ NEW = torch.tensor([[20, 21, 22]])
 TALK = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "return_dict_in_generate": True}
 
 
-def anew(inputs: dict, talk: dict) -> dict:
-    """The whole conversation for an empty cache: with the images of its first turn."""
-    return {**inputs, **talk}
-
-
 def test_a_second_turn_equals_the_whole_conversation_anew(pair, model):
     inputs = prompt(pair, "w1 <image> w2 w3")
     with pair.apply(model):
         first = model.generate(**inputs, **TALK)
         talk = turn(inputs, first.sequences, NEW)
-        expected = generate(model, anew(inputs, talk))
+        expected = generate(model, {**inputs, **talk})
         assert torch.equal(generate(model, {**talk, CACHE: first[CACHE]}), expected)
 
 
@@ -73,7 +68,7 @@ def test_a_prefix_is_used_again(pair, model):
         cache = model(**inputs, use_cache=True)[CACHE]
         for new in (NEW, NEW + 5, NEW[:, :1]):
             talk = turn(inputs, inputs["input_ids"], new)
-            expected = generate(model, anew(inputs, talk))
+            expected = generate(model, {**inputs, **talk})
             assert torch.equal(generate(model, {**talk, CACHE: copy.deepcopy(cache)}), expected)
 
 
@@ -175,4 +170,3 @@ def test_the_cache_counts_the_tokens_of_the_conversation(pair, model):
         cache = model(**inputs, use_cache=True)[CACHE]
         assert cache.get_seq_length() == inputs["input_ids"].shape[1]
         assert {cache.get_seq_length(layer) for layer in range(len(cache.layers))} == {inputs["input_ids"].shape[1]}
-        assert torch.equal(logits(model, inputs), logits(model, inputs))
