@@ -1,4 +1,4 @@
-"""The one list of methods and families: every promise in test_contract.py is checked for each pair."""
+"""The one list of methods and families: every promise in tests/contract/ is checked for each pair."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import tiny
 import torch
 from towers import draw
@@ -26,14 +27,14 @@ PRUNING: dict[str, Callable[[], vltok.Method]] = {
 }
 # These bring weights. Each gets the family, as not every setting fits every patch grid.
 TRAINED: dict[str, Callable[[tiny.TinyFamily], vltok.Method]] = {
-    "tokenpacker": lambda family: vltok.TokenPacker(scale_factor=3 if family is tiny.LLAVA_NEXT else 2),
+    "tokenpacker": lambda family: vltok.TokenPacker(scale_factor=family.packer_scale),
     "soft": lambda family: vltok.SOFT(ratio=2),
     "tap": lambda family: vltok.TAP(num_scales=3),
 }
+# On decoders with windows: one selector, and one method that drops inside the decoder as well.
+WINDOWED = ("todre", "stride")
 
-FAMILIES: dict[str, tiny.TinyFamily] = {
-    f"{family.name}-{'cls' if family.has_cls else 'no-cls'}": family for family in tiny.ALL
-}
+FAMILIES: dict[str, tiny.TinyFamily] = {family.key: family for family in [*tiny.ALL, *tiny.WINDOWED]}
 
 
 @functools.lru_cache
@@ -44,31 +45,65 @@ def _writer(family: tiny.TinyFamily) -> torch.nn.Module:
 
 @dataclass(frozen=True)
 class Pair:
-    """One method on one family."""
+    """One method on one family.
+
+    Attributes:
+        family: The family.
+        method: The method.
+        prunes: Whether it leaves visual tokens out, and brings no weights.
+        works: Whether the family has a place for it.
+    """
 
     family: tiny.TinyFamily
     method: vltok.Method
     prunes: bool
+    works: bool
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """What stands before batch and length in the shape of this family's positions."""
+        return (self.family.axes,) if self.family.axes > 1 else ()
 
     def apply(self, model: torch.nn.Module, processor: Any = None) -> vltok.Handle:
-        """Apply the method; weights it brings are drawn large, the same at every call."""
-        return draw(vltok.apply(model, self.method, processor=processor or self.family.processor()))
+        """Apply the method; weights it brings are drawn large, the same at every call; no test's generator moves."""
+        with torch.random.fork_rng(devices=[]):
+            return draw(vltok.apply(model, self.method, processor=processor or self.family.processor()))
 
     def inputs(self, *args: Any, **kwargs: Any) -> Any:
         """Process prompts as the processor does while the method is on."""
         processor = self.family.processor()
-        with vltok.apply(_writer(self.family), self.method, processor=processor):
+        with torch.random.fork_rng(devices=[]), vltok.apply(_writer(self.family), self.method, processor=processor):
             return self.family.inputs(*args, **kwargs, processor=processor)
 
 
-REFUSED = {(name, key) for name in TRAINED for key in ("qwen2_5_vl-no-cls", "internvl-cls")}
-REFUSED |= {(name, "llava_onevision-no-cls") for name in PRUNING}
-EVERY: dict[tuple[str, str], Pair] = {
-    **{(name, key): Pair(family, make(), True) for name, make in PRUNING.items() for key, family in FAMILIES.items()},
-    **{
-        (name, key): Pair(family, make(family), False)
-        for name, make in TRAINED.items()
-        for key, family in FAMILIES.items()
-    },
-}
-PAIRS = {f"{key}-{name}": pair for (name, key), pair in EVERY.items() if (name, key) not in REFUSED}
+def _pairs() -> dict[str, Pair]:
+    pairs = {}
+    for key, family in FAMILIES.items():
+        names = WINDOWED if family in tiny.WINDOWED else PRUNING
+        pairs |= {f"{key}-{name}": Pair(family, PRUNING[name](), True, family.prunable) for name in names}
+        if family in tiny.ALL:
+            pairs |= {f"{key}-{name}": Pair(family, TRAINED[name](family), False, family.projects) for name in TRAINED}
+    return pairs
+
+
+EVERY: dict[str, Pair] = _pairs()
+PAIRS = {name: pair for name, pair in EVERY.items() if pair.works}
+REFUSED = {name: pair for name, pair in EVERY.items() if not pair.works}
+SELECTING = {name: pair for name, pair in PAIRS.items() if pair.prunes}
+BRINGING_WEIGHTS = {name: pair for name, pair in PAIRS.items() if not pair.prunes}
+
+
+def one_of_each(pairs: dict[str, Pair]) -> dict[str, Pair]:
+    """Of these pairs a few in which every family and every method comes up."""
+    families, methods, chosen = set(), set(), {}
+    for name, pair in pairs.items():
+        if pair.family not in families or repr(pair.method) not in methods:
+            families.add(pair.family)
+            methods.add(repr(pair.method))
+            chosen[name] = pair
+    return chosen
+
+
+def parameters(pairs: dict[str, Pair]) -> list[Any]:
+    """The pairs as parameters of a test."""
+    return [pytest.param(pair, id=name) for name, pair in pairs.items()]

@@ -82,3 +82,37 @@ def probe(model: torch.nn.Module, inputs, kind: str = "none", layer: int = -1) -
     with vltok.apply(model, method):
         model(**inputs)
     return method.seen
+
+
+def packed(model: torch.nn.Module, family: TinyFamily, names: list[str]) -> dict:
+    """Several prompts in one row without a mask: positions start again with each, on every axis the model has."""
+    singles = [single(family, name) for name in names]
+    positions = [row(model, family, name).positions for name in names]
+    if family.axes > 1:  # transformers wants the text's own count in front, by which it tells samples apart
+        positions = [torch.cat([torch.arange(p.shape[-1])[None], p]) for p in positions]
+    images = [image for name in names for image in pictures(family, name)]
+    inputs = dict(family.inputs([" ".join(PROMPTS[name][0] for name in names)], images))
+    joined = {
+        key: torch.cat([s[key] for s in singles], dim=1) for key in ("input_ids", "mm_token_type_ids") if key in inputs
+    }
+    inputs.pop("attention_mask")
+    return {**inputs, **joined, "position_ids": torch.cat(positions, dim=-1).unsqueeze(-2)}
+
+
+def turn(inputs: dict, said: torch.Tensor, new: torch.Tensor) -> dict:
+    """The whole conversation so far, (B, T), with new words (B, N) behind it, and none of its images."""
+    ids = torch.cat([said, new], dim=1)
+    extra = ids.shape[1] - inputs["attention_mask"].shape[1]
+    talk = {"input_ids": ids, "attention_mask": torch.nn.functional.pad(inputs["attention_mask"], (0, extra), value=1)}
+    if "mm_token_type_ids" in inputs:
+        talk["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, extra))
+    return talk
+
+
+def hide(inputs: dict, left: int = 0, right: int = 0) -> dict:
+    """The inputs with more padding on either side of every row."""
+    wide = dict(inputs)
+    for key in ("input_ids", "attention_mask", "mm_token_type_ids"):
+        if key in wide:
+            wide[key] = torch.nn.functional.pad(wide[key], (left, right))
+    return wide

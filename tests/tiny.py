@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -72,6 +72,13 @@ class TinyFamily:
         other_size: A second size; where the family lets the size decide, its pictures have another number of tokens.
         has_cls: Whether the vision tower has a [CLS] token.
         tokens: Visual tokens of a picture of `size` and of one of `other_size`.
+        variant: What tells it from the other rows of its family, "" for the plain one.
+        axes: How many rotary positions a token has.
+        prunable: Whether its visual tokens can be pruned.
+        projects: Whether its projector can be replaced and its vision tower changed.
+        packer_scale: A scale factor of TokenPacker that divides its patch grid.
+        new_image_in_turn: Whether the unpruned generate() takes an image on top of a filled cache.
+        windowed: Whether some decoder layers see fewer tokens than the prompts have.
     """
 
     name: str
@@ -82,10 +89,26 @@ class TinyFamily:
     other_size: tuple[int, int]
     has_cls: bool
     tokens: tuple[int, int]
+    variant: str = ""
+    axes: int = 1
+    prunable: bool = True
+    projects: bool = True
+    packer_scale: int = 2
+    new_image_in_turn: bool = True
+    windowed: bool = False
+
+    @property
+    def key(self) -> str:
+        """The row's name in the tests."""
+        return "-".join(filter(None, [self.name, self.variant, "cls" if self.has_cls else "no-cls"]))
 
     def model(self, attention: str = "sdpa", dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
-        """A model with sharp weights, in eval mode, that never generates padding or placeholders."""
-        model = sharpen(self.build(attention), seed).to(dtype)
+        """A model with sharp weights, in eval mode, that never generates padding or placeholders.
+
+        The global random generator stays as it is: a test may have seeded it before it asks for its model.
+        """
+        with torch.random.fork_rng(devices=[]):
+            model = sharpen(self.build(attention), seed).to(dtype)
         # Trained models don't write placeholders; a random one would, and transformers would look for the image.
         placeholders = {getattr(model.config, f"{kind}_token_id", 0) for kind in ("image", "video")}
         model.generation_config.suppress_tokens = sorted({0, 1, 3} | placeholders)
@@ -106,7 +129,7 @@ class TinyFamily:
         )
 
 
-def _llava(attention: str, tower: str = "clip") -> nn.Module:
+def _llava(attention: str, tower: str = "clip", text: Callable[[], Any] | None = None) -> nn.Module:
     from transformers import (
         CLIPVisionConfig,
         LlamaConfig,
@@ -119,7 +142,7 @@ def _llava(attention: str, tower: str = "clip") -> nn.Module:
         vision_config=(CLIPVisionConfig if tower == "clip" else SiglipVisionConfig)(
             **TOWER, image_size=56, patch_size=14
         ),
-        text_config=LlamaConfig(**TEXT),
+        text_config=text() if text else LlamaConfig(**TEXT),
         image_token_index=4,
         vision_feature_select_strategy="default" if tower == "clip" else "full",
         vision_feature_layer=-2,
@@ -214,7 +237,7 @@ QWEN_SPECIALS = [*SPECIALS[:4], "<|image_pad|>", "<|video_pad|>", "<|vision_star
 QWEN_PATCHES = {"patch_size": 4, "temporal_patch_size": 2}
 
 
-def _qwen2_5_vl(attention: str) -> nn.Module:
+def _qwen2_5_vl(attention: str, **text: Any) -> nn.Module:
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     tower = {"hidden_size": 32, "intermediate_size": 48, "depth": 3, "num_heads": 2, "out_hidden_size": 64}
@@ -223,7 +246,7 @@ def _qwen2_5_vl(attention: str) -> nn.Module:
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
     config = Qwen2_5_VLConfig(
         vision_config={**tower, **windows, **QWEN_PATCHES},
-        text_config={**TEXT, "rope_parameters": rope},
+        text_config={**TEXT, "rope_parameters": rope, **text},
         image_token_id=4,
         video_token_id=5,
         vision_start_token_id=6,
@@ -248,14 +271,14 @@ def _qwen2_5_vl_processor() -> Any:
 INTERNVL_SPECIALS = [*SPECIALS[:4], "<IMG_CONTEXT>", "<img>", "</img>", "<video>"]
 
 
-def _internvl(attention: str) -> nn.Module:
+def _internvl(attention: str, text: Callable[[], Any] | None = None) -> nn.Module:
     from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig, Qwen2Config
 
     config = InternVLConfig(
         vision_config=InternVLVisionConfig(
             **TOWER, image_size=56, patch_size=7, use_qk_norm=True, norm_type="rms_norm"
         ),
-        text_config=Qwen2Config(**TEXT),
+        text_config=text() if text else Qwen2Config(**TEXT),
         image_token_id=4,
         image_seq_length=16,
         tie_word_embeddings=False,
@@ -277,19 +300,46 @@ def _internvl_processor() -> Any:
     )
 
 
+WINDOW = 8  # tokens, where prompts have 20 or more
+# Of four decoder layers every second one sees the whole prompt.
+MIXED = {
+    "use_sliding_window": True,
+    "sliding_window": WINDOW,
+    "layer_types": ["full_attention", "sliding_attention"] * 2,
+}
+
+
+def _mistral() -> Any:
+    from transformers import MistralConfig
+
+    return MistralConfig(**TEXT, sliding_window=WINDOW)
+
+
+def _mixed_qwen2() -> Any:
+    from transformers import Qwen2Config
+
+    return Qwen2Config(**TEXT, **MIXED)
+
+
+def _chunked_llama4() -> Any:
+    from transformers import Llama4TextConfig
+
+    experts = {"num_local_experts": 2, "num_experts_per_tok": 1, "intermediate_size_mlp": 96, "head_dim": 16}
+    chunks = {"attention_chunk_size": WINDOW, "no_rope_layers": [1, 1, 0, 1], "attn_temperature_tuning": False}
+    return Llama4TextConfig(**TEXT, **experts, **chunks)
+
+
 LLAVA = TinyFamily("llava", _llava, _llava_processor, "<image>", (56, 56), (80, 50), True, (16, 16))
-LLAVA_SIGLIP = TinyFamily(
-    "llava",
-    functools.partial(_llava, tower="siglip"),
-    functools.partial(_llava_processor, "siglip"),
-    "<image>",
-    (56, 56),
-    (80, 50),
-    False,
-    (16, 16),
+LLAVA_SIGLIP = replace(
+    LLAVA,
+    build=functools.partial(_llava, tower="siglip"),
+    processor=functools.partial(_llava_processor, "siglip"),
+    has_cls=False,
 )
 # 84 x 50: a thumbnail, four crops of which a strip above and below is cut off, and four newlines. 42 x 84: two crops.
-LLAVA_NEXT = TinyFamily("llava_next", _llava_next, _llava_next_processor, "<image>", (84, 50), (42, 84), True, (37, 33))
+LLAVA_NEXT = TinyFamily(
+    "llava_next", _llava_next, _llava_next_processor, "<image>", (84, 50), (42, 84), True, (37, 33), packer_scale=3
+)
 # 112 x 100: a thumbnail, four crops of which two rows are cut off, and a newline in every row; 168 x 150 is shrunk.
 LLAVA_ONEVISION = TinyFamily(
     "llava_onevision",
@@ -300,6 +350,7 @@ LLAVA_ONEVISION = TinyFamily(
     (168, 150),
     False,
     (88, 79),
+    prunable=False,
 )
 QWEN2_5_VL = TinyFamily(
     "qwen2_5_vl",
@@ -310,11 +361,23 @@ QWEN2_5_VL = TinyFamily(
     (24, 40),
     False,
     (12, 15),
+    axes=3,
+    projects=False,
+    new_image_in_turn=False,
 )
 # 112 x 56: two tiles and a thumbnail of 16 tokens each. 56 x 56: a single tile.
-INTERNVL = TinyFamily("internvl", _internvl, _internvl_processor, "<IMG_CONTEXT>", (112, 56), (56, 56), True, (48, 16))
+INTERNVL = TinyFamily(
+    "internvl", _internvl, _internvl_processor, "<IMG_CONTEXT>", (112, 56), (56, 56), True, (48, 16), projects=False
+)
+LLAVA_SLIDING = replace(LLAVA, build=functools.partial(_llava, text=_mistral), variant="sliding", windowed=True)
+LLAVA_CHUNKED = replace(LLAVA, build=functools.partial(_llava, text=_chunked_llama4), variant="chunked", windowed=True)
+INTERNVL_MIXED = replace(
+    INTERNVL, build=functools.partial(_internvl, text=_mixed_qwen2), variant="mixed", windowed=True
+)
+QWEN2_5_VL_MIXED = replace(QWEN2_5_VL, build=functools.partial(_qwen2_5_vl, **MIXED), variant="mixed", windowed=True)
 PRUNABLE = [LLAVA, LLAVA_SIGLIP, LLAVA_NEXT, QWEN2_5_VL, INTERNVL]
 ALL = [*PRUNABLE, LLAVA_ONEVISION]
+WINDOWED = [LLAVA_SLIDING, LLAVA_CHUNKED, INTERNVL_MIXED, QWEN2_5_VL_MIXED]  # windows that bite
 
 
 @functools.lru_cache

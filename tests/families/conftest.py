@@ -11,7 +11,7 @@ def no_grad():
         yield
 
 
-@pytest.fixture(params=tiny.PRUNABLE, ids=lambda family: f"{family.name}-{'cls' if family.has_cls else 'no-cls'}")
+@pytest.fixture(params=tiny.PRUNABLE, ids=lambda family: family.key)
 def family(request) -> tiny.TinyFamily:
     return request.param
 

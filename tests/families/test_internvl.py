@@ -146,11 +146,11 @@ def test_a_fault_patches_merged_in_a_row_are_caught(monkeypatch):
     """The deliberate fault of this file: four patches side by side taken for a 2 x 2 block."""
 
     def wrong(self, model, encoding):
-        return self.patch_attention(model, encoding).unflatten(1, (-1, 4)).mean(-1)
+        return self.patch_attention(model, encoding).unflatten(1, (-1, 4)).mean(-1).flatten()
 
     model = shared_model(INTERNVL)
     right: VisualTokens = probe(model, single(INTERNVL, "image first"), "cls")[0]
-    monkeypatch.setattr(InternVL, "_token_attention", wrong)
+    monkeypatch.setattr(InternVL, "token_attention", wrong)
     assert probe(model, single(INTERNVL, "image first"), "cls")[0].attention.shape == right.attention.shape
     with pytest.raises(AssertionError):
         check_attention(model, shared_model(INTERNVL, "eager"), "cls", -1)

@@ -13,8 +13,8 @@ from tiny import LLAVA, LLAVA_SIGLIP, shared_model
 from transformers import Dinov2Config, LlavaForConditionalGeneration, LlavaProcessor
 
 import vltok
-from vltok.engine.features import VisionRecorder
 from vltok.errors import UnsupportedModelError
+from vltok.families.vlm.llava import Llava
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 IMAGES = "adjacent images"
@@ -148,14 +148,15 @@ def test_what_the_tower_cannot_give_is_refused():
         vltok.apply(LlavaForConditionalGeneration(config), vltok.RandomTokens(keep_ratio=0.5))
 
 
-def test_a_fault_attention_of_another_query_is_caught(monkeypatch):
-    """The deliberate fault of this file: the row of the first patch in the place of [CLS]'s."""
+def test_a_fault_attention_of_the_neighbouring_patch_is_caught(monkeypatch):
+    """The deliberate fault of this file: what the tower attends to is given to the patch beside it."""
+    right = Llava.read_attention
 
-    def wrong(self, module, args, kwargs, output):
-        self._query = output.detach()[:, 1:2]
+    def wrong(self, attention, args, kwargs, kind):
+        return right(self, attention, args, kwargs, kind).roll(1, dims=-1)
 
     inputs = single(LLAVA, IMAGES)
-    monkeypatch.setattr(VisionRecorder, "_after_query_cls", wrong)
+    monkeypatch.setattr(Llava, "read_attention", wrong)
     (visual,) = probe(shared_model(LLAVA), inputs, "cls")
     expected = tower_attention(LLAVA, inputs, -1)[:, 0, 1:]
     assert not torch.allclose(visual.attention, expected, atol=1e-2)

@@ -154,9 +154,14 @@ def test_the_processor_and_the_layout_count_alike(name):
 
 def test_a_fault_newlines_forgotten_in_the_map_are_caught(monkeypatch):
     """The deliberate fault of this file: attention is read off as if the crops stood one after another."""
-    right = probe(shared_model(LLAVA_NEXT), single(LLAVA_NEXT, "text around"), "cls")[0].attention
-    monkeypatch.setattr(llava_next, "_look_up", lambda attention, number: attention.flatten()[: len(number)])
-    wrong = probe(shared_model(LLAVA_NEXT), single(LLAVA_NEXT, "text around"), "cls")[0].attention
+    model, inputs = shared_model(LLAVA_NEXT), single(LLAVA_NEXT, "text around")
+    right = probe(model, inputs, "cls")[0].attention
+
+    def wrong(self, model, encoding):
+        return self.row_attention(model, encoding, SIDE * SIDE).flatten()[: sum(encoding.lengths)]
+
+    monkeypatch.setattr(llava_next.LlavaNext, "token_attention", wrong)
+    shifted = probe(model, inputs, "cls")[0].attention
     with pytest.raises(AssertionError):
-        torch.testing.assert_close(wrong, right, rtol=1e-5, atol=1e-6)
-    assert torch.equal(wrong[:, : SIDE * SIDE], right[:, : SIDE * SIDE])
+        torch.testing.assert_close(shifted, right, rtol=1e-5, atol=1e-6)
+    assert torch.equal(shifted[:, : SIDE * SIDE], right[:, : SIDE * SIDE])

@@ -1,0 +1,28 @@
+"""torch.compile of a part of the model changes nothing, for every method on every family."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from calls import TOLERANCE, batch, generate, logits
+from rows import few
+
+
+@few
+@pytest.mark.parametrize("part", ["language model", "layers", "vision tower"])
+def test_a_compiled_part_changes_nothing(pair, model, part):
+    inputs, host = batch(pair), copy.deepcopy(model)
+    with pair.apply(model):
+        expected, words = logits(model, inputs), generate(model, inputs, steps=2)
+    tower = getattr(host.model, "vision_tower", None) or host.model.visual
+    modules = {"language model": [host.model.language_model], "vision tower": [tower]}
+    modules["layers"] = host.model.language_model.layers
+    torch._dynamo.reset()
+    with pair.apply(host):
+        for module in modules[part]:
+            module.compile(backend="eager")
+        torch.testing.assert_close(logits(host, inputs), expected, **TOLERANCE)
+        assert torch.equal(generate(host, inputs, steps=2), words)
+    torch._dynamo.reset()

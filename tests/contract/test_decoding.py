@@ -1,0 +1,56 @@
+"""Every way to decode gives the same answer, for every method on every family."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from calls import PROMPTS, batch, generate, prompt, same_picks, single
+from rows import only_pruning
+from tiny import TinyFamily
+
+from vltok.errors import UnsupportedInputError
+
+
+@functools.lru_cache
+def draft_model(family: TinyFamily) -> torch.nn.Module:
+    """Another model of the family, which often guesses wrong."""
+    return family.model(seed=3)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}], ids=str)
+def test_generation_with_and_without_a_cache_agrees(pair, model, options):
+    with pair.apply(model):
+        cached = generate(model, batch(pair), use_cache=True, **options)
+        assert torch.equal(cached, generate(model, batch(pair), use_cache=False, **options))
+
+
+def test_sampling_follows_the_seed(pair, model):
+    inputs, options = batch(pair), {"do_sample": True, "num_return_sequences": 2}
+    with pair.apply(model):
+        torch.manual_seed(0)
+        first = generate(model, inputs, **options)
+        torch.manual_seed(0)
+        assert torch.equal(generate(model, inputs, **options), first)
+    assert first.shape == (2 * len(PROMPTS), 5)
+
+
+@only_pruning
+def test_guesses_of_a_prompt_or_a_draft_model_do_not_change_the_answer(pair, model):
+    draft = draft_model(pair.family)
+    with pair.apply(model) as handle:
+        for text in ("w1 w2 <image> w1 w2 w1 w2", "<image> w4 w3 w4 w3 w4"):
+            inputs = prompt(pair, text)
+            expected = generate(model, inputs, steps=10)
+            decided = handle.report(file=None)
+            for guesses in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": draft}):
+                assert torch.equal(generate(model, inputs, steps=10, **guesses), expected)
+                assert same_picks(handle.report(file=None).keep_indices, decided.keep_indices)
+                assert handle.report(file=None).relevance == decided.relevance
+
+
+@only_pruning
+def test_a_static_cache_is_refused_before_anything_runs(pair, model):
+    with pair.apply(model), pytest.raises(UnsupportedInputError, match="StaticCache"):
+        generate(model, single(pair, 0), cache_implementation="static")

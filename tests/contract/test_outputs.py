@@ -1,0 +1,153 @@
+"""What a model returns and reports has the form it has without a method, for every method on every family."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from calls import PROMPTS, TOLERANCE, batch, generate, logits
+from prompts import CACHE
+from rows import only_pruning
+from tiny import shared_model
+from transformers.cache_utils import Cache, QuantizedLayer
+
+import vltok
+from vltok.errors import UnsupportedInputError
+
+
+def test_eager_and_sdpa_agree(pair, model):
+    inputs, eager = batch(pair), shared_model(pair.family, "eager")
+    assert model.config._attn_implementation == "sdpa" and eager.config._attn_implementation == "eager"
+    real = inputs["attention_mask"].bool()
+    with pair.apply(model), pair.apply(eager):
+        torch.testing.assert_close(logits(eager, inputs)[real], logits(model, inputs)[real], **TOLERANCE)
+
+
+def test_bfloat16_generates_and_keeps_the_budget(pair, model):
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    with pair.apply(half) as handle, pair.apply(model) as reference:
+        inputs = batch(pair)
+        pixels = {"pixel_values": inputs["pixel_values"].to(torch.bfloat16)}
+        assert generate(half, {**inputs, **pixels}).shape == (len(PROMPTS), 5)
+        logits(model, inputs)
+        assert handle.report(file=None).kept_tokens == reference.report(file=None).kept_tokens
+
+
+def test_hidden_states_come_back_at_the_length_of_the_prompt(pair, model):
+    inputs = batch(pair)
+    with pair.apply(model), torch.no_grad():
+        states = model(**inputs, output_hidden_states=True).hidden_states
+    assert len(states) == model.config.get_text_config().num_hidden_layers + 1
+    assert all(state.shape[:2] == inputs["input_ids"].shape for state in states)
+
+
+@only_pruning
+def test_report_tells_what_the_cache_holds(pair, model):
+    inputs = batch(pair)
+    with pair.apply(model) as handle, torch.no_grad():
+        cache = model(**inputs, use_cache=True)[CACHE]
+        report = handle.report(file=None)
+    method = pair.method
+    keys = [layer.keys for layer in cache.layers]
+    assert report.kv_entries == [key.shape[-2] for key in keys]
+    assert report.kv_bytes == sum(2 * key.numel() * key.element_size() for key in keys)
+    assert report.tokens_per_layer.max(0).values.tolist() == report.kv_entries
+    placeholders = (inputs["input_ids"] == model.config.image_token_id).sum(1).tolist()
+    assert [sum(row) for row in report.visual_tokens] == placeholders
+    for row, kept in zip(report.visual_tokens, report.kept_tokens, strict=True):
+        budgets = {"keep_ratio": method.keep_ratio, "num_keep": method.num_keep}
+        if budgets == {"keep_ratio": None, "num_keep": None}:
+            assert kept == row
+        else:
+            assert kept == [vltok.tokens.keep_count(n, **budgets) for n in row]
+
+
+def test_attention_maps_come_back_at_the_length_of_the_prompt(pair):
+    """Zero columns for what is gone; the rows of tokens that stay sum to one in every layer."""
+    model, inputs = shared_model(pair.family, "eager"), batch(pair)
+    real = inputs["attention_mask"].bool()
+    visual = inputs["input_ids"] == model.config.image_token_id
+    with pair.apply(model) as handle, torch.no_grad():
+        output = model(**inputs, output_attentions=True, output_hidden_states=True)
+        report = handle.report(file=None)
+    length = real.shape[1]
+    assert len(output.attentions) == model.config.get_text_config().num_hidden_layers
+    for number, attention in enumerate(output.attentions):
+        assert attention.shape[-2:] == (length, length)
+        for index in range(len(real)):
+            own = attention[index]
+            text = real[index] & ~visual[index]
+            torch.testing.assert_close(own[:, text].sum(-1), torch.ones(own.shape[0], int(text.sum())))
+            seen = own[:, text].sum((0, 1)) > 0
+            assert not (seen & ~real[index]).any()
+            if pair.prunes:
+                assert int(seen.sum()) <= int(report.tokens_per_layer[index, number])
+
+
+def test_hidden_states_and_attention_maps_lead_to_the_gradients_they_have_unpruned(pair):
+    """With every token kept: the gradient of each layer's output is the unpruned model's."""
+    model = copy.deepcopy(shared_model(pair.family, "eager"))
+    inputs = batch(pair)
+    weights = torch.randn(64, generator=torch.Generator().manual_seed(0))
+
+    def gradients() -> list[torch.Tensor]:
+        output = model(**inputs, output_hidden_states=True, output_attentions=True, use_cache=False)
+        parts = [*output.hidden_states, *output.attentions]
+        for part in parts:
+            part.retain_grad()
+        (output.logits[inputs["attention_mask"].bool()] @ weights).sum().backward()
+        assert all(part.grad is not None for part in parts)
+        return [part.grad for part in parts]
+
+    if pair.prunes:
+        expected = gradients()
+        with vltok.apply(model, vltok.StrideTokens(keep_ratio=1.0)):
+            for mine, right in zip(gradients(), expected, strict=True):
+                torch.testing.assert_close(mine, right, rtol=1e-3, atol=1e-4)
+    with pair.apply(model):
+        text = inputs["attention_mask"].bool() & (inputs["input_ids"] != model.config.image_token_id)
+        assert all(grad[text].abs().sum() > 0 for grad in gradients()[: len(model.model.language_model.layers)])
+
+
+@only_pruning
+def test_a_budget_is_an_upper_limit(pair, model):
+    inputs = batch(pair)
+    stage_2 = {"stages": (1,), "relevance": False} if hasattr(pair.method, "stages") else {}
+    method = replace(pair.method, num_keep=100_000, keep_ratio=None, **stage_2)
+    expected, real = logits(model, inputs), inputs["attention_mask"].bool()
+    with vltok.apply(model, method) as handle:
+        torch.testing.assert_close(logits(model, inputs)[real], expected[real], **TOLERANCE)
+        report = handle.report(file=None)
+        assert report.kept_tokens == report.visual_tokens
+
+
+class _Int8Layer(QuantizedLayer):
+    """A quantised layer that needs no further package: whole numbers of one byte, and a scale."""
+
+    def _quantize(self, tensor: torch.Tensor, axis: int):
+        scale = tensor.abs().amax(-1, keepdim=True).clamp_min(1e-9) / 127
+        return (tensor / scale).round().to(torch.int8), scale
+
+    def _dequantize(self, packed):
+        return packed[0] * packed[1]
+
+
+@only_pruning
+def test_report_counts_the_bytes_of_a_quantised_cache(pair, model):
+    """Or the cache is refused at the start, by its name."""
+    layers = model.config.get_text_config().num_hidden_layers
+    cache = Cache(layers=[_Int8Layer(residual_length=4) for _ in range(layers)])
+    if pair.family.windowed:
+        pytest.skip("a quantised cache has no windows")
+    with pair.apply(model) as handle, torch.no_grad():
+        try:
+            model(**batch(pair), use_cache=True, **{CACHE: cache})
+        except UnsupportedInputError as error:
+            assert "uanti" in str(error)
+            return
+        report = handle.report(file=None)
+    heads, width = 2, 16
+    values = 2 * len(PROMPTS) * heads * width * sum(report.kv_entries)
+    assert values <= report.kv_bytes <= 4 * values

@@ -1,0 +1,136 @@
+"""Images come as pixels of any kind, encoded before, or merged into the embeddings: the answer is the same."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+from calls import TOLERANCE, generate, logits, positions, prompt, same_picks, single
+from prompts import CACHE_WORDS
+from tiny import picture
+
+import vltok
+
+NOT_PIXELS = {"input_ids", "attention_mask", "mm_token_type_ids"}
+
+
+def encode(model: torch.nn.Module, inputs: dict):
+    """What the model's own encoder returns for the images of a prompt."""
+    known = inspect.signature(model.model.get_image_features).parameters
+    pixels = {name: value for name, value in inputs.items() if name in known and name not in NOT_PIXELS}
+    with torch.no_grad():
+        return model.model.get_image_features(**pixels, return_dict=True)
+
+
+def without_pixels(inputs: dict) -> dict:
+    return {name: value for name, value in inputs.items() if name not in ("pixel_values", "image_sizes")}
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float64, torch.bfloat16], ids=str)
+def test_pixels_of_another_type_count_as_the_same_values(pair, model, dtype):
+    inputs = dict(single(pair, 1))
+    values = (inputs["pixel_values"] * 50).clamp(0, 255).to(torch.uint8)
+    given = inputs | {"pixel_values": values.to(dtype)}
+    try:
+        logits(model, given)
+    except RuntimeError:
+        pytest.skip("the unpruned model doesn't take them")
+    with pair.apply(model) as handle:
+        expected = logits(model, inputs | {"pixel_values": values.float()})
+        kept = handle.report(file=None)
+        got = logits(model, given)
+        report = handle.report(file=None)
+        assert report.kept_tokens == kept.kept_tokens
+        # Random picks may be drawn by the bits of the pixels.
+        if same_picks(report.keep_indices, kept.keep_indices):
+            torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+        assert generate(model, given).shape == (1, 5)
+
+
+def test_images_encoded_once_serve_several_prompts(pair, model):
+    texts = ["w1 w2 <image> w3 w4", "w1 w2 <image> w3 w4 w9 w8 w7 w6", "<image> w5"]
+    with pair.apply(model) as handle:
+        encoded = {"image": encode(model, prompt(pair, texts[0]))}
+        for text in [*texts, texts[0]]:
+            inputs = prompt(pair, text)
+            expected = logits(model, inputs)
+            right = handle.report(file=None)
+            got = logits(model, {**without_pixels(inputs), "mm_encoder_outputs": encoded})
+            torch.testing.assert_close(got, expected, **TOLERANCE)
+            assert same_picks(handle.report(file=None).keep_indices, right.keep_indices)
+            assert handle.report(file=None).relevance == right.relevance
+
+
+def test_images_encoded_before_others_keep_their_own_picks(pair, model):
+    """Between encoding and call the model encodes other pictures; or the caller hands out encodings of its own."""
+    inputs, other = prompt(pair, "w1 <image> w2", (1,)), prompt(pair, "w1 <image> w2", (0,))
+    with pair.apply(model) as handle:
+        expected = logits(model, inputs)
+        right = handle.report(file=None).keep_indices
+        encoded = encode(model, inputs)
+        logits(model, other)
+        got = logits(model, {**without_pixels(inputs), "mm_encoder_outputs": {"image": encoded}})
+        assert same_picks(handle.report(file=None).keep_indices, right)
+        torch.testing.assert_close(got, expected, **TOLERANCE)
+        logits(model, other)
+        usual = vars(model.model).get("get_image_features")
+        model.model.get_image_features = lambda *args, **options: encoded
+        try:
+            got = logits(model, inputs)
+            picks = handle.report(file=None).keep_indices
+        except vltok.errors.UnsupportedInputError:
+            return
+        finally:
+            del model.model.get_image_features
+            if usual is not None:
+                model.model.get_image_features = usual
+    assert same_picks(picks, right)
+    torch.testing.assert_close(got, expected, **TOLERANCE)
+
+
+def test_encodings_from_before_the_method_are_used_rightly_or_refused(pair, model):
+    inputs = prompt(pair, "w1 <image> w2", (1,))
+    plain = pair.family.inputs(["w1 <image> w2"], [picture(1, pair.family.size)])
+    encoded = {"image": encode(model, plain)}
+    with pair.apply(model):
+        expected = logits(model, inputs)
+        try:
+            got = logits(model, {**without_pixels(inputs), "mm_encoder_outputs": encoded})
+        except (vltok.errors.UnsupportedInputError, ValueError):
+            return
+        if pair.prunes:
+            torch.testing.assert_close(got, expected, **TOLERANCE)
+
+
+def test_images_merged_into_the_embeddings_are_pruned_alike(pair, model):
+    inputs, before = dict(single(pair, 1)), single(pair, 0)
+    with pair.apply(model) as handle, torch.no_grad():
+        expected = logits(model, inputs)
+        right = handle.report(file=None)
+        logits(model, before)
+        features = encode(model, inputs).pooler_output
+        ids = inputs["input_ids"]
+        embeds = model.get_input_embeddings()(ids).clone()
+        embeds[ids == model.config.image_token_id] = torch.cat([f.reshape(-1, embeds.shape[-1]) for f in features])
+        at = positions(model, inputs).view(*pair.axes, 1, -1)
+        merged = {"inputs_embeds": embeds, "attention_mask": inputs["attention_mask"], "position_ids": at}
+        torch.testing.assert_close(logits(model, merged), expected, **TOLERANCE)
+        assert handle.report(file=None).kept_tokens == right.kept_tokens
+        if not pair.axes:
+            merged.pop("position_ids")
+            assert torch.equal(generate(model, merged), generate(model, inputs))
+
+
+@pytest.mark.parametrize("word", CACHE_WORDS)
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
+def test_the_output_is_a_tuple_on_request(pair, model, word):
+    inputs = single(pair, 1)
+    with pair.apply(model), torch.no_grad():
+        expected = model(**inputs)
+        first, cache, *_ = model(**inputs, return_dict=False, use_cache=True)
+        assert torch.equal(first, expected.logits)
+        at = positions(model, inputs).reshape(-1).max() + 1
+        step = {"input_ids": torch.tensor([[9]]), "position_ids": at.expand(*pair.axes, 1, 1)}
+        again = model(**step, **{word: cache}, return_dict=False)[0]
+        assert again.shape == (1, 1, expected.logits.shape[-1])
