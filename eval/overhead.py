@@ -6,14 +6,17 @@
 Every side runs the vision tower and the projector on the picture and then `generate`: prefill and 16 decode steps with
 the default dynamic cache. The native side has no hooks and no placeholders; it gets the embeddings of the kept tokens
 and of the text, prepared beforehand, and answers token for token what the pruned side answers (checked beforehand).
-The tower is made tiny, so that equal work on both sides doesn't hide the difference. Sides run in turns in one process;
-a ratio is the median over the rounds of the ratios within a round. On one CPU thread the clock is that thread's own CPU
-time, so that other programs on the machine don't count.
+The tower is made tiny, so that equal work on both sides doesn't hide the difference. The decode steps are compared once
+more by themselves: steps on a pruned cache against steps on a native one that holds as many entries. Sides run in turns
+in one process; a ratio is the median over the rounds of the ratios within a round. On one CPU thread the clock is that
+thread's own CPU time, so that other programs on the machine don't count.
 """
 
 from __future__ import annotations
 
+import copy
 import gc
+import inspect
 import json
 import statistics
 import time
@@ -32,7 +35,6 @@ from torch import nn
 from transformers import Cache, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import vltok
-from vltok.methods.pruning.selector import Selector
 from vltok.views import VisualTokens
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -68,7 +70,7 @@ class Result:
 
     Attributes:
         side: Its name.
-        ratio: Median ratio to the native side.
+        ratio: Median ratio to the native side, of the whole answer or of decode steps alone.
         quartiles: The middle half of the ratios.
         milliseconds: Median time; for orientation, it holds for this machine at this hour only.
         goal: What the ratio should not exceed.
@@ -82,7 +84,7 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Fixed(Selector):
+class Fixed(vltok.Selector):
     """Keep tokens known beforehand: pruning with the selection taken out."""
 
     indices: torch.Tensor | None = None
@@ -179,20 +181,64 @@ class Bench:
         with vltok.apply(self.model, Fixed(self.shape.keep_ratio, positions="reindex", indices=self.kept)):
             pruned = self.whole()
         answer = pruned.sequences[:, self.ids.shape[1] :]
-        # Versions of transformers differ in what they call the cache of an output.
-        caches = [next(value for value in side.values() if isinstance(value, Cache)) for side in (native, pruned)]
-        lengths = [[layer.get_seq_length() for layer in cache.layers] for cache in caches]
+        lengths = [[layer.keys.shape[-2] for layer in cache_of(side).layers] for side in (native, pruned)]
         if not torch.equal(answer, native.sequences) or lengths[0] != lengths[1]:
             raise RuntimeError(f"the sides differ: {native.sequences} and {answer}, KV entries {lengths}")
 
+    def steps(self, answer: Any) -> Callable[[], None]:
+        """Decode steps on a copy of the cache of an answer, made beforehand, to be run."""
+        cache, token = copy.deepcopy(cache_of(answer)), self.ids[:, -1:]
+        words = inspect.signature(self.model.forward).parameters
+        name = next(word for word in ("cache", "past_key_values") if word in words)
 
-def sides(shape: Shape, kept: torch.Tensor) -> dict[str, tuple[vltok.Method | None, float | None]]:
-    """The sides that are compared with the native one: what is attached, and the goal."""
+        @torch.no_grad()
+        def run() -> None:
+            for _ in range(self.shape.decode_steps):
+                length = cache.get_seq_length()
+                positions = torch.full_like(token, length)
+                mask = torch.ones(1, length + 1, dtype=torch.int64, device=token.device)
+                self.model(input_ids=token, attention_mask=mask, position_ids=positions, **{name: cache})
+
+        return run
+
+
+def cache_of(output: Any) -> Cache:
+    """The KV cache of an answer, which versions of transformers name differently."""
+    return next(value for value in output.values() if isinstance(value, Cache))
+
+
+@dataclass(frozen=True)
+class Side:
+    """One thing that is timed.
+
+    Attributes:
+        method: What is attached.
+        prepare: Makes what is to be run, while the method is on.
+        base: Name of the side it is compared with, or None for a native one.
+        goal: What the ratio should not exceed.
+    """
+
+    method: vltok.Method | None
+    prepare: Callable[[], Callable[[], Any]]
+    base: str | None
+    goal: float | None = None
+
+
+def sides(bench: Bench) -> dict[str, Side]:
+    """All that is timed, by name."""
+    ratio = bench.shape.keep_ratio
+    fixed = Fixed(ratio, indices=bench.kept)
+    native = bench.native()
+    with vltok.apply(bench.model, fixed):
+        pruned = bench.whole()
     return {
-        "pruning, selection taken out": (Fixed(shape.keep_ratio, indices=kept), 1.02),
-        "ToDRE, stage 1": (vltok.ToDRE(shape.keep_ratio, relevance=False), 1.05),
-        "ToDRE, stages 1+2, nothing dropped": (vltok.ToDRE(shape.keep_ratio, tau=0.0), None),
-        "not pruned": (None, None),
+        "native": Side(None, lambda: bench.native, None),
+        "pruning, selection taken out": Side(fixed, lambda: bench.whole, "native", 1.02),
+        "ToDRE, stage 1": Side(vltok.ToDRE(ratio, relevance=False), lambda: bench.whole, "native", 1.05),
+        "ToDRE, stages 1+2, nothing dropped": Side(vltok.ToDRE(ratio, tau=0.0), lambda: bench.whole, "native"),
+        "not pruned": Side(None, lambda: bench.whole, "native"),
+        "native decode steps": Side(None, lambda: bench.steps(native), None),
+        "decode steps on a pruned cache": Side(fixed, lambda: bench.steps(pruned), "native decode steps", 1.03),
     }
 
 
@@ -202,30 +248,31 @@ def measure(bench: Bench, rounds: int, console: Console) -> list[Result]:
     clock = time.thread_time if own_time else time.perf_counter
     wait = torch.cuda.synchronize if bench.ids.device.type == "cuda" else lambda: None
 
-    def timed(run: Callable[[], Any], method: vltok.Method | None) -> float:
-        gc.collect()
-        with vltok.apply(bench.model, method) if method else nullcontext():
+    def timed(side: Side) -> float:
+        with vltok.apply(bench.model, side.method) if side.method else nullcontext():
+            run = side.prepare()
+            gc.collect()
             wait()
             start = clock()
             run()
             wait()
             return clock() - start
 
-    compared = sides(bench.shape, bench.kept)
-    times: dict[str, list[float]] = {name: [] for name in ("native", *compared)}
+    compared = sides(bench)
+    times: dict[str, list[float]] = {name: [] for name in compared}
     for number in track(range(rounds + 1), description="rounds", console=console, transient=True):
         order = list(times)
         shift = number % len(order)  # nobody always runs first
         for name in order[shift:] + order[:shift]:
-            method = compared[name][0] if name in compared else None
-            seconds = timed(bench.native if name == "native" else bench.whole, method)
+            seconds = timed(compared[name])
             if number > 0:  # the first round warms up
                 times[name].append(seconds)
     results = []
-    for name, (_, goal) in compared.items():
-        ratios = [taken / native for taken, native in zip(times[name], times["native"], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4) if rounds > 1 else ratios * 3
-        results.append(Result(name, middle, (low, high), statistics.median(times[name]) * 1e3, goal))
+    for name, side in compared.items():
+        if side.base is not None:
+            ratios = [taken / native for taken, native in zip(times[name], times[side.base], strict=True)]
+            low, middle, high = statistics.quantiles(ratios, n=4) if rounds > 1 else ratios * 3
+            results.append(Result(name, middle, (low, high), statistics.median(times[name]) * 1e3, side.goal))
     return results
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 
 import vltok
+from vltok.files import find_model
 from vltok.train import PRETRAIN, Collator, Conversations, VltokTrainer, open_image, set_trainable
 
 parser = argparse.ArgumentParser(description=__doc__)
@@ -18,8 +19,9 @@ parser.add_argument("--batch", type=int, default=8)
 args = parser.parse_args()
 
 set_seed(42)
-model = AutoModelForImageTextToText.from_pretrained(args.model, dtype="float32", local_files_only=True)
-processor = AutoProcessor.from_pretrained(args.model, local_files_only=True)
+folder = find_model(args.model)
+model = AutoModelForImageTextToText.from_pretrained(folder, dtype="float32", local_files_only=True)
+processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
 data = Conversations.from_file(args.data)
 
 handle = vltok.apply(model, vltok.TokenPacker(args.scale_factor, init="pool"), processor=processor)

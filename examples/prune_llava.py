@@ -4,10 +4,11 @@ import argparse
 from pathlib import Path
 
 import torch
-from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.image_utils import load_image
 
 import vltok
+from vltok.files import find_model
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("image", type=Path)
@@ -19,18 +20,17 @@ args = parser.parse_args()
 if not args.image.is_file():
     parser.error(f"there is no picture {args.image}")
 try:
-    model = AutoModelForImageTextToText.from_pretrained(args.model, dtype="auto", local_files_only=not args.download)
-    processor = AutoProcessor.from_pretrained(args.model, local_files_only=not args.download)
+    name = find_model(args.model, args.download)
+    model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto", local_files_only=not args.download)
+    processor = AutoProcessor.from_pretrained(name, local_files_only=not args.download)
 except (OSError, ValueError) as error:
-    needed = "give the FOLDER of a saved model with --model, or fetch one from the hub with --download"
-    raise SystemExit(f"{args.model} is not here: {needed}.\n({error})") from None
+    raise SystemExit(f"{args.model} is not here: give one with --model or get it with --download.\n({error})") from None
 model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": args.question}]}]
 template = processor.chat_template or "<image> {{ messages[0].content[1].text }}"
 prompt = processor.apply_chat_template(turn, chat_template=template, add_generation_prompt=True)
-inputs = processor(images=Image.open(args.image).convert("RGB"), text=prompt, return_tensors="pt")
-inputs = inputs.to(model.device, model.dtype)
+inputs = processor(images=load_image(str(args.image)), text=prompt, return_tensors="pt").to(model.device, model.dtype)
 
 full = model.generate(**inputs, max_new_tokens=64, do_sample=False)
 with vltok.apply(model, vltok.ToDRE(keep_ratio=args.keep_ratio)) as handle:

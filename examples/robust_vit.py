@@ -4,6 +4,7 @@ import argparse
 
 import timm
 import torch
+from PIL.ImageOps import exif_transpose
 from timm.data import ImageDataset, create_transform, resolve_model_data_config
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -22,7 +23,8 @@ torch.manual_seed(0)
 data = ImageDataset(args.pictures)
 model = timm.create_model(args.model, pretrained=args.download, checkpoint_path=args.weights)
 model.reset_classifier(len(data.reader.class_to_idx))
-data.transform = create_transform(**resolve_model_data_config(model), is_training=True)
+transform = create_transform(**resolve_model_data_config(model), is_training=True)
+data.transform = lambda picture: transform(exif_transpose(picture))
 loader = DataLoader(data, batch_size=32, shuffle=True, drop_last=len(data) >= 32)
 handle = vltok.apply(model, [vltok.TAP(), vltok.ADL(weight=1.0)])
 optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-4)

@@ -5,6 +5,7 @@ import copy
 
 import timm
 import torch
+from PIL.ImageOps import exif_transpose
 from timm.data import ImageDataset, create_transform, resolve_model_data_config
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -21,16 +22,15 @@ parser.add_argument("--steps", type=int, default=1000)
 args = parser.parse_args()
 torch.manual_seed(0)
 model = timm.create_model(args.model, pretrained=args.download, checkpoint_path=args.weights).eval()
-teacher = copy.deepcopy(model)
+teacher = copy.deepcopy(model).requires_grad_(False)
 transform = create_transform(**resolve_model_data_config(model), is_training=True)
-loader = DataLoader(ImageDataset(args.pictures, transform=transform), batch_size=32, shuffle=True)
+data = ImageDataset(args.pictures, transform=lambda picture: transform(exif_transpose(picture)))
+loader = DataLoader(data, batch_size=32, shuffle=True)
 handle = vltok.apply(model, vltok.SOFT())
 handle.report()
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-batches = (pictures for _ in range(args.steps) for pictures, _ in loader)
-for step, pictures in zip(range(args.steps), batches, strict=False):
-    with torch.no_grad():
-        wanted = teacher.forward_features(pictures)
+for step, (pictures, _) in zip(range(args.steps), (batch for _ in range(args.steps) for batch in loader), strict=False):
+    wanted = teacher.forward_features(pictures)
     loss = F.mse_loss(model.forward_features(pictures), wanted) / wanted.square().mean()
     optimizer.zero_grad()
     loss.backward()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from prompts import CACHE
 from tiny import LLAVA, LLAVA_SIGLIP, TEXT, picture
 from torch import nn
@@ -131,13 +133,34 @@ def test_what_is_no_module_is_refused(thing, name):
         vltok.apply(thing, vltok.ToDRE(keep_ratio=0.5))
 
 
-@pytest.mark.parametrize("thing", ["todre", 0.1, None, {"keep_ratio": 0.1}], ids=repr)
+@pytest.mark.parametrize("thing", [0.1, None, {"keep_ratio": 0.1}, [0.1], ["stride,num_keep=2", None]], ids=repr)
 def test_what_is_no_method_is_refused(model, thing):
     with (
         unchanged(model),
         pytest.raises(TypeError, match=r"apply\(\) takes methods such as vltok\.ToDRE\(keep_ratio=0\.1\)"),
     ):
         vltok.apply(model, thing)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("todr,keep_ratio=0.5", "unknown method 'todr'; did you mean 'todre'"),
+        ("FasterVLM,keep_ratio=0.5", "did you mean 'fastervlm'"),
+        ("quux", "unknown method 'quux'; this vltok knows adl, "),
+        ("todre,kep_ratio=0.5", "unknown field 'kep_ratio' of todre; did you mean 'keep_ratio'"),
+        ("todre", "exactly one of keep_ratio and num_keep, got neither"),
+        ("todre,keep_ratio=high", "'todre,keep_ratio=high': keep_ratio must be a number"),
+        ("todre,keep_ratio", "written once, as key=value, got 'keep_ratio'"),
+        ("todre,keep_ratio=0.1,keep_ratio=0.2", "got keep_ratio twice in"),
+        ("", "unknown method ''"),
+        ('{"method": ["todre"]}', "unknown method"),
+    ],
+)
+def test_a_text_that_names_no_method_is_refused(model, text, message):
+    for methods in (text, [vltok.SOFT(ratio=2), text]):
+        with unchanged(model), pytest.raises(ValueError, match=message):
+            vltok.apply(model, methods)
 
 
 def test_a_class_in_the_place_of_an_instance_is_pointed_out(model):
@@ -170,6 +193,61 @@ def test_a_model_without_visual_tokens_in_a_language_model_is_refused(make, sele
     message = rf"{type(stranger).__name__} has no visual tokens .*\(llava, llava_next, .*qwen2_5_vl, internvl\)"
     with unchanged(stranger), pytest.raises(UnsupportedModelError, match=message):
         vltok.apply(stranger, selector(keep_ratio=0.5))
+
+
+class Pair(nn.Module):
+    """A wrapper of two models that is nobody's head."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module) -> None:
+        super().__init__()
+        self.student, self.teacher = student, teacher
+
+
+@pytest.mark.parametrize("method", [vltok.ToDRE(0.5), vltok.SOFT(ratio=2)])
+@pytest.mark.parametrize("second", [LLAVA, LLAVA_SIGLIP])
+def test_two_models_in_one_wrapper_are_refused(model, method, second):
+    pair = Pair(model, second.model())
+    message = r"Pair holds 2 vision-language models side by side: student \(Llava.*\), teacher \(Llava.*pass that one"
+    with unchanged(pair), pytest.raises(UnsupportedModelError, match=message):
+        vltok.apply(pair, method)
+
+
+def test_two_towers_in_one_wrapper_are_refused():
+    make = functools.partial(CLIPVisionModel, CLIPVisionConfig(**VISION, image_size=28, patch_size=7))
+    pair = Pair(make(), make())
+    message = r"Pair holds 2 vision towers side by side: student \(CLIPVisionModel\), teacher"
+    with unchanged(pair), pytest.raises(UnsupportedModelError, match=message):
+        vltok.apply(pair, vltok.SOFT(ratio=2))
+    vltok.apply(pair.teacher, vltok.SOFT(ratio=2)).remove()
+
+
+def test_one_model_under_two_names_is_one(model):
+    with vltok.apply(Pair(model, model), vltok.StrideTokens(num_keep=2)) as handle:
+        assert handle.host is model.model
+
+
+def test_a_draft_model_that_hangs_on_the_head_is_no_second_model(model):
+    model.draft = LLAVA.model()
+    try:
+        for method in (vltok.StrideTokens(num_keep=2), vltok.SOFT(ratio=2)):
+            with unchanged(model.draft), vltok.apply(Pair(model, nn.Identity()), method) as handle:
+                assert handle.host is model.model
+    finally:
+        del model.draft
+
+
+@pytest.mark.parametrize("is_off", [False, True])
+def test_of_the_copies_that_an_adapter_keeps_the_one_that_runs_is_changed(is_off):
+    adapted = get_peft_model(LLAVA.model(), LoraConfig(target_modules=["q_proj"], modules_to_save=["vision_tower"]))
+    copies = adapted.base_model.model.model.vision_tower
+    if is_off:
+        adapted.base_model.disable_adapter_layers()
+    runs, rests = copies.modules_to_save["default"], copies.original_module
+    if is_off:
+        runs, rests = rests, runs
+    with unchanged(rests), vltok.apply(adapted, vltok.SOFT(ratio=2)) as handle:
+        assert handle.added_modules
+        assert all(any(part is added for part in runs.modules()) for added in handle.added_modules)
 
 
 def test_cls_attention_of_a_tower_without_cls_is_refused():

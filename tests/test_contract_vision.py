@@ -181,7 +181,7 @@ def gradients(pair: VisionPair, model: nn.Module, **options) -> dict[str, torch.
     """Gradients of all parameters of a copy in train mode."""
     trained = copy.deepcopy(model).train()
     if options:
-        _checkpoint(trained, **options)
+        pair.tower.checkpoint(trained, **options)
     with pair.apply(trained) as handle:
         loss = pair.tower.tokens(trained, pixels()).square().sum()
         (loss + 100 * handle.loss()).backward()
@@ -195,13 +195,6 @@ def gradients(pair: VisionPair, model: nn.Module, **options) -> dict[str, torch.
         ]
         assert bool(added) == pair.brings_weights and not missing
     return grads
-
-
-def _checkpoint(model: nn.Module, reentrant: bool) -> None:
-    if hasattr(model, "set_grad_checkpointing"):
-        model.set_grad_checkpointing()
-    else:
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
 
 
 def test_gradients_reach_every_new_parameter_and_the_patches(pair, model):

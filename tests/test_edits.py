@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import pickle
+import threading
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,7 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 from unchanged import unchanged
 
-from vltok.edits import Edits
+from vltok.edits import Edits, MethodWrapper
 from vltok.errors import EditConflictError
 
 
@@ -236,3 +243,210 @@ def test_any_sequence_of_changes_is_undone(changes):
         for change, part in changes:
             CHANGES[change](edits, parts[part])
         edits.undo()
+
+
+# Copies
+
+
+def pickled(thing: Any) -> Any:
+    return pickle.loads(pickle.dumps(thing))
+
+
+COPIES = pytest.mark.parametrize("twin_of", [copy.deepcopy, pickled])
+
+
+class Scaled:
+    """A hook that holds the module it is about, and a ledger, as an engine does."""
+
+    def __init__(self, module: nn.Module, edits: Edits, factor: float) -> None:
+        self.module, self.edits, self.factor = module, edits, factor
+
+    def before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        return (self.factor * args[0],), kwargs
+
+
+class Loud(MethodWrapper):
+    """Adds to what a method returns."""
+
+    def __init__(self, by: int) -> None:
+        self.by = by
+
+    def around(self, call: Callable[..., int], *args: Any, **kwargs: Any) -> int:
+        return call(*args, **kwargs) + self.by
+
+
+class Counting(nn.Module):
+    """A module with a method."""
+
+    def count(self, start: int = 0) -> int:
+        return start + 1
+
+
+def rename(module: nn.Module, name: str) -> None:
+    module.was = name
+
+
+def change_everything(model: nn.Module) -> Edits:
+    edits = Edits(model)
+    edits.set_attribute(model, "title", "changed")
+    edits.set_attribute(model, "size", 10**6)  # a number that pickle makes anew
+    edits.before(model[0], Scaled(model[0], edits, 3.0).before)
+    edits.after(model, torch.nn.Module.train, always=True)
+    edits.swap(model, "1", Doubled())
+    edits.add_child(model[0], "extra", nn.Linear(1, 1))
+    edits.wrap_method(model, "extra_repr", Loud(5))
+    edits.list_on(model, "notes", "a note")
+    edits.at_undo(functools.partial(rename, model, "undone"))
+    return edits
+
+
+@COPIES
+@pytest.mark.parametrize("order", [("model", "edits"), ("edits", "model"), ("wrapper", "edits")])
+def test_a_copied_ledger_acts_on_the_copied_model_alone(model, twin_of, order):
+    edits = change_everything(model)
+    twins = twin_of({name: {"model": model, "edits": edits, "wrapper": nn.Sequential(model)}[name] for name in order})
+    twin = twins["model"] if "model" in twins else twins["wrapper"][0]
+    assert twin[0]._forward_pre_hooks and len(twins["edits"]) == len(edits)
+    with unchanged(model):
+        twins["edits"].undo()
+    assert len(edits) == 9 and len(twins["edits"]) == 0
+    assert type(twin[1]) is nn.Sequential
+    assert "extra" not in dict(twin[0].named_children())
+    assert not twin[0]._forward_pre_hooks and not twin._forward_hooks
+    assert not twin._forward_hooks_always_called and not twin._forward_hooks_with_kwargs
+    assert {"title", "size", "notes", "extra_repr"}.isdisjoint(vars(twin)) and twin.was == "undone"
+    edits.undo()
+    assert type(model[1]) is nn.Sequential
+
+
+def test_a_part_copied_by_itself_takes_no_ledger_along(model):
+    edits = change_everything(model)
+    part = copy.deepcopy(model[0])
+    (hook,) = part._forward_pre_hooks.values()
+    assert hook.__self__.module is part
+    assert len(hook.__self__.edits) == 0
+    edits.undo()
+
+
+def test_two_ledgers_of_one_host_are_both_copied_whichever_way_the_copy_comes(model):
+    first, second = Edits(model), Edits(model)
+    outside = nn.Sequential(model)
+    for edits in (first, second):
+        edits.before(outside, Scaled(model, edits, 2.0).before)
+        edits.before(model[0], Scaled(model, edits, 2.0).before)
+    twin = copy.deepcopy(outside)
+    ledgers = [hook.__self__.edits for hook in twin._forward_pre_hooks.values()]
+    assert [len(each) for each in ledgers] == [2, 2]
+    for each in ledgers:
+        each.undo()
+    assert not twin._forward_pre_hooks and not twin[0][0]._forward_pre_hooks
+    assert len(outside._forward_pre_hooks) == len(model[0]._forward_pre_hooks) == 2
+
+
+def test_a_hook_of_an_unpickled_model_keeps_its_key_to_itself(model, monkeypatch):
+    edits = Edits(model)
+    hook = edits.before(model, Scaled(model, edits, 3.0).before)
+    text = pickle.dumps((model, edits))
+    monkeypatch.setattr(torch.utils.hooks.RemovableHandle, "next_id", hook.key)  # as in a new process
+    twin, _ = pickle.loads(text)
+    twin.register_forward_pre_hook(lambda *_: None)
+    assert len(twin._forward_pre_hooks) == 2
+
+
+def test_a_closure_is_not_kept_for_the_undo(model):
+    with pytest.raises(TypeError, match="closure"):
+        Edits().at_undo(lambda: model.train())
+
+
+# Models that change meanwhile
+
+
+def test_a_hook_says_whether_it_is_on_and_can_be_dropped(model):
+    edits = Edits(model)
+    with unchanged(model):
+        first, second = edits.before(model, lambda *_: None), edits.after(model, lambda *_: None, always=True)
+        assert first.is_on and second.is_on
+        edits.drop(second)
+        assert first.is_on and not second.is_on and len(edits) == 1
+        model._forward_pre_hooks.clear()  # as somebody else may
+        assert not first.is_on
+        edits.undo()
+
+
+@pytest.mark.parametrize("keeps", ["original", "copy"])
+def test_hooks_are_taken_off_parts_that_were_replaced_or_copied(model, keeps):
+    old, edits = model[0], Edits(model)
+    edits.before(old, Scaled(old, edits, 3.0).before)
+    edits.after(old, nn.Module.train, always=True)
+    model[0] = nn.Sequential(old if keeps == "original" else copy.deepcopy(old))
+    edits.undo()
+    for part in (old, *model.modules()):
+        tables = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
+        assert not any(getattr(part, table) for table in (*tables, "_forward_pre_hooks_with_kwargs"))
+
+
+def test_a_ledger_takes_changes_from_several_threads(model):
+    edits, parts = Edits(model), [nn.Linear(1, 1) for _ in range(4)]
+    threads = [threading.Thread(target=lambda: [edits.before(p, print) for p in parts * 50]) for _ in range(4)]
+    with unchanged(*parts):
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(edits) == 800
+        edits.undo()
+
+
+# Wrapped methods
+
+
+def test_a_wrapped_method_calls_what_was_there_and_goes_away_again():
+    model, edits = Counting(), Edits()
+    with unchanged(model):
+        edits.wrap_method(model, "count", Loud(10))
+        edits.wrap_method(model, "count", Loud(100))
+        assert model.count(start=1) == 112
+        edits.undo()
+    assert model.count(1) == 2
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_wrappers_of_two_ledgers_leave_in_any_order(order):
+    model, ledgers = Counting(), [Edits(), Edits()]
+    with unchanged(model):
+        for edits, by in zip(ledgers, (10, 100), strict=True):
+            edits.wrap_method(model, "count", Loud(by))
+        assert model.count() == 111
+        ledgers[order[0]].undo()
+        assert model.count() == (101, 11)[order[0]]
+        ledgers[order[1]].undo()
+
+
+def test_what_came_in_the_place_of_a_wrapper_stays_and_calls_through():
+    model, edits = Counting(), Edits()
+    edits.wrap_method(model, "count", Loud(10))
+    wrapped = model.count
+    model.count = mine = lambda: wrapped() + 1000
+    assert model.count() == 1011
+    edits.undo()
+    assert model.count is mine
+    assert model.count() == 1001
+
+
+@COPIES
+def test_a_wrapper_on_a_copy_calls_the_copys_method(twin_of):
+    model, edits = Counting(), Edits()
+    edits.wrap_method(model, "count", Loud(10))
+    twin = twin_of(model)
+    assert twin.count.owner is twin
+    assert twin.count() == 11
+
+
+def test_entries_of_a_list_leave_in_any_order(model):
+    ledgers = [Edits(), Edits()]
+    with unchanged(model):
+        for number, edits in enumerate(ledgers):
+            edits.list_on(model, "notes", number)
+        ledgers[0].undo()
+        assert model.notes == [1]
+        ledgers[1].undo()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import runpy
-import socket
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,14 +22,6 @@ import vltok
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 CHAT = "{% for part in messages[0].content %}{{ part.text if part.type == 'text' else %r }} {% endfor %}"
-
-
-@pytest.fixture(autouse=True)
-def _no_network(monkeypatch):
-    def refuse(*args: object) -> None:
-        raise AssertionError(f"an example reached for the network: {args}")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
 @pytest.fixture
@@ -159,7 +152,7 @@ def test_prune_llava_downloads_only_when_asked(run, image, monkeypatch, argument
     monkeypatch.setattr(transformers.AutoModelForImageTextToText, "from_pretrained", load)
     with pytest.raises(SystemExit):
         run("prune_llava.py", image, "w1 w2", *arguments)
-    assert asked == [("llava-hf/llava-1.5-7b-hf", not arguments)]
+    assert asked == ([("llava-hf/llava-1.5-7b-hf", False)] if arguments else [])
 
 
 def test_robust_vit_trains_with_both_losses_and_saves_the_model(run, tmp_path):
@@ -173,3 +166,51 @@ def test_robust_vit_trains_with_both_losses_and_saves_the_model(run, tmp_path):
     model = timm.create_model("test_vit", num_classes=2)
     with vltok.apply(model, vltok.TAP()):
         model.load_state_dict(torch.load(tmp_path / "robust.pt", weights_only=True))
+
+
+# Run in a process of its own, where nothing says that there is no network; prints what reached for it.
+ALONE = """
+import json, runpy, socket, sys
+asked = []
+def refuse(*args, **kwargs):
+    asked.append(repr(args))
+    raise OSError("there is no network here")
+socket.getaddrinfo = socket.socket.connect = socket.socket.connect_ex = refuse
+for name, *arguments in json.loads(sys.argv[1]):
+    sys.argv = [name, *arguments]
+    try:
+        runpy.run_path(name, run_name="__main__")
+    except (SystemExit, OSError) as error:
+        print(f"{name} stopped: {error}".splitlines()[0], file=sys.stderr)
+print("ASKED", json.dumps(asked))
+"""
+
+
+def test_no_example_sends_a_request_unless_download_is_asked_for(image, tmp_path):
+    folder, name = saved(LLAVA, tmp_path / "model", with_template=False), "llava-hf/llava-1.5-7b-hf"
+    turns = [{"from": "human", "value": "<image>\nw1"}, {"from": "gpt", "value": "w2"}]
+    (data := tmp_path / "data.json").write_text(json.dumps([{"image": image.name, "conversations": turns}] * 2))
+    for label in ("cat", "dog"):
+        (tmp_path / "pictures" / label).mkdir(parents=True)
+        picture(0).save(tmp_path / "pictures" / label / "0.png")
+    vit = ("--model", "test_vit", "--steps", 1)
+    runs = [
+        ("prune_llava.py", image, "w1"),
+        ("prune_llava.py", image, "w1", "--model", folder),
+        ("tokenpacker_llava.py", image, "w1"),
+        ("tokenpacker_llava.py", image, "w1", "--model", folder),
+        ("finetune_tokenpacker.py", name, data, tmp_path / "out"),
+        ("finetune_tokenpacker.py", folder, data, tmp_path / "out", "--steps", 1, "--batch", 2),
+        ("robust_vit.py", tmp_path / "pictures", tmp_path / "robust.pt", *vit),
+        ("soft_vit.py", tmp_path / "pictures", tmp_path / "attention", *vit),
+    ]
+    assert {run[0] for run in runs} == {file.name for file in EXAMPLES.glob("*.py")}
+    commands = json.dumps([[str(EXAMPLES / script), *map(str, arguments)] for script, *arguments in runs])
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
+    environment |= {"HF_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(EXAMPLES.parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, commands], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == "ASKED []"
+    assert done.stderr.count(" stopped: ") == 3, "those that were given a name of the hub"

@@ -386,8 +386,14 @@ def test_settings_are_saved_beside_the_wrapped_processor(tmp_path):
     ("content", "message"),
     [
         ("{", "is not a JSON file"),
-        ("[]", "must have the fields max_tiles, separators, thumbnail, vltok_version"),
+        ("[]", "must hold a JSON object"),
+        ("{}", "must have the fields max_tiles, separators, thumbnail, vltok_version"),
         ('{"vltok_version": "9", "max_tiles": 9, "thumbnail": "sound"}', "must have the fields"),
+        ('{"vltok_version":"9","max_tiles":[9],"thumbnail":"sound","separators":null}', "vltok 9.* max_tiles must be"),
+        ('{"vltok_version":"9","max_tiles":9,"thumbnail":["sound"],"separators":null}', "thumbnail must be"),
+        ('{"vltok_version":"9","max_tiles":9,"thumbnail":"sound","separators":{"a":1}}', "separators must be"),
+        ('{"vltok_version":"9","max_tiles":9e999,"thumbnail":"sound","separators":null}', "must be finite"),
+        ("[" * 100_000, "is not a JSON file"),
         ('{"vltok_version":"9","max_tiles":36,"thumbnail":"sound","separators":null}', "vltok 9.* max_tiles must be"),
     ],
 )

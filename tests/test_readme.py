@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -49,9 +50,19 @@ def test_every_file_the_readme_links_to_exists():
 
 def test_both_commands_are_single_lines_and_the_second_is_what_ci_runs():
     setups = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("python3 -m venv ")]
-    assert [line.split(" && ")[-1] for line in setups] == [
-        ".venv/bin/python -m eval.canvas",
-        ".venv/bin/python -m pytest",
-    ]
+    canvas, tests = (line.split(" && ")[-1] for line in setups)
+    assert canvas == ".venv/bin/python -m eval.canvas"
+    assert tests.removesuffix(" -n auto --dist loadfile") == ".venv/bin/python -m pytest"
     pattern = re.search(r"grep -m 1 '([^']+)' README\.md", (ROOT / ".ci" / "run").read_text(encoding="utf-8")).group(1)
     assert [line for line in README.splitlines() if re.search(pattern, line)] == setups[1:]
+
+
+def test_ci_pins_the_lower_bounds_for_its_oldest_leg():
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        project = tomllib.load(file)["project"]
+    bounds = [*project["dependencies"], *project["optional-dependencies"]["train"]]
+    lines = (ROOT / ".ci" / "floor.txt").read_text(encoding="utf-8").splitlines()
+    pins = dict(re.match(r"([\w-]+)===?(.+)", line).groups() for line in lines if not line.startswith("#"))
+    for bound in bounds:
+        name, lowest = bound.split(">=")
+        assert f"{pins[name]}.".startswith(f"{lowest}."), f"{bound}, but CI's oldest leg runs {pins[name]}"

@@ -146,7 +146,10 @@ def test_a_knob_out_of_range_is_refused_as_in_code(model, folder):
 
 def test_another_family_is_refused(model, folder):
     rewrite(folder, family="qwen2_5_vl")
-    with unchanged(model), pytest.raises(CheckpointError, match="saved from a qwen2_5_vl model, this is a llava model"):
+    with (
+        unchanged(model),
+        pytest.raises(CheckpointError, match="saved from a 'qwen2_5_vl' model, this is a 'llava' model"),
+    ):
         vltok.load(model, folder)
 
 

@@ -31,6 +31,8 @@ class Tower:
         is_hf: Whether it is a model of transformers, with a config that is saved with it.
         any_size: What to call it with for pictures of any size; None if it takes one size.
         call: The method that encodes pictures, where it isn't the model's call.
+        read_past: Ends of the names of linear layers whose weights are read past their forward, so that adapters on
+            them don't count.
     """
 
     family: str
@@ -39,6 +41,7 @@ class Tower:
     is_hf: bool = True
     any_size: dict[str, Any] | None = field(default=None, hash=False)
     call: str = "__call__"
+    read_past: tuple[str, ...] = ()
 
     def model(self, attention: str = "sdpa") -> nn.Module:
         """A model with sharp weights, in eval mode."""
@@ -56,6 +59,16 @@ class Tower:
         """The first tensor of what the model returns."""
         output = self.output(model, pixels, **options)
         return output if isinstance(output, torch.Tensor) else output[0]
+
+    def checkpoint(self, model: nn.Module, reentrant: bool) -> bool:
+        """Turn gradient checkpointing on; whether it is of the reentrant kind, which timm has no word for."""
+        if not self.is_hf:
+            model.set_grad_checkpointing()
+            return False
+        word = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # before 5.23
+        settings = {f"{word}_checkpointing_kwargs": {"use_reentrant": reentrant}}
+        getattr(model, f"{word}_checkpointing_enable")(**settings)
+        return reentrant
 
     def tokens(self, model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
         """The tokens after the last block, (B, prefix + patches, C): every weight of every block has a part in them."""
@@ -115,7 +128,9 @@ TOWERS: dict[str, Tower] = {
     "timm-registers": Tower("timm_vit", _timm("vit_small_patch14_reg4_dinov2"), 5, False),
     "timm-no-class": Tower("timm_vit", _timm("vit_base_patch16_siglip_gap_224", dynamic_img_size=True), 0, False, {}),
     "timm-map": Tower("timm_vit", _timm("vit_base_patch16_siglip_224"), 0, False),
-    "timm-eva": Tower("timm_eva", _timm("eva_giant_patch14_224", mlp_ratio=2, dynamic_img_size=True), 1, False, {}),
+    "timm-eva": Tower(
+        "timm_eva", _timm("eva_giant_patch14_224", mlp_ratio=2, dynamic_img_size=True), 1, False, {}, read_past=("qkv",)
+    ),
 }
 
 # The methods that change what a tower computes: one line each.

@@ -8,12 +8,15 @@ Importing it loads torch only; transformers arrives with the model you hand in.
 """
 
 from vltok import errors, nn
-from vltok.api import Handle, apply
-from vltok.method import Method
+from vltok.api import apply
+from vltok.families import register_family, supported_models
+from vltok.handle import Handle, handles, remove
+from vltok.method import Method, register
 from vltok.methods import (
     ADL,
     SOFT,
     TAP,
+    DecoderRule,
     DivPrune,
     FasterVLM,
     RandomTokens,
@@ -30,6 +33,7 @@ __all__ = [
     "ADL",
     "SOFT",
     "TAP",
+    "DecoderRule",
     "DivPrune",
     "FasterVLM",
     "Handle",
@@ -44,7 +48,12 @@ __all__ = [
     "apply",
     "errors",
     "from_pretrained",
+    "handles",
     "load",
     "nn",
+    "register",
+    "register_family",
+    "remove",
     "save",
+    "supported_models",
 ]

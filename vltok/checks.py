@@ -1,8 +1,14 @@
-"""Checks of what users pass as settings: numbers, choices, budgets, blocks of a vision tower."""
+"""Checks of what users pass as settings (numbers, choices, budgets, blocks of a vision tower), and of weights."""
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from collections.abc import Mapping, Sequence
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+import torch
+
+from vltok.errors import CheckpointError
 
 Blocks = tuple[int | None, int | None]
 
@@ -15,6 +21,22 @@ def is_integer(value: object) -> bool:
 def is_number(value: object) -> bool:
     """Whether it is an int or a float, and no bool."""
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def fits(value: object, hint: Any) -> bool:
+    """Whether a value is of the type that a field of settings is annotated with; unusual annotations take anything."""
+    kinds = {bool: lambda x: isinstance(x, bool), int: is_integer, float: is_number, str: lambda x: isinstance(x, str)}
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(fits(value, option) for option in inner)
+    if origin is Literal:
+        return any(type(value) is type(option) and value == option for option in inner)
+    if origin is tuple and isinstance(value, tuple):
+        each = inner[:1] * len(value) if inner[1:] == (...,) else inner
+        return len(each) == len(value) and all(map(fits, value, each))
+    if origin is tuple or hint is type(None):
+        return hint is type(None) and value is None
+    return kinds.get(hint, lambda x: True)(value)
 
 
 def check_integer(name: str, value: object, least: int | None = None) -> None:
@@ -81,3 +103,54 @@ def chosen_blocks(blocks: Blocks | None, depth: int) -> tuple[int, int]:
     if not chosen:
         raise ValueError(f"blocks={blocks} is none of the {depth} blocks of this vision tower")
     return chosen.start, chosen.stop
+
+
+# Weights that come from files
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_LISTED = 20  # names of each kind in an error: weights of another program can differ in thousands
+
+
+def weight_faults(
+    found: Mapping[str, Any],
+    expected: Mapping[str, torch.Tensor],
+    strangers: Sequence[str] = (),
+    called: Mapping[str, str] | None = None,
+) -> str:
+    """Say what keeps weights from taking the place of others, or nothing if they can.
+
+    Weights are of float64, float32, float16 or bfloat16. Integers and narrower floats are quantised: without their
+    scales they mean nothing. A tensor of another kind, such as a counter, must be of that very kind.
+
+    Args:
+        found: What was found by name: tensors, or anything that has their shape and dtype.
+        expected: The tensors that are to take their values.
+        strangers: More names that were found, and are not expected.
+        called: What to call what was found, where its name there is another.
+    """
+    called = called or {}
+    faults = {"missing": sorted(expected.keys() - found.keys())}
+    faults["unexpected"] = sorted([*strangers, *(called.get(name, name) for name in found.keys() - expected.keys())])
+    faults["of another shape"], faults["of another kind"] = [], []
+    for name, tensor in expected.items():
+        if name in found and tuple(found[name].shape) != tuple(tensor.shape):
+            faults["of another shape"].append(
+                f"{called.get(name, name)} has shape {tuple(found[name].shape)}, expected {tuple(tensor.shape)}"
+            )
+        if name in found and found[name].dtype not in (FLOATS if tensor.is_floating_point() else (tensor.dtype,)):
+            faults["of another kind"].append(f"{called.get(name, name)} is {_kind(found[name].dtype)}")
+    return "; ".join(
+        f"{what} {', '.join(names[:_LISTED])}{f' and {len(names) - _LISTED} more' if len(names) > _LISTED else ''}"
+        for what, names in faults.items()
+        if names
+    )
+
+
+def check_finite(name: str, tensor: torch.Tensor, place: object) -> None:
+    """Raise CheckpointError if a weight found at `place` holds NaN or infinite values."""
+    if tensor.dtype in FLOATS and not tensor.is_meta and not tensor.isfinite().all():
+        raise CheckpointError(f"{name} in {place} holds values that are NaN or infinite as {_kind(tensor.dtype)}")
+
+
+def _kind(dtype: torch.dtype | str) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,43 +1,21 @@
-"""Method, the base of everything that can be applied to a model, and Run, where a method leaves what it found."""
+"""Method, the base of everything that can be applied to a model, and how methods are found by name."""
 
 from __future__ import annotations
 
 import ast
+import difflib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, TypeVar
 
-import torch
-
 from vltok.edits import Edits
 from vltok.errors import CheckpointError
-from vltok.version import __version__
+from vltok.run import Run
 
 _METHODS: dict[str, type[Method]] = {}
 M = TypeVar("M", bound="type[Method]")
-
-
-class Run:
-    """What the attached methods computed in the last call of the model. Replaced call by call, never saved."""
-
-    def __init__(self) -> None:
-        self.losses: dict[str, torch.Tensor] = {}
-        self.results: dict[str, Any] = {}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Run:
-        copy = Run()
-        memo[id(self)] = copy
-        return copy
-
-    def loss(self, name: str, value: torch.Tensor) -> None:
-        """Leave a loss term (a scalar with its graph) for `handle.loss()`."""
-        self.losses[name] = value
-
-    def report(self, name: str, value: Any) -> None:
-        """Leave a result for `handle.report()`."""
-        self.results[name] = value
 
 
 @dataclass(frozen=True)
@@ -51,6 +29,13 @@ class Method:
     name: ClassVar[str] = ""
     version: ClassVar[int] = 1
     training_free: ClassVar[bool] = True
+    fixed: ClassVar[tuple[str, ...] | None] = None
+    """Settings that `handle.using` can't change, as the model was made to fit them; None stands for all."""
+
+    @classmethod
+    def per_call(cls) -> tuple[str, ...]:
+        """Names of the settings that `handle.using` may change."""
+        return () if cls.fixed is None else tuple(each.name for each in fields(cls) if each.name not in cls.fixed)
 
     def settled(self, view: Any) -> Method:
         """Return these settings with all that they leave to the model filled in, which is what gets applied and saved.
@@ -69,21 +54,22 @@ class Method:
         return {"method": self.name, "version": self.version, **asdict(self)}
 
     @staticmethod
-    def from_dict(data: Mapping[str, Any], writer: str = "an unknown version") -> Method:
+    def from_dict(data: Mapping[str, Any], writer: str | None = "an unknown version") -> Method:
         """Build the method that `to_dict` described.
 
         Args:
             data: What `to_dict` returned, perhaps through JSON.
-            writer: The vltok version that wrote it, named in errors.
+            writer: The vltok version that wrote it, named in errors; None if a person did.
 
         Raises:
             CheckpointError: If the method, its version or one of the fields is not known here.
         """
         settings = dict(data)
         name = settings.pop("method", None)
-        if name not in _METHODS:
+        source = "" if writer is None else f" (written by vltok {writer})"
+        if not isinstance(name, str) or name not in _METHODS:
             raise CheckpointError(
-                f"unknown method {name!r} (written by vltok {writer}); this vltok knows {', '.join(sorted(_METHODS))}"
+                f"unknown method {name!r}{source}{_nearest([name], _METHODS)} {', '.join(sorted(_METHODS))}"
             )
         cls = _METHODS[name]
         version = settings.pop("version", None)
@@ -94,8 +80,8 @@ class Method:
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(settings) - known):
             raise CheckpointError(
-                f"unknown field {', '.join(map(repr, unknown))} of {name} (written by vltok {writer}); "
-                f"this vltok knows {', '.join(sorted(known))}"
+                f"unknown field {', '.join(map(repr, unknown))} of {name}{source}{_nearest(unknown, known)} "
+                f"{', '.join(sorted(known))}"
             )
         return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()})
 
@@ -108,16 +94,27 @@ class Method:
             ValueError: If the text is neither, or a setting is out of range.
         """
         if text.lstrip().startswith("{"):
-            return Method.from_dict(json.loads(text), writer=__version__)
+            return Method.from_dict(json.loads(text), writer=None)
         name, *settings = re.split(r",(?![^(\[]*[)\]])", text)  # not at commas inside brackets
-        fields: dict[str, Any] = {}
+        name, given = name.strip(), {}
         for setting in settings:
             key, equals, value = setting.partition("=")
-            if not equals:
-                raise ValueError(f"a setting of a method is written key=value, got {setting!r} in {text!r}")
-            fields[key.strip()] = _value(value.strip())
+            if not equals or key.strip() in given:
+                wrong = f"{key.strip()} twice" if equals else repr(setting)
+                raise ValueError(f"a setting of a method is written once, as key=value, got {wrong} in {text!r}")
+            given[key.strip()] = _value(value.strip())
         version = _METHODS[name].version if name in _METHODS else None
-        return Method.from_dict({"method": name, "version": version, **fields}, writer=__version__)
+        try:
+            return Method.from_dict({"method": name, "version": version, **given}, writer=None)
+        except TypeError as error:
+            raise ValueError(f"{text!r}: {error}") from error
+
+
+def _nearest(given: Iterable[object], known: Iterable[str]) -> str:
+    """The words before a list of what is known; they ask whether something on it was meant that is spelled alike."""
+    near = [difflib.get_close_matches(str(each).lower(), list(known), n=1) for each in given]
+    meant = ", ".join(repr(name) for names in near for name in names)
+    return f"; did you mean {meant}? This vltok knows" if meant else "; this vltok knows"
 
 
 def _value(text: str) -> Any:

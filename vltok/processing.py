@@ -18,6 +18,7 @@ from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 
 from vltok.errors import CheckpointError
+from vltok.files import check_settings, read_json
 from vltok.methods.condensing.token_packer.tiles import (
     Thumbnail,
     candidate_grids,
@@ -66,8 +67,7 @@ class TokenPackerHDProcessor(ProcessorMixin):
         thumbnail: Thumbnail = "released",
         separators: Sequence[int] | None = None,
     ) -> None:
-        if not isinstance(processor, LlavaProcessor):
-            raise TypeError(f"processor must be the LlavaProcessor of a LLaVA model, got {type(processor).__name__}")
+        _check_kind(processor)
         candidate_grids(max_tiles)
         if thumbnail not in get_args(Thumbnail):
             raise ValueError(f'thumbnail must be "released" or "sound", got {thumbnail!r}')
@@ -315,22 +315,26 @@ class TokenPackerHDProcessor(ProcessorMixin):
             CheckpointError: If that file is not what `save_pretrained` writes.
         """
         path = Path(folder, SETTINGS_FILE)
-        if not path.is_file():
+        if not path.exists():
             raise FileNotFoundError(f"{folder} has no {SETTINGS_FILE}; give a local folder saved by this class")
-        try:
-            settings = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{path} is not a JSON file: {error}") from error
+        settings = read_json(path)
+        check_settings(settings, str(path))
         expected = {"vltok_version", *_SETTINGS}
-        if not isinstance(settings, dict) or settings.keys() != expected:
+        if settings.keys() != expected:
             raise CheckpointError(f"{path} must have the fields {', '.join(sorted(expected))}; got {settings!r}")
         if processor is None:
             processor = AutoProcessor.from_pretrained(folder, local_files_only=True, **kwargs)
+        _check_kind(processor)
         writer = settings.pop("vltok_version")
         try:
             return cls(processor, **settings)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise CheckpointError(f"{path} (written by vltok {writer}) doesn't fit: {error}") from error
+
+
+def _check_kind(processor: object) -> None:
+    if not isinstance(processor, LlavaProcessor):
+        raise TypeError(f"processor must be the LlavaProcessor of a LLaVA model, got {type(processor).__name__}")
 
 
 def _check_counts(placeholder: str, counts: list[int], pictures: int, per_prompt: list[int] | None) -> None:

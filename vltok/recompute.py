@@ -8,10 +8,17 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+FORWARD = -1
+
+
+def current_pass() -> int:
+    """The number of the backward pass that is under way in this thread, FORWARD if there is none."""
+    return FORWARD if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
+
 
 def is_recomputing() -> bool:
     """Whether a backward pass is under way, so that a module that runs now has run before."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    return current_pass() != FORWARD
 
 
 @contextlib.contextmanager

@@ -91,9 +91,10 @@ class Diversification:
 
 @dataclass(frozen=True)
 class Report:
-    """What the attached methods did at the last prompt with images.
+    """What the attached methods did in the last call.
 
     Attributes:
+        images: Whether the last call had images, as far as a pruning method saw it; None if it saw none yet.
         attention: Where attention of linear cost stands in the vision tower, or None where there is none.
         pooling: Where tokens are pooled before the attention in the vision tower, or None.
         diversification: The attention diversification loss, or None.
@@ -107,6 +108,7 @@ class Report:
         relevance: Stage 2 at each candidate layer, for each sample.
     """
 
+    images: bool | None = None
     attention: LinearAttention | None = None
     pooling: Pooling | None = None
     diversification: Diversification | None = None
@@ -140,6 +142,8 @@ class Report:
             lines.append(
                 f"projector: {each.patches} patches -> {each.tokens} visual tokens (pictures, crops: {each.pictures})"
             )
+        if self.images is False:
+            lines.append("the last call had no images")
         if not lines and not self.visual_tokens:
             return "no prompt with images since the method was attached"
         for row, (before, after) in enumerate(zip(self.visual_tokens, self.kept_tokens, strict=True)):

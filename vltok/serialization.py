@@ -9,15 +9,18 @@ import contextlib
 import json
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import nn
 
 from vltok.api import Handle, apply
-from vltok.engine.guard import CONFIG_FIELD
-from vltok.errors import CheckpointError
+from vltok.checks import check_finite, fits, is_integer
+from vltok.engine.guard import CONFIG_FIELD, marked_configs, read_note, restore_fields
+from vltok.errors import CheckpointError, VltokError
+from vltok.files import check_kinds, check_settings, copy_weights, read_json, read_weights, weight_files
 from vltok.method import Method
 
 CONFIG_FILE = "vltok_config.json"
@@ -66,13 +69,15 @@ def load(model: nn.Module, folder: str | Path, *, processor: Any = None) -> Hand
 
     Raises:
         FileNotFoundError: If the folder has no vltok_config.json.
-        CheckpointError: If the file names an unknown method or field, another family, or the weights don't fit.
+        CheckpointError: If a file is damaged, names an unknown method or field, another family or settings that are out
+            of range or don't fit this model, or if the weights don't fit.
     """
     folder = Path(folder)
     path = folder / CONFIG_FILE
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"{folder} has no {CONFIG_FILE}; give a folder written by vltok.save()")
-    return _apply_saved(model, _read(path), processor, path, folder / WEIGHTS_FILE)
+    weights = [folder / WEIGHTS_FILE] if (folder / WEIGHTS_FILE).exists() else []
+    return _apply_saved(model, read_json(path), processor, str(path), weights)
 
 
 def from_pretrained(folder: str | Path, *, processor: Any = None, **options: Any) -> Handle:
@@ -90,57 +95,65 @@ def from_pretrained(folder: str | Path, *, processor: Any = None, **options: Any
 
     Raises:
         FileNotFoundError: If there is no such folder.
-        CheckpointError: If the checkpoint was not saved with vltok methods on it, or doesn't fit this version.
+        CheckpointError: If the checkpoint was not saved with vltok methods on it, is damaged, or doesn't fit this
+            version.
     """
     import transformers
 
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
+    path = folder / "config.json"
+    if not path.exists():
         raise FileNotFoundError(f"{folder} has no config.json; give a folder written by the model's save_pretrained()")
+    read_json(path)  # transformers has no words for a damaged file
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    marked = next(_marked(config), None)
-    record = getattr(marked, CONFIG_FIELD, None)
-    if not isinstance(record, dict) or "restore" not in record:
+    marked = next(marked_configs(config), None)
+    if marked is None:
         raise CheckpointError(
             f"{folder} was saved without vltok methods that have weights on it; load it with transformers, and "
             "methods with vltok.apply() or vltok.load()"
         )
-    record = dict(record)
-    before = record.pop("restore")
-    settings = _check(record, f"{folder / 'config.json'}, field {CONFIG_FIELD!r}")
+    place = f"{path} (field {CONFIG_FIELD!r})"
+    check_settings(getattr(marked, CONFIG_FIELD), place)
+    settings, before = read_note(marked, place)
+    _methods(settings, place)
     delattr(marked, CONFIG_FIELD)
-    _set_fields(marked, before.get("config", {}))
-    _set_fields(getattr(marked, "vision_config", None), before.get("vision_config", {}))
+    restore_fields(marked, before.get("config", {}), place)
+    if hasattr(marked, "vision_config"):
+        restore_fields(marked.vision_config, before.get("vision_config", {}), place)
     if processor is None and any((folder / name).is_file() for name in PROCESSOR_FILES):
         processor = transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
-        _set_fields(processor, before.get("processor", {}))
+        restore_fields(processor, before.get("processor", {}), place)
     known = [getattr(transformers, name, None) for name in config.architectures or ()]
     known = [each for each in known if isinstance(each, type) and issubclass(each, transformers.PreTrainedModel)]
     model_class = known[0] if known else transformers.AutoModelForImageTextToText
-    with _silence():  # it would list the new weights as strangers, and miss the old ones
-        model = model_class.from_pretrained(folder, config=config, local_files_only=True, **options)
-    return _apply_saved(model, settings, processor, folder / "config.json", *_weight_files(folder))
-
-
-def _marked(config: Any) -> Iterator[Any]:
-    """The config, and those nested in it, that say what was on their model."""
-    if hasattr(config, CONFIG_FIELD):
-        yield config
-    for part in vars(config).values():
-        if hasattr(part, "model_type"):
-            yield from _marked(part)
-
-
-def _apply_saved(model: nn.Module, config: dict[str, Any], processor: Any, source: Path, *weight_files: Path) -> Handle:
-    writer = config["vltok_version"]
-    methods = [Method.from_dict(data, writer) for data in config["methods"]]
-    handle = apply(model, methods, processor=processor)
+    files, own = weight_files(folder) or sorted(folder.glob("*.safetensors")), folder / WEIGHTS_FILE
+    if getattr(config, "quantization_config", None) is None:
+        check_kinds(files)
     try:
-        if handle.family != config["family"]:
+        with _silence():  # it would list the new weights as strangers, and miss the old ones
+            model = model_class.from_pretrained(folder, config=config, local_files_only=True, **options)
+    except (LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder} holds no model that transformers can build: {error!r}") from error
+    for name, parameter in model.named_parameters():
+        check_finite(name, parameter, folder)
+    return _apply_saved(model, settings, processor, place, [own] if own.exists() else files)
+
+
+def _apply_saved(model: nn.Module, content: Any, processor: Any, place: str, files: list[Path]) -> Handle:
+    """Apply the methods that `content` describes, as it was found at `place`, and give them their weights."""
+    methods = _methods(content, place)
+    try:
+        handle = apply(model, methods, processor=processor)
+    except (ValueError, LookupError, ArithmeticError, RuntimeError) as error:
+        if isinstance(error, VltokError | torch.OutOfMemoryError):
+            raise
+        raise CheckpointError(f"{place} describes methods that this model can't take: {error}") from error
+    try:
+        if handle.family != content["family"]:
             raise CheckpointError(
-                f"{source} was saved from a {config['family']} model, this is a {handle.family} model"
+                f"{place} was saved from a {content['family']!r} model, this is a {handle.family!r} model"
             )
-        _load_weights(handle, *weight_files)
+        _load_weights(handle, files)
     except BaseException:
         handle.remove()
         raise
@@ -164,18 +177,6 @@ def _silence(bars: bool = False) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _set_fields(target: object, fields: Mapping[str, Any]) -> None:
-    for name, value in fields.items():
-        setattr(target, name, value)
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """Where a saved model's added weights are: vltok's own file, or else all of transformers' files."""
-    if (folder / WEIGHTS_FILE).is_file():
-        return [folder / WEIGHTS_FILE]
-    return sorted(path for path in folder.glob("*.safetensors"))
-
-
 def added_state_dict(handle: Handle) -> dict[str, torch.Tensor]:
     """Weights the handle's methods brought into the model, by their names in `handle.host`."""
     return {name: tensor.detach() for name, tensor in _added_tensors(handle)}
@@ -188,60 +189,49 @@ def _added_tensors(handle: Handle) -> Iterator[tuple[str, torch.Tensor]]:
             yield f"{names[module]}.{key}", tensor
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not a JSON file: {error}") from error
-    return _check(config, str(path))
-
-
-def _check(config: Any, source: str) -> dict[str, Any]:
-    if not isinstance(config, dict) or (missing := _FIELDS - config.keys()):
-        raise CheckpointError(f"{source} lacks {', '.join(sorted(missing if isinstance(config, dict) else _FIELDS))}")
-    if unknown := config.keys() - _FIELDS:
-        raise CheckpointError(
-            f"{source} has unknown fields {', '.join(sorted(unknown))} (written by vltok {config['vltok_version']})"
-        )
-    methods = config["methods"]
-    if not isinstance(methods, list) or not all(isinstance(settings, dict) for settings in methods):
-        raise CheckpointError(f'{source}: "methods" must be a list of settings, one per method, got {methods!r}')
-    return config
-
-
-def _load_weights(handle: Handle, *files: Path) -> None:
-    expected = added_state_dict(handle)
-    files = tuple(path for path in files if path.exists())
-    if not expected and not files:
-        return
-    is_whole = any(path.name != WEIGHTS_FILE for path in files)
-    names = _saved_names(handle) if is_whole else {name: name for name in expected}
-    found: dict[str, torch.Tensor] = {}
-    for path in files:
-        found |= _read_weights(path, names)
-    place = ", ".join(map(str, files)) or "the folder"
-    copy_weights(expected, found, place)
-
-
-@torch.no_grad()
-def copy_weights(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor], place: str | Path) -> None:
-    """Copy what was found at `place` into the tensors that are expected, all or none of them.
+def _methods(content: Any, place: str) -> list[Method]:
+    """Read the methods of a settings file.
 
     Raises:
-        CheckpointError: If names or shapes differ.
+        CheckpointError: If a field is missing, unknown, of another type or out of range.
     """
-    if found.keys() != expected.keys():
-        raise CheckpointError(
-            f"{place} doesn't fit: missing {sorted(expected.keys() - found.keys())}, "
-            f"unexpected {sorted(found.keys() - expected.keys())}"
-        )
-    for name, tensor in expected.items():
-        if tensor.shape != found[name].shape:
-            raise CheckpointError(
-                f"{name} has shape {tuple(found[name].shape)} in {place}, expected {tuple(tensor.shape)}"
-            )
-    for name, tensor in expected.items():
-        tensor.copy_(found[name])
+    if not isinstance(content, dict) or (missing := _FIELDS - content.keys()):
+        raise CheckpointError(f"{place} lacks {', '.join(sorted(missing if isinstance(content, dict) else _FIELDS))}")
+    check_settings(content, place)
+    writer, family, methods = content["vltok_version"], content["family"], content["methods"]
+    if unknown := content.keys() - _FIELDS:
+        raise CheckpointError(f"{place} has unknown fields {', '.join(sorted(unknown))} (written by vltok {writer})")
+    if not isinstance(writer, str) or not isinstance(family, str):
+        raise CheckpointError(f"{place}: vltok_version and family must be words, got {writer!r} and {family!r}")
+    if not isinstance(methods, list) or not methods or not all(isinstance(settings, dict) for settings in methods):
+        raise CheckpointError(f'{place}: "methods" must be a list of settings, one per method, got {methods!r}')
+    found = []
+    for settings in methods:
+        name, version = settings.get("method"), settings.get("version")
+        if not isinstance(name, str) or not (version is None or is_integer(version)):
+            raise CheckpointError(f"{place}: a method has a name and a format (1, 2, ...), got {name!r}, {version!r}")
+        try:
+            found.append(Method.from_dict(settings, writer))
+        except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+            raise CheckpointError(f"{place}: {error}") from error
+        _check_types(found[-1], place)
+    return found
+
+
+def _check_types(method: Method, place: str) -> None:
+    """Raise CheckpointError if a setting is not of the type that its field says; not every method looks."""
+    hints = get_type_hints(type(method))
+    for field in fields(method):
+        value = getattr(method, field.name)
+        if not fits(value, hints[field.name]):
+            raise CheckpointError(f"{place}: {field.name} of {method.name} must be {field.type}, got {value!r}")
+
+
+def _load_weights(handle: Handle, files: list[Path]) -> None:
+    expected = added_state_dict(handle)
+    is_whole = any(path.name != WEIGHTS_FILE for path in files)
+    found = read_weights(files, _saved_names(handle) if is_whole else None)
+    copy_weights(expected, found, ", ".join(map(str, files)) or "the folder, which has no weights,")
 
 
 def _saved_names(handle: Handle) -> dict[str, str]:
@@ -251,22 +241,5 @@ def _saved_names(handle: Handle) -> dict[str, str]:
     numbered = {name: torch.tensor([number]) for number, (_, name) in enumerate(own)}
     with tempfile.TemporaryDirectory() as folder, _silence(bars=True):
         handle.model.save_pretrained(folder, state_dict=numbered)
-        return {
-            saved: own[int(number)][0]
-            for path in Path(folder).glob("*.safetensors")
-            for saved, number in _read_weights(path, None).items()
-        }
-
-
-def _read_weights(path: Path, names: Mapping[str, str] | None) -> dict[str, torch.Tensor]:
-    """Weights of a file by the names they are to have; all by their own if there are none."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            keys = file.keys()  # not a dict
-            if names is None or path.name == WEIGHTS_FILE:
-                return {key: file.get_tensor(key) for key in keys}
-            return {names[key]: file.get_tensor(key) for key in keys if key in names}
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
+        saved = read_weights(Path(folder).glob("*.safetensors"))
+    return {name: own[int(number)][0] for name, number in saved.items()}

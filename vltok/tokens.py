@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+Grid = tuple[int, int]  # rows and columns, (H, W), of tokens laid out on a picture
+
 
 def keep_count(num_tokens: int, keep_ratio: float | None = None, num_keep: int | None = None) -> int:
     """Say how many of `num_tokens` visual tokens a budget keeps.
@@ -11,22 +13,13 @@ def keep_count(num_tokens: int, keep_ratio: float | None = None, num_keep: int |
     Args:
         num_tokens: Visual tokens of one image, N.
         keep_ratio: Share to keep, in (0, 1]; rounded half to even, at least one token.
-        num_keep: Count to keep, in 1..N. Exactly one of the two is given.
+        num_keep: Count to keep, at least 1: an upper bound, all of fewer tokens are kept. Exactly one of the two is
+            given.
 
     Returns:
         The count, in 1..N.
-
-    Raises:
-        ValueError: If `num_keep` is larger than `num_tokens`.
     """
-    if num_keep is None:
-        return max(1, round(keep_ratio * num_tokens))
-    if num_keep > num_tokens:
-        raise ValueError(
-            f"num_keep={num_keep} is more than the {num_tokens} visual tokens of an image; "
-            f"give at most {num_tokens}, or a keep_ratio, which fits images of any size"
-        )
-    return num_keep
+    return max(1, round(keep_ratio * num_tokens)) if num_keep is None else min(num_keep, num_tokens)
 
 
 def gather_tokens(tokens: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:

@@ -64,20 +64,44 @@ class TokenSelector(Protocol):
     def select(self, visual: VisualTokens, num_keep: int) -> torch.Tensor: ...
 
 
-class RelevanceJudge(Protocol):
-    """What `LanguageView.on_decoder_layers` needs of a method: where to look, and what to conclude.
+class DecoderState(Protocol):
+    """What a decoder rule sees of a prompt at one layer, each thing computed when it is asked for.
 
-    `candidate_layers` counts decoder layers: l means that the layers after the l-th may run without visual tokens.
-    `judge` gets, for the l-th layer, what share of its attention each row puts on visual and on text tokens (mass,
-    (B, S, 2), float32, mean over heads), and which rows are visual, (B, S), and text after the first visual token,
-    (B, S). It returns the two ratios and the decision, (B,) each.
+    There is one row for each of N samples: a row of the batch, or one of several samples packed into a row. All are
+    shown the S tokens that are still there.
+
+    Attributes:
+        is_visual: Which of them are visual tokens of the sample, (N, S), bool.
+        is_text: Which are text of the sample's prompt behind its first visual token, (N, S), bool. Answers that
+            training looks at, and what a draft model guessed, are not prompt.
+        hidden_states: What the layer's attention looks at, (N, S, D).
+        mass: What share of its attention each token puts on these visual and on these text tokens, (N, S, 2), float32,
+            mean over the heads, read from the attention's own queries and keys.
     """
 
-    def candidate_layers(self, num_layers: int) -> tuple[int, ...]: ...
+    is_visual: torch.Tensor
+    is_text: torch.Tensor
 
-    def judge(
-        self, mass: torch.Tensor, is_visual: torch.Tensor, is_text: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
+    @property
+    def hidden_states(self) -> torch.Tensor: ...
+
+    @property
+    def mass(self) -> torch.Tensor: ...
+
+    def record(self, alpha_tv: torch.Tensor, alpha_vt: torch.Tensor, dropped: torch.Tensor) -> None:
+        """Leave both attention ratios and the decision for the report, (N,) each."""
+
+
+class TokenRule(Protocol):
+    """What `LanguageView.on_decoder_layers` needs of a method. `vltok.DecoderRule` is its base class.
+
+    `layers` counts decoder layers: l means that it is asked after the attention of the l-th, for the layers behind it.
+    """
+
+    def layers(self, num_layers: int) -> tuple[int, ...]: ...
+
+    def keep(self, state: DecoderState) -> torch.Tensor:
+        """Which tokens go on, (N, S), bool. Only visual tokens can leave."""
 
 
 @dataclass(frozen=True)
@@ -125,16 +149,26 @@ class SelfAttention:
 
 
 class ScoreWatcher(Protocol):
-    """What `VisionView.watch_scores` needs of a method."""
+    """What `VisionView.watch_scores` needs of a method.
 
-    def start(self) -> None:
+    `call` is one and the same object while a batch of pictures passes through the tower, and another for each batch;
+    None where nothing tells.
+    """
+
+    def start(self, call: object) -> None:
         """Pictures enter the tower."""
 
-    def see(self, block: int, query: torch.Tensor, key: torch.Tensor, scale: float) -> None:
+    def see(self, call: object, block: int, query: torch.Tensor, key: torch.Tensor, scale: float) -> None:
         """A block attends by softmax(scale * query key^T); both are (B, heads, N, d), with their graphs."""
 
-    def see_map(self, block: int, attention: torch.Tensor) -> None:
+    def see_map(self, call: object, block: int, attention: torch.Tensor) -> None:
         """A block, whose queries and keys are not the whole story, attends by these probabilities, (B, heads, N, N)."""
+
+    def drop(self, call: object) -> None:
+        """A block raised, so that the pictures go no further."""
+
+    def finish(self, call: object) -> None:
+        """The last block is done."""
 
 
 class VisionView(Protocol):
@@ -172,6 +206,7 @@ class VisionView(Protocol):
         It gets normalised tokens, (B, N, C), and the grid of the pictures at hand, and returns (B, N, C).
 
         Raises:
+            UnsupportedModelError: If patches are dropped on the way.
             ValueError: If another method is watching the attention.
         """
 
@@ -179,10 +214,11 @@ class VisionView(Protocol):
         """Add `module` to a block as its child `name`, and let what attends see its tokens in place of the block's.
 
         It is called as `module(x, grid)` with the tokens that enter the block, (B, N, C), before they are normalised,
-        and returns (B, N, C). The residual path goes around it.
+        and returns (B, N, C). The residual path goes around it. It is moved to where the block's weights are.
 
         Raises:
-            UnsupportedModelError: If the block doesn't normalise, attend and add, in this order.
+            UnsupportedModelError: If the block doesn't normalise, attend and add, in this order, its weights are not at
+                hand, or patches are dropped on the way.
             EditConflictError: If the block has a child of that name.
         """
 
@@ -236,5 +272,5 @@ class LanguageView(Protocol):
     def on_visual_tokens(self, edits: Edits, run: Run, selector: TokenSelector) -> None:
         """Let `selector` choose which visual tokens of every image enter the language model."""
 
-    def on_decoder_layers(self, edits: Edits, run: Run, judge: RelevanceJudge) -> None:
-        """Let `judge` decide, per sample, after which decoder layer all visual tokens leave."""
+    def on_decoder_layers(self, edits: Edits, run: Run, rule: TokenRule) -> None:
+        """Let `rule` decide which visual tokens leave inside the decoder."""

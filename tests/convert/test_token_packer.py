@@ -200,8 +200,8 @@ def test_a_projector_alone_is_of_clip_l_336_unless_told(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda w: {**w, "model.embed_tokens.weight": torch.zeros(2, 2)}, r"unexpected: model\.embed_tokens\.weight"),
-        (lambda w: {n: t for n, t in w.items() if n != "ln_k_1.bias"}, r"missing: multi_modal_projector\.ln_k_1\.bias"),
+        (lambda w: {**w, "model.embed_tokens.weight": torch.zeros(2, 2)}, r"unexpected model\.embed_tokens\.weight"),
+        (lambda w: {n: t for n, t in w.items() if n != "ln_k_1.bias"}, r"missing multi_modal_projector\.ln_k_1\.bias"),
         (lambda w: {**w, "mlp.0.bias": torch.zeros(3)}, r"mlp\.0\.bias has shape \(3,\), expected \(64,\)"),
         (
             lambda w: {"model.mm_projector.0.weight": torch.zeros(2, 2)},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ def test_a_tower_folder_is_not_filled_up_from_the_checkpoint(official, clip_fold
     weights = load_file(clip_folder / "model.safetensors")
     del weights["vision_model.post_layernorm.bias"]
     save_file({**weights, "vision_head.weight": torch.zeros(1)}, folder / "model.safetensors")
-    message = r"missing: vision_tower\.post_layernorm\.bias; unexpected: vision_head\.weight$"
+    message = r"missing vision_tower\.post_layernorm\.bias; unexpected vision_head\.weight$"
     refused(source, tmp_path / "out", CheckpointError, message, vision_tower=folder)
 
 
@@ -74,8 +75,8 @@ def test_missing_and_unexpected_weights_are_listed_together(official, clip_folde
     with pytest.raises(CheckpointError) as caught:
         convert(source, tmp_path / "out", vision_tower=clip_folder)
     message = str(caught.value)
-    assert "missing: language_model.model.norm.weight, multi_modal_projector.mlp.2.bias;" in message
-    assert "unexpected: model.layers.9.mlp.up_proj.weight, optimizer.step;" in message
+    assert "missing language_model.model.norm.weight, multi_modal_projector.mlp.2.bias;" in message
+    assert "unexpected model.layers.9.mlp.up_proj.weight, optimizer.step;" in message
     assert "lm_head.weight has shape (7, 64), expected (48, 64)" in message
     assert not (tmp_path / "out").exists()
 
@@ -84,6 +85,25 @@ def test_a_long_list_of_missing_weights_is_cut(official, clip_folder, tmp_path):
     weights = {name: tensor for name, tensor in official.weights().items() if ".layers." not in name}
     source = write(tmp_path / "official", official.config, weights, "bin")
     refused(source, tmp_path / "out", CheckpointError, r"and 16 more$", vision_tower=clip_folder)
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn, float("nan")], ids=str)
+@pytest.mark.parametrize("packing", ["bin", "safetensors"])
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.mm_projector.mlp.0.weight"])
+def test_weights_of_another_kind_are_refused(official, clip_folder, tmp_path, name, packing, kind):
+    weights = official.weights()
+    weights[name] = weights[name] * kind if isinstance(kind, float) else weights[name].to(kind)
+    source = write(tmp_path / "official", official.config, weights, packing)
+    refused(source, tmp_path / "out", CheckpointError, re.escape(name), vision_tower=clip_folder)
+
+
+def test_values_beyond_the_range_of_the_wanted_dtype_are_refused(official, clip_folder, tmp_path):
+    weights = official.weights()
+    weights["model.norm.weight"][0] = 1e6
+    source = write(tmp_path / "official", official.config, weights, "bin")
+    convert(source, tmp_path / "out", vision_tower=clip_folder)
+    message = r"norm\.weight in .* infinite as float16"
+    refused(source, tmp_path / "half", CheckpointError, message, vision_tower=clip_folder, dtype="float16")
 
 
 def test_a_weight_that_comes_twice_is_refused(official, clip_folder, tmp_path):

@@ -86,7 +86,6 @@ WEIGHTLESS = partial(nn.LayerNorm, elementwise_affine=False)
         (partial(DiffAttention, 32, num_heads=4), "lambda_q1"),
         (partial(Attention, 32, num_heads=4, attn_head_dim=4), r"projects query by \(16, 32\)"),
         (partial(Attention, 32, num_heads=4, dim_out=16), r"projects out by \(16, 32\)"),
-        (partial(Attention, 32, num_heads=4, device="meta"), "offloaded"),
     ],
     ids=[
         "norm of queries",
@@ -96,12 +95,30 @@ WEIGHTLESS = partial(nn.LayerNorm, elementwise_affine=False)
         "differential",
         "head width",
         "output width",
-        "offloaded",
     ],
 )
 def test_attention_that_is_more_than_that_is_refused(make, message):
     with pytest.raises(UnsupportedModelError, match=f"can't be replaced: (Diff)?Attention .*{message}.*CLIP, SigLIP"):
         read_attention(make(), 32)
+
+
+def test_weights_on_the_meta_device_are_refused():
+    with pytest.raises(UnsupportedModelError, match=r"vision tower, Attention, has weights that are offloaded"):
+        read_attention(Attention(32, num_heads=4, device="meta"), 32)
+
+
+class Packed(torch.Tensor):
+    """Stands for the packed weights of libraries that quantise."""
+
+
+def test_quantised_weights_are_refused_by_name():
+    module = Attention(32, num_heads=4)
+    module.proj.weight = nn.Parameter(module.proj.weight.detach().as_subclass(Packed))
+    with pytest.raises(UnsupportedModelError, match=r"projects out by quantised weights \(Packed\)"):
+        read_attention(module, 32)
+    module.proj.weight = nn.Parameter(torch.zeros(32, 32, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(UnsupportedModelError, match="projects out by quantised weights"):
+        read_attention(module, 32)
 
 
 def test_an_attention_without_its_projections_is_refused():

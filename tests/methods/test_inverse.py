@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch.library import opcheck
 
+from vltok.errors import UnsupportedInputError
 from vltok.methods.soft import inverse as module
 from vltok.methods.soft.inverse import _kernel_inverse, kernel_inverse, released_inverse
 
@@ -278,6 +279,53 @@ def test_they_compile_as_one_graph(function, ridge):
     torch.testing.assert_close(found, expected)
     gradients = [torch.autograd.grad(each.square().sum(), matrix)[0] for each in (found, expected)]
     torch.testing.assert_close(*gradients)
+
+
+@RIDGES
+def test_forward_mode_follows_the_cut_off_and_torch_func_passes(ridge):
+    """Of matrices far from singular, and of two with eigenvalues at and below where they are cut off."""
+    for name in ("apart", "near", "plane"):
+        matrices = torch.stack([kernel(name, seed) for seed in range(2)])
+        change = torch.randn(matrices.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        change = (change + change.mT) / 2
+        h = 1e-7
+        pair = [kernel_inverse(matrices + sign * h * change, 20, ridge) for sign in (1, -1)]
+        expected = (pair[0] - pair[1]) / (2 * h)
+
+        def invert(matrices: torch.Tensor) -> torch.Tensor:
+            return kernel_inverse(matrices, 20, ridge)
+
+        _, found = torch.func.jvp(invert, (matrices,), (change,))
+        assert error(found, expected) < 1e-3, name
+        one_by_one = torch.vmap(lambda x, way: torch.func.jvp(invert, (x,), (way,))[1])(matrices, change)
+        assert error(one_by_one, found) < 1e-6, name
+        weights = torch.randn(matrices.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        leaf = matrices.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad((invert(leaf) * weights).sum(), leaf)
+        assert (
+            error(torch.func.grad(lambda x, weights=weights: (invert(x) * weights).sum())(matrices), gradient) < 1e-9
+        ), name
+
+
+@RIDGES
+def test_second_derivatives_are_those_of_finite_differences_or_refused(ridge):
+    tokens = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: kernel_inverse(kernel_of(x), 20, ridge), tokens)
+    crowded = kernel("plane").requires_grad_()
+    (first,) = torch.autograd.grad(kernel_inverse(crowded, 20, ridge).square().sum(), crowded, create_graph=True)
+    if ridge:
+        assert torch.autograd.grad(first.sum(), crowded)[0].isfinite().all()
+    else:
+        with pytest.raises(UnsupportedInputError, match="no second derivatives by a backward pass"):
+            first.sum().backward()
+
+
+@RIDGES
+@pytest.mark.parametrize("function", [kernel_inverse, released_inverse])
+def test_no_matrices_have_no_inverses_and_meta_tensors_shapes(function, ridge):
+    for shape, device in (((0, 3, 4, 4), "cpu"), ((2, 4, 4), "meta"), ((0, 4, 4), "meta")):
+        found = function(torch.ones(shape, device=device), 20, ridge)
+        assert (found.shape, found.device.type) == (shape, device)
 
 
 @RIDGES

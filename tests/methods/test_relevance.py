@@ -17,6 +17,18 @@ DATA = Path(__file__).parent.parent / "data"
 CASES = json.loads((DATA / "todre_alpha.json").read_text())
 
 
+class State:
+    """What the engine shows a rule."""
+
+    def __init__(self, is_visual: torch.Tensor, is_text: torch.Tensor, mass: torch.Tensor) -> None:
+        self.is_visual, self.is_text, self.mass = is_visual, is_text, mass
+        self.recorded: list[tuple[torch.Tensor, ...]] = []
+
+    def record(self, *values: torch.Tensor) -> None:
+        self.recorded.append(values)
+
+
+
 def rows(length: int, members: list[int]) -> torch.Tensor:
     found = torch.zeros(1, length, dtype=torch.bool)
     found[0, members] = True
@@ -104,7 +116,7 @@ def test_a_sample_without_visual_or_text_rows_is_never_dropped():
     assert [a.item() for a in relevance_ratios(mass, none, some)] == [0.0, 1.0]
     assert [a.item() for a in relevance_ratios(mass, some, none)] == [1.0, 0.0]
     for is_visual, is_text in ((none, some), (some, none), (none, none)):
-        assert not ToDRE(stages=(2,), tau=1.0).judge(mass, is_visual, is_text)[2]
+        assert ToDRE(stages=(2,), tau=1.0).keep(State(is_visual, is_text, mass)).all()
 
 
 def test_the_decision_needs_both_ratios_below_tau_and_is_made_per_sample():
@@ -114,7 +126,9 @@ def test_the_decision_needs_both_ratios_below_tau_and_is_made_per_sample():
     assert method.decide(alpha_tv, alpha_vt).tolist() == [True, False, False, False, False, False]
     is_visual, is_text = rows(3, [0, 1]).expand(2, -1), rows(3, [2]).expand(2, -1)
     mass = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [0.09, 0.9]], [[1.0, 0.0], [1.0, 0.0], [0.11, 0.9]]])
-    alpha_tv, alpha_vt, drop = method.judge(mass, is_visual, is_text)
+    state = State(is_visual, is_text, mass)
+    assert method.keep(state).tolist() == [[False, False, True], [True, True, True]]
+    ((alpha_tv, alpha_vt, drop),) = state.recorded
     torch.testing.assert_close(alpha_tv, torch.tensor([0.09, 0.11]))
     assert alpha_vt.tolist() == [0.0, 0.0]
     assert drop.tolist() == [True, False]

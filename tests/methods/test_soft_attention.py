@@ -229,8 +229,7 @@ def test_degenerate_inputs_give_what_double_precision_gives(kind, prefix, normal
         x = spoiled(tokens(attention, (6, 7)), kind).requires_grad_()
         out = attention(x, (6, 7))
         assert all(gradient.isfinite().all() for gradient in gradients(attention, x, out))
-        if prefix == 0 or "large" not in kind:  # prefix tokens of length 1e5 are landmarks at a distance of 0
-            assert error(out, attention.double()(x.double(), (6, 7))) < 1e-3
+        assert error(out, attention.double()(x.double(), (6, 7))) < 1e-3
 
 
 @settings(max_examples=25, deadline=None)
@@ -313,18 +312,6 @@ def test_autocast_reaches_the_linear_layers_alone(normalize):
     assert error(attended, attention.attn(query.float(), value.float(), (7, 6))) < 1e-6
     assert error(out, expected) < 0.1
     assert all(gradient.dtype == torch.float32 for gradient in gradients(attention, x, out))
-
-
-@NORMALIZE
-@pytest.mark.parametrize("parity", [False, True])
-def test_it_compiles_as_one_graph(parity, normalize):
-    attention = make(normalize=normalize, parity=parity, num_prefix_tokens=1)
-    x = tokens(attention, (7, 6)).requires_grad_()
-    found = torch.compile(attention, fullgraph=True, backend="aot_eager")(x, (7, 6))
-    expected = attention(x, (7, 6))
-    torch.testing.assert_close(found, expected)
-    for pair in zip(gradients(attention, x, found), gradients(attention, x, expected), strict=True):
-        torch.testing.assert_close(*pair)
 
 
 @NORMALIZE

@@ -87,10 +87,8 @@ def test_gradient_checkpointing_counts_pictures_once_in_the_statistics(name, ree
     counts = []
     for checkpointing in (False, True):
         model = copy.deepcopy(shared_tower(TOWERS[name])).train()
-        if checkpointing and name == "clip":
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
-        elif checkpointing:
-            model.set_grad_checkpointing()
+        if checkpointing:
+            TOWERS[name].checkpoint(model, reentrant)
         with draw(vltok.apply(model, vltok.TAP())) as handle:
             TOWERS[name].tokens(model, pixels()).square().sum().backward()
             norms = [module.proj[1] for module in handle.added_modules]

@@ -30,8 +30,8 @@ class RecordingView:
     def on_visual_tokens(self, edits, run, selector):
         self.calls.append(("visual tokens", selector))
 
-    def on_decoder_layers(self, edits, run, judge):
-        self.calls.append(("decoder layers", judge))
+    def on_decoder_layers(self, edits, run, rule):
+        self.calls.append(("decoder layers", rule))
 
 
 @pytest.mark.parametrize("strategy", ["max_sum", "k_center"])
@@ -84,8 +84,8 @@ def test_attention_is_asked_for_only_where_it_is_used(pivot, has_cls, expected):
         (0.5, 1, ()),
     ],
 )
-def test_candidate_layers(depth, num_layers, expected):
-    assert ToDRE(keep_ratio=0.1, depth=depth).candidate_layers(num_layers) == expected
+def test_layers(depth, num_layers, expected):
+    assert ToDRE(keep_ratio=0.1, depth=depth).layers(num_layers) == expected
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def test_levels_of_your_own_are_taken_and_checked():
         ({"scale_factor": None}, TypeError, "scale_factor must be an integer"),
         ({"embed_dim": True}, TypeError, "embed_dim must be an integer"),
         ({"num_heads": -1}, ValueError, "num_heads must be at least 1, got -1"),
-        ({"init": "zeros"}, ValueError, 'init must be "random" or "pool", got \'zeros\''),
+        ({"init": "zeros"}, ValueError, "init must be one of 'random', 'pool', got 'zeros'"),
         ({"levels": ()}, ValueError, r"ascending order, got \(\)"),
         ({"levels": (3, 2)}, ValueError, r"ascending order, got \(3, 2\)"),
         ({"levels": (2, 2)}, ValueError, r"different hidden states"),

@@ -354,14 +354,37 @@ def test_layers_are_ordered_by_depth_for_learning_rates():
 
 
 @pytest.mark.parametrize(("name", "parity"), [("soft_norm_tiny", True), ("soft_tiny", False)])
-def test_it_compiles_as_one_graph(name, parity):
+def test_it_compiles_as_one_graph_and_takes_other_batches_and_pictures(name, parity):
     model = make(name, parity=parity)
-    x = pictures(1, 64, 70).requires_grad_()
+    torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    out, expected = compiled(x), model(x)
-    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
-    found, reference = (torch.autograd.grad(each.sum(), x)[0] for each in (out, expected))
-    torch.testing.assert_close(found, reference, rtol=1e-3, atol=1e-4 * reference.abs().max().item())
+    for batch, height, width in ((1, 64, 70), (2, 64, 70), (3, 70, 64)):
+        x = pictures(batch, height, width).requires_grad_()
+        out, expected = compiled(x), model(x)
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+        found, reference = (torch.autograd.grad(each.sum(), x)[0] for each in (out, expected))
+        torch.testing.assert_close(found, reference, rtol=1e-3, atol=1e-4 * reference.abs().max().item())
+
+
+@pytest.mark.parametrize(("name", "parity"), [("soft_norm_tiny", True), ("soft_norm_tiny", False), ("soft_tiny", True)])
+def test_it_exports_with_a_free_batch(name, parity):
+    model = make(name, parity=parity)
+    free = {0: torch.export.Dim("batch", min=1, max=64)}
+    with torch.no_grad():
+        graph = torch.export.export(model, (pictures(2),), dynamic_shapes=(free,)).module()
+        for batch in (1, 5):
+            torch.testing.assert_close(graph(pictures(batch)), model(pictures(batch)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("parity", [True, False])
+def test_no_pictures_give_no_logits_and_meta_pictures_shapes(parity, training):
+    model = make(parity=parity).train(training)
+    out = model(pictures(0))
+    assert out.shape == (0, 10)
+    out.sum().backward()
+    assert all(buffer.isfinite().all() for buffer in model.buffers()), "statistics of nothing would spoil them"
+    assert model.to("meta")(pictures(2).to("meta")).shape == (2, 10)
 
 
 @pytest.mark.parametrize("autocast", [True, False])

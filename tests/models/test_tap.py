@@ -237,7 +237,7 @@ def test_pictures_that_are_too_small_are_refused_with_the_smallest_size(name, sm
         (FAN, {"conv_dims": (8, 16, 32)}, r"conv_dims must be 2 numbers of at least 1, got \(8, 16, 32\)"),
         (FAN, {"conv_depths": (0, 1)}, "conv_depths must be 2 numbers"),
         (FAN, {"global_pool": "max"}, "global_pool must be one of"),
-        (RVT, {"global_pool": "token"}, r"global_pool must be one of \('avg', ''\)"),
+        (RVT, {"global_pool": "token"}, "global_pool must be one of 'avg', '', got 'token'"),
         (RVT, {"img_size": (64, 14)}, "img_size of 64 x 14 pixels are too small: make each side at least 15 pixels"),
     ],
 )

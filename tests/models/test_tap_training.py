@@ -169,17 +169,46 @@ def test_weight_decay_leaves_embeddings_alone(name, free, decayed):
     assert decayed not in spared
 
 
+SIZES = [(1, 64, 80), (2, 64, 80), (3, 64, 64), (2, 48, 96)]  # batch, height, width
+
+
+@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("lean", [False, True])
 @pytest.mark.parametrize("name", NAMES)
-def test_it_compiles_as_one_graph(name, lean):
-    model = make(name, depth=1)
+def test_it_compiles_as_one_graph_for_any_batch_and_size(name, lean, training):
+    torch._dynamo.reset()
+    model = make(name, depth=1).train(training)
     model.set_grad_checkpointing(lean)
-    x = pictures(1, 64, 80).requires_grad_()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    out, expected = compiled(x), model(x)
-    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
-    found, reference = (torch.autograd.grad(each.sum(), x)[0] for each in (out, expected))
-    torch.testing.assert_close(found, reference, rtol=1e-3, atol=1e-4 * reference.abs().max().item())
+    for size in SIZES:
+        x = pictures(*size).requires_grad_()
+        out, expected = compiled(x), model(x)
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+        own = [x, *model.parameters()]
+        for found, reference in zip(
+            *(torch.autograd.grad(each.square().sum(), own) for each in (out, expected)), strict=True
+        ):
+            torch.testing.assert_close(found, reference, rtol=1e-3, atol=1e-4 * max(1, reference.abs().max().item()))
+        if not training:
+            with torch.no_grad():
+                torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_exports_for_any_batch(name):
+    model = make(name, depth=1)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    exported = torch.export.export(model, (pictures(3),), dynamic_shapes=({0: batch},)).module()
+    for size in (1, 2, 5):
+        torch.testing.assert_close(exported(pictures(size)), model(pictures(size)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_pictures_give_no_logits_and_meta_tensors_shapes(name):
+    model = make(name, depth=1)
+    assert model(pictures(0)).shape == (0, 10)
+    out = model.to("meta")(pictures(2, 32, 48).to("meta"))
+    assert (out.shape, out.device.type) == ((2, 10), "meta")
 
 
 @pytest.mark.parametrize("autocast", [True, False])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import LLAVA, LLAVA_NEXT, QWEN2_5_VL
 from train.runs import losses, make, outputs, weights
 from transformers import AutoModelForImageTextToText
@@ -137,5 +138,21 @@ def test_a_checkpoint_of_other_parts_methods_or_sizes_is_refused(tmp_path, folde
     with pytest.raises(CheckpointError, match="has shape"):
         other.train(resume_from_checkpoint=str(added))
     (added / "adapter/vltok.safetensors").write_bytes(b"nothing")
-    with pytest.raises(CheckpointError, match="can't be read"):
+    with pytest.raises(CheckpointError, match="not a safetensors file"):
         make(tmp_path / "x", folder).train(resume_from_checkpoint=str(added))
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn, float("nan")], ids=str)
+@pytest.mark.parametrize("file", ["adapter/vltok.safetensors", "model/adapter_model.safetensors"])
+def test_a_checkpoint_with_weights_of_another_kind_is_refused_whole(tmp_path, folder, file, kind):
+    trainer = make(tmp_path, folder, **CASES["lora"])
+    trainer.weights.save(tmp_path)
+    path = tmp_path / file
+    saved = load_file(path)
+    name = max(saved)
+    bad = saved[name] * kind if isinstance(kind, float) else saved[name].to(kind)
+    save_file({**{other: tensor + 1 for other, tensor in saved.items()}, name: bad}, path)
+    before = weights(trainer)
+    with pytest.raises(CheckpointError, match=re.escape(name)):
+        trainer.weights.load(tmp_path)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(trainer).items())

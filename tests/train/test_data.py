@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 
@@ -9,6 +10,7 @@ import datasets
 import pytest
 from PIL import Image
 from tiny import picture
+from transformers.image_utils import load_image
 
 from vltok.train import BadImageError, Conversations, Sample, SampleError, Turn, open_image, read_sample
 from vltok.train.data import pad_square
@@ -131,6 +133,42 @@ def test_a_missing_or_broken_picture_is_an_error_that_names_file_and_sample(tmp_
             open_image(tmp_path / name, "sample 3")
     with pytest.raises(BadImageError, match="given as bytes"):
         open_image(b"no picture", "sample 3")
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_turned_photo_stands_upright_wherever_it_comes_from(tmp_path, orientation, format):
+    photo, path = picture(3, (80, 40)), tmp_path / f"photo.{format.lower()}"
+    (exif := photo.getexif())[0x0112] = orientation
+    photo.save(path, format, exif=exif)
+    right = load_image(str(path))
+    table = datasets.Dataset.from_list([{"image": str(path), "conversations": TURNS}])
+    encoded = table.cast_column("image", datasets.Image(decode=False))
+    sources = {
+        "JSON": Conversations([{"image": path.name, "conversations": TURNS}], tmp_path)[0].images[0],
+        "a table": Conversations(table.cast_column("image", datasets.Image()))[0].images[0],
+        "an undecoded table": Conversations(encoded)[0].images[0],
+        "bytes": path.read_bytes(),
+        "a picture": Image.open(path),
+        "a picture in a part": read_sample(
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "image", "image": Image.open(path)}]},
+                    {"role": "assistant", "content": "w2"},
+                ]
+            }
+        ).images[0],
+    }
+    for name, source in sources.items():
+        image = open_image(source, name)
+        assert (image.size, image.tobytes()) == (right.size, right.tobytes()), name
+
+
+def test_a_picture_with_damaged_exif_is_opened_or_named(tmp_path):
+    for noise in (b"", b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x09"):
+        picture(0).save(tmp_path / "photo.jpeg", exif=noise)
+        with contextlib.suppress(BadImageError):
+            assert open_image(tmp_path / "photo.jpeg", "s").mode == "RGB"
 
 
 def test_a_picture_is_centred_on_a_square():

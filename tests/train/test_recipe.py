@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from vltok.train import FINETUNE, PRETRAIN
+from vltok.train.recipe import CHECKPOINTING
 
 
 def test_the_recipes_are_the_published_ones(tmp_path):
@@ -20,8 +21,8 @@ def test_the_recipes_are_the_published_ones(tmp_path):
         assert args.lr_scheduler_type == "cosine"
         assert args.get_warmup_steps(1000) == 30
         assert (args.weight_decay, args.num_train_epochs, recipe.max_length) == (0, 1, 2048)
-        assert args.activation_checkpointing
-        assert args.activation_checkpointing_kwargs == {"use_reentrant": False}
+        assert getattr(args, CHECKPOINTING)
+        assert getattr(args, f"{CHECKPOINTING}_kwargs") == {"use_reentrant": False}
         assert args.report_to == []
 
 
@@ -43,3 +44,11 @@ def test_fields_of_the_recipe_and_of_the_arguments_can_be_overridden(tmp_path):
     args = replace(PRETRAIN, learning_rate=5e-4).arguments(tmp_path, max_steps=7, seed=3)
     assert (args.learning_rate, args.max_steps, args.seed) == (5e-4, 7, 3)
     assert PRETRAIN.arguments(tmp_path, learning_rate=1e-2).learning_rate == 1e-2
+
+
+@pytest.mark.parametrize("name", ["activation_checkpointing", "gradient_checkpointing"])
+def test_checkpointing_has_the_name_of_any_version(tmp_path, name):
+    options = {"use_reentrant": True}
+    args = PRETRAIN.arguments(tmp_path, **{name: False, f"{name}_kwargs": options})
+    assert getattr(args, CHECKPOINTING) is False
+    assert getattr(args, f"{CHECKPOINTING}_kwargs") == options

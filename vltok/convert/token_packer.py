@@ -27,8 +27,10 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaProces
 from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
 from vltok.api import Handle, apply
-from vltok.convert import Entry, ShardWriter, check_names, new_folder, open_shard, read_json, scan, weight_files
+from vltok.checks import check_finite
+from vltok.convert import ShardWriter, check_names, new_folder, scan
 from vltok.errors import CheckpointError
+from vltok.files import Stored, open_weights, read_json, weight_files
 from vltok.methods.condensing.token_packer.method import HEAD_DIM, LEVELS, TokenPacker
 from vltok.serialization import save
 
@@ -129,10 +131,10 @@ def convert(
             added = {}
             lines = ["adapter only: vltok.load(model, folder, processor=processor) puts it on a LLaVA"]
         handle = _apply(config, scale_factor, _embed_dim(source, entries))
-        weights = {_saved_as(name): tuple(weight.shape) for name, weight in handle.model.state_dict().items()}
-        expected = {name: shape for name, shape in weights.items() if files or name.startswith(PROJECTOR)}
+        weights = {_saved_as(name): weight for name, weight in handle.model.state_dict().items()}
+        expected = {name: weight for name, weight in weights.items() if files or name.startswith(PROJECTOR)}
         if files:
-            expected |= {name: (official["vocab_size"], *expected[name][1:]) for name in TABLES}
+            expected |= {name: expected[name][:1].expand(official["vocab_size"], -1) for name in TABLES}
         check_names(source, entries, expected, unknown)
 
         writer = ShardWriter(folder, max_shard_bytes)
@@ -186,7 +188,7 @@ def _choose_scale_factor(official: Mapping[str, Any], given: int | None) -> int:
     return int(given if named is None else named)
 
 
-def _embed_dim(source: Path, entries: Mapping[str, Entry]) -> int:
+def _embed_dim(source: Path, entries: Mapping[str, Stored]) -> int:
     """Width inside the projector, E."""
     query = entries.get(f"{PROJECTOR}q_proj_1.weight")
     if query is None:
@@ -230,7 +232,7 @@ def _read_tower_config(folder: Path) -> CLIPVisionConfig:
 
 
 def _add_tower(
-    source: Path, official: Mapping[str, Any], folder: Path | None, entries: dict[str, Entry], unknown: list[str]
+    source: Path, official: Mapping[str, Any], folder: Path | None, entries: dict[str, Stored], unknown: list[str]
 ) -> tuple[CLIPVisionConfig, str]:
     """Find the tower's config, and put its weights into `entries` where they come from a folder of their own."""
     named = str(official.get("mm_vision_tower"))
@@ -322,7 +324,9 @@ def _model_config(official: Mapping[str, Any], tower: CLIPVisionConfig, processo
     )
 
 
-def _stand_in_config(official: Mapping[str, Any], tower: CLIPVisionConfig, entries: Mapping[str, Entry]) -> LlavaConfig:
+def _stand_in_config(
+    official: Mapping[str, Any], tower: CLIPVisionConfig, entries: Mapping[str, Stored]
+) -> LlavaConfig:
     """A model as wide as the one that a projector was trained in, and nothing else."""
     output = entries.get(f"{PROJECTOR}mlp.0.weight")
     width = official.get("hidden_size") or (output.shape[0] if output else 1)
@@ -352,7 +356,7 @@ def _saved_as(name: str) -> str:
 
 
 def _copy_weights(
-    entries: Mapping[str, Entry],
+    entries: Mapping[str, Stored],
     writer: ShardWriter,
     grow: Callable[[torch.Tensor], torch.Tensor],
     dtype: torch.dtype | None,
@@ -362,10 +366,12 @@ def _copy_weights(
     projector: dict[str, torch.Tensor] = {}
     stored = torch.float32
 
-    def copy(name: str, tensor: torch.Tensor) -> None:
+    def copy(name: str, tensor: torch.Tensor, file: Path) -> None:
         nonlocal stored
         stored = tensor.dtype if name == TABLES[0] else stored
-        tensor = tensor if dtype is None else tensor.to(dtype)
+        if dtype is not None:
+            tensor = tensor.to(dtype)
+            check_finite(name, tensor, file)
         if name.startswith(PROJECTOR):
             projector[name.removeprefix(PROJECTOR)] = tensor.clone()
         else:
@@ -373,10 +379,10 @@ def _copy_weights(
 
     files = sorted({entry.file for entry in entries.values()})
     for file in tqdm(files, "converting", unit="file", disable=not progress):
-        with open_shard(file) as shard:
+        with open_weights(file) as opened:
             for name, entry in entries.items():
                 if entry.file == file:
-                    copy(name, shard.read(entry.name))
+                    copy(name, opened.read(entry.name), file)
             writer.flush()
     return projector, stored
 

@@ -1,16 +1,21 @@
-"""Every way attention is read: rows and columns of a softmax, the parts of an attention module, what watches them."""
+"""Every way attention is read: rows and columns of a softmax, and the parts of an attention module."""
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import re
+import sys
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from vltok.edits import Edits
-from vltok.errors import UnsupportedInputError, UnsupportedModelError
-from vltok.views import Projection, ScoreWatcher, SelfAttention
+from vltok.engine.names import CACHE
+from vltok.engine.weights import check_at_hand
+from vltok.errors import UnsupportedModelError
+from vltok.views import AttentionKind, AttentionRequest, Projection, SelfAttention
 
 _ROLES = {
     "query": re.compile(r"(.*\.)?(W_)?q(uery)?(_proj)?"),
@@ -108,6 +113,150 @@ def attention_mass(output: torch.Tensor, head_dim: int, groups: int) -> torch.Te
     return output.unflatten(-1, (-1, head_dim))[..., :groups].float().mean(2)
 
 
+# Reading the attention of a decoder layer, by running it once more with other values
+
+READ = "vltok_read"  # the attention implementation that reads; registered with transformers when first needed
+
+
+class _ReadError(Exception):
+    """Ends an attention that was run for its probabilities alone."""
+
+
+class _Reading:
+    """What one run of an attention module is read for.
+
+    Attributes:
+        name: The attention implementation it has.
+        columns: Which keys belong to which group, (B, E, G), bool.
+        mass: Share of each query's attention on each group, mean over the heads, (B, Q, G), float32, once it has run.
+    """
+
+    def __init__(self, name: str, columns: torch.Tensor) -> None:
+        self.name = name
+        self.columns = columns
+        self.mass: torch.Tensor | None = None
+
+
+class _Held:
+    """Stands for a KV cache in which the keys of this call are already."""
+
+    def __init__(self, keys: torch.Tensor) -> None:
+        self.keys = keys
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> tuple:
+        return self.keys, value[:, :, :1].expand(*self.keys.shape[:3], value.shape[-1])
+
+
+class _Instead:
+    """Stands for an object one attribute of which is another."""
+
+    def __init__(self, base: object, **replaced: object) -> None:
+        self._base = base
+        vars(self).update(replaced)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._base, name)
+
+
+def _read(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any
+) -> None:
+    reading = kwargs.pop("vltok_reading")
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+        reading.name, getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    )
+    values = indicator_values(reading.columns.to(value.device), value.shape[1], value.shape[-1], value.dtype)
+    values = values.unflatten(-1, value.shape[1::2]).transpose(1, 2)
+    output, _ = attend(module, query, key, values, mask, **kwargs)  # (B, Q, H, d)
+    reading.mass = attention_mass(output.flatten(2), output.shape[-1], reading.columns.shape[-1])
+    raise _ReadError
+
+
+@torch.no_grad()
+def decoder_mass(
+    module: nn.Module, args: tuple, kwargs: dict[str, Any], columns: torch.Tensor, held: torch.Tensor | None
+) -> torch.Tensor:
+    """Say how much each query of a decoder layer attends to groups of keys, exactly and without the map.
+
+    The module runs again on what it just ran on, as a copy of its own that other threads don't see, with indicator
+    values in the place of its values.
+
+    Args:
+        module: The attention of a decoder layer.
+        args: Its arguments in the forward that just ran.
+        kwargs: Its keyword arguments there.
+        columns: The groups of keys, (B, E, G), bool.
+        held: All keys that it attended to, (B, H, E, d), where some were in a KV cache before; else None.
+
+    Returns:
+        Attention mass, (B, Q, G), float32, mean over the heads.
+
+    Raises:
+        UnsupportedModelError: If the module doesn't attend by one of transformers' attention functions.
+    """
+    if READ not in ALL_ATTENTION_FUNCTIONS:
+        ALL_ATTENTION_FUNCTIONS.register(READ, _read)
+    reading = _Reading(module.config._attn_implementation, columns)
+    shadow = copy.copy(module)
+    shadow.config = _Instead(module.config, _attn_implementation=READ)
+    shadow.training = False  # no attention dropout here
+    kwargs = {**kwargs, CACHE: None if held is None else _Held(held), "vltok_reading": reading}
+    with contextlib.suppress(_ReadError):
+        type(module).forward(shadow, *args, **kwargs)
+    if reading.mass is None:
+        raise unreadable(module)
+    return reading.mass
+
+
+def unreadable(attention: object) -> UnsupportedModelError:
+    """What to say of a decoder whose attention can't be read."""
+    return UnsupportedModelError(
+        f"{type(attention).__name__} shows no queries and keys: it doesn't attend by one of transformers' attention "
+        "functions, or its layer hands it no keyword arguments; dropping visual tokens inside the decoder needs that. "
+        "Methods that prune before the decoder work (for ToDRE relevance=False)"
+    )
+
+
+# Reading the attention of a vision tower while it encodes pictures
+
+
+def rows_of_tower(module: nn.Module, args: tuple, kwargs: dict[str, Any], kind: AttentionKind) -> torch.Tensor:
+    """Attention over the tower's tokens, from the query and key projections as they are now, adapters included.
+
+    Args:
+        module: An attention module, about to run.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+        kind: "cls" for the first query's row, "received" for the mean over all queries.
+
+    Returns:
+        Attention, (R, S), float32.
+    """
+    tokens = args[0] if args else kwargs["hidden_states"]
+    norms = [getattr(module, name, None) or nn.Identity() for name in ("q_norm", "k_norm")]
+    queries = module.q_proj(tokens[:, :1] if kind == "cls" else tokens)
+    query, key = norms[0](queries), norms[1](module.k_proj(tokens))
+    heads = num_heads(module)
+    scale = attention_scale(module) or (key.shape[-1] // heads) ** -0.5
+    with torch.autocast(key.device.type, enabled=False):
+        return (cls_attention if kind == "cls" else received_attention)(query, key, heads, scale)
+
+
+class TowerReader:
+    """Stands before the attention of a tower's layer, and reads it for the encoding under way that asked for it."""
+
+    def __init__(self, tape: Any, request: AttentionRequest, read: Any) -> None:
+        self.tape = tape
+        self.request = request
+        self.read = read
+
+    @torch.no_grad()
+    def see(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        encoding = self.tape.encoding  # none while a backward pass recomputes a checkpointed layer
+        if encoding is not None and encoding.request == self.request:
+            encoding.attention = self.read(module, args, kwargs, self.request.kind)
+
+
 # Which part of an attention module is which, whatever the library calls them
 
 
@@ -125,8 +274,10 @@ def read_attention(module: nn.Module, dim: int) -> SelfAttention:
         dim: Width of the tokens, C.
 
     Raises:
-        UnsupportedModelError: If projections are missing or of another width, or other parts have weights.
+        UnsupportedModelError: If projections are missing, quantised or of another width, other parts have weights, or
+            the weights aren't at hand.
     """
+    check_at_hand(module, f"the attention of this vision tower, {type(module).__name__},")
     layers = _linear_layers(module)
     biases = {role: getattr(module, f"{role[0]}_bias", None) for role in ("query", "key", "value")}
     if "fused" in layers:
@@ -148,10 +299,10 @@ def read_attention(module: nn.Module, dim: int) -> SelfAttention:
     if missing := {"query", "key", "value", "out"} - projections.keys():
         raise _unsupported(module, f"has no linear layer for {', '.join(sorted(missing))}")
     for role, (weight, _) in projections.items():
-        if weight.shape != (dim, dim) or not weight.is_floating_point():
-            raise _unsupported(module, f"projects {role} by {tuple(weight.shape)} {weight.dtype}, not {dim} -> {dim}")
-        if weight.is_meta:
-            raise _unsupported(module, "is offloaded (on the meta device); load it onto a device")
+        if not weight.is_floating_point() or type(weight.data) is not torch.Tensor:
+            raise _unsupported(module, f"projects {role} by quantised weights ({type(weight.data).__name__})")
+        if weight.shape != (dim, dim):
+            raise _unsupported(module, f"projects {role} by {tuple(weight.shape)}, not {dim} -> {dim}")
     known = {id(parameter) for layer in layers.values() for parameter in layer.parameters()}
     known |= {id(bias) for bias in biases.values() if bias is not None}
     if others := [name for name, parameter in module.named_parameters() if id(parameter) not in known]:
@@ -192,8 +343,13 @@ def split_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torc
 
 
 def num_heads(module: nn.Module) -> int:
-    """Heads of an attention module, 0 if it has no such number."""
-    return next((getattr(module, name) for name in _HEADS if isinstance(getattr(module, name, None), int)), 0)
+    """Heads of an attention module, 0 if neither it nor a part of it has such a number."""
+    return _number(module, _HEADS, int) or 0
+
+
+def is_nested(module: nn.Module) -> bool:
+    """Whether an attention module leaves attending to a part of it, and returns tokens alone."""
+    return not any(hasattr(module, name) for name in _HEADS)
 
 
 def _projects_queries(module: nn.Module) -> bool:
@@ -202,8 +358,18 @@ def _projects_queries(module: nn.Module) -> bool:
 
 
 def attention_scale(module: nn.Module) -> float | None:
-    """What products of queries and keys are multiplied by, or None if the module has no such number."""
-    return next((getattr(module, name) for name in _SCALES if isinstance(getattr(module, name, None), float)), None)
+    """What products of queries and keys are multiplied by, or None if no part of the module has such a number."""
+    return _number(module, _SCALES, float)
+
+
+def _number(module: nn.Module, names: tuple[str, ...], kind: type) -> Any:
+    """The number of one of these names, of a module or of the one part that has it."""
+    numbers = [
+        [getattr(part, name) for name in names if isinstance(getattr(part, name, None), kind)]
+        for part in module.modules()
+    ]
+    found = [each[0] for each in numbers if each]
+    return found[0] if numbers[0] or len(found) == 1 else None
 
 
 def score_layers(module: nn.Module) -> tuple[nn.Module, nn.Module] | None:
@@ -240,72 +406,3 @@ def _unsupported(module: nn.Module, reason: str) -> UnsupportedModelError:
         f"the attention of this vision tower can't be replaced: {type(module).__name__} {reason}; what can is plain "
         "multi-head self-attention, as in CLIP, SigLIP, ViT and DINOv2 of transformers and most ViTs of timm"
     )
-
-
-# Showing queries and keys to a method, while the attention itself runs as it always does
-
-
-def watch(edits: Edits, block: int, attention: nn.Module, watcher: ScoreWatcher) -> None:
-    """Show the watcher the queries and keys of an attention, each time it runs in train mode.
-
-    Raises:
-        UnsupportedModelError: If the attention doesn't say where its queries and keys are.
-    """
-    layers, scale, heads = score_layers(attention), attention_scale(attention), num_heads(attention)
-    if layers is None or scale is None or not heads:
-        raise UnsupportedModelError(
-            f"{type(attention).__name__}, block {block} of this vision tower, exposes no attention probabilities: it "
-            "has no softmax over scaled products of queries and keys that vltok can find, as CLIP, SigLIP, ViT and "
-            "DINOv2 of transformers and most ViTs of timm have; leave such blocks out with blocks=(start, stop)"
-        )
-    recorder = ScoreRecorder(block, heads, scale, watcher)
-    for layer, keep in zip(layers, (recorder.keep_query, recorder.keep_key), strict=True):
-        edits.after(layer, keep)
-    edits.after(attention, recorder.show)
-
-
-class MapRecorder:
-    """Shows the probabilities that go through a dropout layer, before it drops any."""
-
-    def __init__(self, block: int, watcher: ScoreWatcher) -> None:
-        self.block = block
-        self.watcher = watcher
-
-    def show(self, dropout: nn.Module, args: tuple, kwargs: dict[str, Any], output: torch.Tensor) -> None:
-        if dropout.training:
-            self.watcher.see_map(self.block, args[0])
-
-
-class ScoreRecorder:
-    """Holds the queries and keys of one block from where they are made until the block has attended."""
-
-    def __init__(self, block: int, heads: int, scale: float, watcher: ScoreWatcher) -> None:
-        self.block = block
-        self.heads = heads
-        self.scale = scale
-        self.watcher = watcher
-        self._query: torch.Tensor | None = None
-        self._key: torch.Tensor | None = None
-
-    def keep_query(self, layer: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> None:
-        if layer.training:
-            self._query = self._by_heads(output)
-
-    def keep_key(self, layer: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> None:
-        if layer.training:
-            self._key = self._by_heads(output)
-
-    def show(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        if self._query is None or self._key is None:
-            return
-        query, key, self._query, self._key = self._query, self._key, None, None
-        if others := split_arguments(args, kwargs)[1]:
-            raise UnsupportedInputError(
-                f"{type(attention).__name__} got {', '.join(others)}, with which its probabilities are not those of "
-                "its queries and keys; call the vision tower without"
-            )
-        self.watcher.see(self.block, query, key, self.scale)
-
-    def _by_heads(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, N, C) or (B, heads, N, d) -> (B, heads, N, d)."""
-        return x if x.dim() == 4 else x.unflatten(-1, (self.heads, -1)).transpose(1, 2)

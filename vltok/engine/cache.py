@@ -1,90 +1,247 @@
-"""What is known of a pruned KV cache. It is kept on the cache object itself, so copies of the cache carry it along."""
+"""Cache layers that speak logical lengths outside and hold fewer entries inside.
+
+After a pruned prompt each layer of the cache is wrapped. Outside, its length counts the tokens fed in, dropped ones and
+padding included, so that `generate`, `crop` and second turns work unaware. Inside it knows the original index of every
+entry, from which the engine makes masks. A prompt of six tokens in two rows, then one more word:
+
+    row 0    t v v v v t w    entries of   0 1 3 5 6      index 0 1 3 5 | tail 1
+    row 1    p p t v v t w    entries of   - 2 3 5 6     index -1 2 3 5 | tail 1      length 7
+
+The index ends with the last pruned prompt; the tail behind it has one entry for each of the last tokens.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from vltok.errors import UnsupportedInputError
 
-_ATTRIBUTE = "_vltok_pruned"
 
+class PrunedLayer(CacheLayerMixin):
+    """A layer of a KV cache that holds the entries of some tokens only.
 
-@dataclass
-class PrunedCache:
-    """Which entries of each decoder layer's cache are real, and how long the sequence is for the outside world.
+    It wraps the layer it stands for, of any dynamic kind: growing, sliding, quantised, offloaded.
 
     Attributes:
-        length: Tokens the caller has fed in so far, the logical length.
-        next_position: Position of the next token where the caller gives none, (B,).
-        shift: How far re-indexed positions lie behind the caller's, (B,), or None if positions are kept.
-        prompt_length: Entries of the first layer after the prefill; a cache can't be cropped below it.
-        real: For each group of layers, which entries hold kept tokens, (B, P), or None if all do.
-        group: For each decoder layer, its group.
-        entries: For each group, how many entries its layers hold.
+        inner: The wrapped layer, which holds keys and values.
+        length: Tokens fed in so far.
+        index: Original index of each entry up to the last pruned prompt, (B, P), int64; -1 for entries that stand for
+            nothing.
+        tail: Entries behind these, one for each of the last tokens.
+        is_full: Whether no index is -1.
+        group: Layers with the same entries have the same number.
+        reindex: Whether positions count the kept tokens alone.
+        delta: How far the position of the next token is from `length`, (B,); only asked for where callers give none.
     """
 
-    length: int
-    next_position: torch.Tensor
-    shift: torch.Tensor | None
-    prompt_length: int
-    real: list[torch.Tensor | None]
-    group: list[int]
-    entries: list[int] = field(default_factory=list)
+    def __init__(
+        self, inner: CacheLayerMixin, length: int, index: torch.Tensor, reindex: bool, delta: torch.Tensor
+    ) -> None:
+        # Keys, values and is_initialized, which the base class would set, are the wrapped layer's.
+        self.inner = inner
+        self.length = length
+        self.index = index
+        self.tail = 0
+        self.is_full = True
+        self.group = 0
+        self.reindex = reindex
+        self.delta = delta
+        self._expected = 0
+        self._watched = False
+        self.seen: torch.Tensor | None = None
 
-    @staticmethod
-    def of(cache: object | None) -> PrunedCache | None:
-        """Return the record of a cache, or None if nothing was pruned from it (or it was emptied since)."""
-        record = getattr(cache, _ATTRIBUTE, None)
-        if record is not None and cache.get_seq_length() == 0:
-            delattr(cache, _ATTRIBUTE)
-            return None
-        return record
+    def __getattr__(self, name: str) -> Any:
+        if name == "inner":  # a copy that is being made has none yet
+            raise AttributeError(name)
+        return getattr(self.inner, name)
 
-    def keep_on(self, cache: object) -> None:
-        """Write this record on the cache."""
-        setattr(cache, _ATTRIBUTE, self)
+    @property
+    def keys(self) -> torch.Tensor | None:
+        return self.inner.keys
 
-    def follow(self, held: int, batch: int) -> None:
-        """Bring the record in line with a cache that was cropped at its end or repeated along the batch.
+    @property
+    def values(self) -> torch.Tensor | None:
+        return self.inner.values
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.inner.is_initialized
+
+    @property
+    def is_sliding(self) -> bool:
+        return getattr(self.inner, "is_sliding", False)
+
+    @property
+    def is_croppable(self) -> bool:
+        return getattr(self.inner, "is_croppable", not hasattr(self.inner, "residual_length"))
+
+    @property
+    def entries(self) -> int:
+        """Entries held."""
+        held = self.index.shape[1] + self.tail
+        return min(held, self.inner.keys.shape[-2]) if self.is_sliding else held
+
+    def labels(self) -> torch.Tensor:
+        """Original index of each entry held, (B, E), int64; -1 for entries that stand for nothing."""
+        tail = torch.arange(self.length - self.tail, self.length, device=self.index.device)
+        labels = torch.cat([self.index, tail.expand(len(self.index), -1)], dim=1)
+        return labels[:, labels.shape[1] - self.entries :]
+
+    def expect(self, count: int, watch: bool = False) -> None:
+        """Let the next update through, which brings `count` tokens; `watch` keeps the keys it returns in `seen`."""
+        self._expected = count
+        self._watched = watch
+
+    def relabel(self, labels: torch.Tensor, length: int, is_full: bool) -> None:
+        """Say which tokens the last entries stand for.
 
         Args:
-            held: Entries the first layer holds now.
-            batch: Rows that arrive with the next tokens.
-
-        Raises:
-            UnsupportedInputError: If the cache no longer fits the record.
+            labels: Original indices of the last P entries, (B, P), -1 for none.
+            length: Tokens fed in so far, those that were dropped included.
+            is_full: Whether no label is -1.
         """
-        removed = self.entries[0] - held
-        if removed < 0 or held < self.prompt_length:
-            raise UnsupportedInputError(
-                f"the KV cache holds {held} entries where {self.entries[0]} were expected (at least the "
-                f"{self.prompt_length} of the pruned prompt); a pruned cache can only be extended, or cropped back to "
-                "its prompt"
-            )
-        if removed:
-            self.length -= removed
-            self.next_position = self.next_position - removed
-            self.entries = [entries - removed for entries in self.entries]
-            self.real = [None if real is None else real[:, :-removed] for real in self.real]
-        rows = len(self.next_position)
-        if batch != rows:
-            if batch % rows:
-                raise UnsupportedInputError(f"the pruned KV cache was filled for {rows} rows, but {batch} rows came")
-            repeat = batch // rows
-            self.next_position = self.next_position.repeat_interleave(repeat)
-            self.shift = None if self.shift is None else self.shift.repeat_interleave(repeat)
-            self.real = [None if real is None else real.repeat_interleave(repeat, 0) for real in self.real]
+        before = self.labels()
+        older = max(0, before.shape[1] - labels.shape[1])  # a sliding layer may have let go of some of the new ones
+        self.index = torch.cat([before[:, :older], labels[:, labels.shape[1] - before.shape[1] + older :]], dim=1)
+        self.length = length
+        self.tail = 0
+        self.is_full = self.is_full and is_full
 
-    def extend(self, fresh: torch.Tensor | None, count: int) -> None:
-        """Add `count` new tokens; `fresh` (B, count) says which are real, None that all are."""
-        for group, real in enumerate(self.real):
-            if real is None and fresh is not None:
-                real = fresh.new_ones(fresh.shape[0], self.entries[group])
-            if real is not None:
-                new = fresh if fresh is not None else real.new_ones(real.shape[0], count)
-                self.real[group] = torch.cat([real, new], dim=1)
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        count = key_states.shape[-2]
+        if count != self._expected and self.index.shape[1]:
+            raise UnsupportedInputError(
+                "a pruned KV cache can only be continued through the whole model with its method on: the language "
+                "model was called by itself, or the handle was removed while this answer was being generated; keep the "
+                "handle on, or send the whole conversation with a fresh cache"
+            )
+        self._expected = 0
         self.length += count
-        self.next_position = self.next_position + count
-        self.entries = [entries + count for entries in self.entries]
+        self.tail += count
+        keys, values = self.inner.update(key_states, value_states, *args, **kwargs)
+        self.seen = keys if self._watched else None
+        return keys, values
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        return -1
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        self.inner.lazy_initialization(*args, **kwargs)
+
+    def offload(self) -> None:
+        self.inner.offload()
+
+    def prefetch(self) -> None:
+        self.inner.prefetch()
+
+    def reset(self) -> None:
+        self.inner.reset()
+        if self.inner.is_initialized:  # some versions of transformers leave zeros in the place of what was held
+            self.inner.keys = self.inner.values = None
+            self.inner.is_initialized = False
+        self.length = self.tail = 0
+        self.index = self.index[:, :0]
+        self.is_full = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take tokens off the end, also dropped ones: -n takes n, a positive number is the length that remains."""
+        if not self.is_croppable:
+            raise UnsupportedInputError(
+                f"{type(self.inner).__name__} can't give tokens back, so this cache can't be cropped; use a dynamic one"
+            )
+        count = -tokens_to_remove if tokens_to_remove <= 0 else self.length - tokens_to_remove
+        if count <= self.tail:
+            self.inner.crop(-count)
+            self.tail -= count
+            self.length -= count
+            return
+        labels = self.labels()
+        self.length = max(0, self.length - count)
+        labels = labels.masked_fill(labels >= self.length, -1)
+        held = int((labels >= 0).any(0).nonzero().max()) + 1 if (labels >= 0).any() else 0
+        self.inner.crop(held - labels.shape[1])
+        self.index, self.tail = labels[:, :held], 0
+        self.is_full = bool((self.index >= 0).all())
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self.inner.reorder_cache(beam_idx)
+        self._take_rows(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.inner.batch_repeat_interleave(repeats)
+        self.index = self.index.repeat_interleave(repeats, dim=0)
+        self.delta = self.delta.repeat_interleave(repeats, dim=0)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self.inner.batch_select_indices(indices)
+        self._take_rows(indices)
+
+    def _take_rows(self, rows: torch.Tensor) -> None:
+        rows = rows.to(self.index.device)
+        self.index, self.delta = self.index[rows], self.delta[rows]
+
+
+def is_pruned(cache: object | None) -> bool:
+    """Whether layers of a cache are ours and hold something; a cache that was emptied gets its own layers back."""
+    layers = getattr(cache, "layers", None) or []
+    if not any(isinstance(layer, PrunedLayer) for layer in layers):
+        return False
+    if cache.get_seq_length() > 0:
+        return True
+    cache.layers[:] = [layer.inner if isinstance(layer, PrunedLayer) else layer for layer in layers]
+    return False
+
+
+def check_cache(cache: object | None) -> None:
+    """Raise UnsupportedInputError if the entries of pruned prompts can't be kept in a cache."""
+    if cache is None:
+        return
+    if not isinstance(cache, Cache) or hasattr(cache, "self_attention_cache"):
+        raise UnsupportedInputError(
+            f"visual tokens can't be pruned from a {type(cache).__name__}; use transformers' DynamicCache, or none"
+        )
+    if cache.is_compileable:
+        raise UnsupportedInputError(
+            f"{type(cache).__name__} reserves room for every token of the prompt, so pruning can't shorten it; use "
+            "the default dynamic cache, or remove the handle"
+        )
+    for layer in cache.layers:
+        inner = layer.inner if isinstance(layer, PrunedLayer) else layer
+        is_known = isinstance(inner, DynamicLayer) and not hasattr(inner, "update_indexer")
+        if isinstance(inner, CacheLayerMixin) and not is_known:
+            raise UnsupportedInputError(
+                f"visual tokens can't be pruned from a cache with {type(inner).__name__}; layers that can hold "
+                "a pruned prompt are dynamic, sliding and quantised ones"
+            )
+
+
+def attention_layers(cache: Cache) -> dict[int, CacheLayerMixin]:
+    """The layers of a cache that hold keys and values, by their number."""
+    return {number: layer for number, layer in enumerate(cache.layers) if isinstance(layer, CacheLayerMixin)}
+
+
+def bytes_held(cache: object | None) -> int:
+    """Bytes of all tensors that a cache holds as keys and values, packed ones included."""
+    layers = getattr(cache, "layers", None) or ()
+    inner = [layer.inner if isinstance(layer, PrunedLayer) else layer for layer in layers]
+    return sum(_bytes(value) for layer in inner for value in vars(layer).values())
+
+
+def _bytes(value: object) -> int:
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size() if value.dim() > 0 else 0
+    return sum(map(_bytes, value)) if isinstance(value, tuple | list) else 0

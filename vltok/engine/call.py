@@ -1,248 +1,397 @@
-"""Prompt: one call with images, from the placeholders to the layout that the language model gets."""
+"""The state of one call: made when the model is entered, handed down to the decoder as a keyword, gone with the call.
+
+A call is a plain object: whatever rebuilds dataclasses, dictionaries or tuples on the way leaves it alone. It holds no
+tensor with a graph behind it once the call is over.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from itertools import accumulate, groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
-from vltok.engine.features import Encoding, ImageTokens
+from vltok.engine.cache import PrunedLayer, attention_layers
+from vltok.engine.features import Encoding, Picture
 from vltok.engine.layout import Layout
+from vltok.engine.masks import Keys, gather_mask, make_mask, windows_of
 from vltok.errors import UnsupportedInputError
-from vltok.report import RelevanceRecord, Report
-from vltok.tokens import keep_count
-from vltok.views import TokenSelector, VisualTokens
+
+if TYPE_CHECKING:
+    from vltok.views import TokenRule, TokenSelector
 
 
-@dataclass
-class Prompt:
-    """The state of one call with images: made when the model is entered, gone when it is left.
+class Hints:
+    """What only the model's head is told: where answers and guesses begin. Travels to the model it wraps.
+
+    Attributes:
+        labels: (B, T), int64, or None.
+        guesses: Tokens at the end that a draft model guessed.
+    """
+
+    def __init__(self, labels: torch.Tensor | None = None, guesses: int = 0) -> None:
+        self.labels = labels
+        self.guesses = guesses
+
+
+class Call:
+    """A call on a model whose tokens are not all there: a prompt that is being pruned, or what comes after one.
+
+    Attributes:
+        cache: The KV cache it came with, if any.
+        base: Tokens fed in before.
+        length: Tokens that come now, T, dropped ones included.
+        mask: The caller's attention mask: (B, base + T), ready-made maps by kind of layer, or None.
+        device: Where the tokens are.
+        groups: For each decoder layer, the number of the layout it works on.
+        has_entered: Whether the language model has met this call.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_keys",
+        "_known",
+        "_masks",
+        "_open",
+        "base",
+        "cache",
+        "config",
+        "device",
+        "groups",
+        "has_entered",
+        "length",
+        "maps",
+        "mask",
+        "states",
+        "windows",
+    )
+
+    def __init__(self, cache: Any, base: int, length: int, mask: Any) -> None:
+        self.cache = cache
+        self.base = base
+        self.length = length
+        self.mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
+        self.maps = _maps(mask)
+        self.has_entered = False
+        self.states: list[torch.Tensor] | None = None
+        self._masks: dict[Any, Any] = {}
+        self._known: dict[Any, tuple[Keys, bool]] = {}
+        self._keys: dict[int, Keys] = {}  # of each layer that has run
+        if self.mask is not None and self.mask.shape[1] != base + length:
+            raise UnsupportedInputError(
+                f"{length} tokens came on top of {base} that were fed in before, but attention_mask has "
+                f"{self.mask.shape[1]} columns; it must have one for each of the {base + length} tokens, those of "
+                "earlier turns and dropped ones included"
+            )
+
+    def enter(self, config: Any, layers: int, device: torch.device) -> None:
+        """The language model begins, with so many layers of this config."""
+        self.has_entered = True
+        self.config = config
+        self.device = device
+        self.groups = [0] * layers
+        self.windows = windows_of(config, layers)
+        self.mask = None if self.mask is None else self.mask.to(device).bool()
+        self._open = self.mask is None or bool(self.mask.all())
+
+    def past(self, index: int) -> PrunedLayer | None:
+        """The cache layer of a decoder layer, if it holds entries of earlier calls."""
+        layers = getattr(self.cache, "layers", None) or ()
+        layer = layers[index] if index < len(layers) else None
+        return layer if isinstance(layer, PrunedLayer) else None
+
+    def new_labels(self, group: int) -> tuple[torch.Tensor, torch.Tensor, bool]:
+        """Original indices of the slots of a group, as queries and as keys, (B, P) each, and whether none is -1."""
+        raise NotImplementedError
+
+    def samples(self) -> torch.Tensor | None:
+        """The packed sample of each token, (B, T), or None."""
+        return None
+
+    def starts(self) -> torch.Tensor:
+        """First token of each row that is no padding, (B | 1, 1)."""
+        if self.mask is None:
+            return torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        return self.mask.int().argmax(1, keepdim=True)
+
+    @property
+    def is_reindexed(self) -> bool:
+        """Whether positions count the kept tokens alone."""
+        raise NotImplementedError
+
+    def mask_of(self, index: int, hidden: torch.Tensor) -> Any:
+        """The mask of a decoder layer that is about to run, for hidden states (B, P, D)."""
+        window, past, group = self.windows[index], self.past(index), self.groups[index]
+        mark = (group, None if past is None else (past.group, past.entries))
+        if mark not in self._known:
+            self._known[mark] = self._look(past, group)
+        keys, is_plain = self._known[mark]
+        self._keys[index] = keys
+        if (mark, window) not in self._masks:
+            ready = self.maps.get(window.kind, self.maps.get(None))
+            if ready is not None:
+                mask = gather_mask(ready, keys.queries - self.base, keys.keys)
+            else:
+                mask = make_mask(self.config, hidden, window, keys, is_plain)
+            self._masks[mark, window] = mask
+        return self._masks[mark, window]
+
+    def _look(self, past: PrunedLayer | None, group: int) -> tuple[Keys, bool]:
+        """What queries and keys of a layer stand for, and whether nothing is hidden by anything but order."""
+        queries, labels, is_full = self.new_labels(group)
+        if past is not None:
+            labels = torch.cat([past.labels().to(labels.device).expand(len(labels), -1), labels], dim=1)
+            if past.is_sliding:
+                visible = past.inner.sliding_window - 1 + queries.shape[1]
+                labels = labels[:, -visible:]
+        if not self._open:
+            seen = self.mask.expand(len(labels), -1).gather(1, labels.clamp(min=0))
+            labels = labels.masked_fill(~seen, -1)
+        starts = self.starts().expand(len(labels), 1)
+        is_plain = is_full and self._open and (past is None or past.is_full) and self.samples() is None
+        return Keys(queries, labels, self.samples(), starts, self.is_reindexed), is_plain
+
+    def spread(self, index: int, attention: torch.Tensor) -> torch.Tensor:
+        """Bring the attention map of a layer back to logical length.
+
+        Args:
+            index: The decoder layer.
+            attention: (B, H, Q, E).
+
+        Returns:
+            (B, H, Q, base + T), zero where a key is gone.
+        """
+        labels = self._keys[index].keys.to(attention.device)
+        total = self.base + self.length
+        columns = labels.masked_fill(labels < 0, total)[:, None, None].expand_as(attention)
+        spread = attention.new_zeros(*attention.shape[:-1], total + 1)
+        return spread.scatter(-1, columns, attention)[..., :total]
+
+
+class Continuation(Call):
+    """Tokens without new images on top of a pruned cache."""
+
+    __slots__ = ("batch", "first")
+
+    def __init__(self, cache: Any, tokens: torch.Tensor, mask: Any) -> None:
+        super().__init__(cache, cache.get_seq_length(), tokens.shape[1], mask)
+        self.batch = len(tokens)
+        self.first = next(layer for layer in cache.layers if isinstance(layer, PrunedLayer))
+        if len(self.first.index) != self.batch:
+            raise UnsupportedInputError(
+                f"the pruned KV cache was filled for {len(self.first.index)} rows, but {self.batch} rows came; call "
+                "cache.batch_repeat_interleave(n) or cache.batch_select_indices(rows) first"
+            )
+
+    @property
+    def is_reindexed(self) -> bool:
+        return self.first.reindex
+
+    def new_labels(self, group: int) -> tuple[torch.Tensor, torch.Tensor, bool]:
+        labels = torch.arange(self.base, self.base + self.length, device=self.device).expand(self.batch, -1)
+        return labels, labels, True
+
+    def place(self, position_ids: torch.Tensor | None) -> torch.Tensor:
+        """Positions of the new tokens: the caller's, less what was left out where positions count kept tokens."""
+        if position_ids is None:
+            steps = torch.arange(self.base, self.base + self.length, device=self.first.delta.device)
+            return self.first.delta.unsqueeze(-1) + steps
+        return position_ids - self.left_out().to(position_ids.device) if self.first.reindex else position_ids
+
+    def left_out(self) -> torch.Tensor:
+        """Tokens fed in before that the caller counts in positions and the cache doesn't hold, (B, 1)."""
+        return left_out_before(self.cache, self.mask, self.base)
+
+
+def left_out_before(cache: Any, mask: torch.Tensor | None, base: int) -> torch.Tensor:
+    """How many of the attended tokens fed in before have no entry in the first attention layer, (B, 1)."""
+    first = next(iter(attention_layers(cache).values()))
+    labels = first.labels()
+    if mask is None:
+        return base - (labels >= 0).sum(1, keepdim=True)
+    mask = mask[:, :base].to(labels.device).bool()
+    held = (labels >= 0) & mask.gather(1, labels.clamp(min=0))
+    return mask.sum(1, keepdim=True) - held.sum(1, keepdim=True)
+
+
+class Prompt(Call):
+    """A prompt with images.
+
+    All bookkeeping is done on the CPU after one transfer.
 
     Attributes:
         model: The model that was entered.
         ids: The prompts, (B, T), or None if embeddings were passed.
-        visual: Where the placeholders are, (B, T), bool, on the CPU: all bookkeeping is done there after one transfer.
-        attended: The attention mask, (B, T), bool, on the CPU.
-        encoded: The encoded images, where `generate` passed them in.
+        visual: Where the placeholders are, (B, T), bool, on the CPU.
+        attended: What is no padding, (B, T), bool, on the CPU.
+        encoded: The encoded images, where the caller passed them in.
+        encoding: What is known of them.
+        pictures: The images of the prompts, repeated prompts once.
+        repeat: How often each prompt is repeated.
+        picks: Kept positions within each image, for each picture.
         keep: Positions that are kept, (B, T), bool.
         layouts: The packing of the prompt, then one more for every drop inside the decoder.
         counts: Kept tokens of each row in each layout, (B,) on the CPU.
-        group: For each decoder layer, the layout it works on.
-        dropped: Rows whose visual tokens have left the decoder, (B,), bool, on the CPU.
-        decisions: For each decoder layer looked at (from 0): both ratios and the decision, (3, B), on the CPU.
-        next_position: Position of the next token, (B,).
-        shift: How far re-indexed positions lie behind the caller's, (B,).
-        masks: Attention masks of the layouts made inside the decoder.
-        picked: Kept positions within each image, for each row.
-        lengths: Visual tokens of each image, for each row.
+        read: Decoder layers that the rule looks at, from 0.
+        decisions: For each of them that was looked at: what left, (B, T), bool, on the CPU.
+        recorded: For each of them: what the rule said, as `State.record` takes it.
+        remembered: What was decided on the prompt that this one continues.
     """
 
-    model: nn.Module
-    ids: torch.Tensor | None
-    visual: torch.Tensor
-    attended: torch.Tensor
-    encoded: object | None
-    keep: torch.Tensor | None = None
-    layouts: list[Layout] = field(default_factory=list)
-    counts: list[torch.Tensor] = field(default_factory=list)
-    group: list[int] = field(default_factory=list)
-    dropped: torch.Tensor | None = None
-    decisions: dict[int, torch.Tensor] = field(default_factory=dict)
-    next_position: torch.Tensor | None = None
-    shift: torch.Tensor | None = None
-    masks: dict[int, torch.Tensor | None] = field(default_factory=dict)
-    picked: list[list[torch.Tensor]] = field(default_factory=list)
-    lengths: list[list[int]] = field(default_factory=list)
+    __slots__ = (
+        "_labels",
+        "_rank",
+        "_samples",
+        "attended",
+        "counts",
+        "decisions",
+        "delta",
+        "encoded",
+        "encoding",
+        "engine",
+        "hints",
+        "ids",
+        "keep",
+        "layouts",
+        "model",
+        "outer",
+        "picks",
+        "pictures",
+        "read",
+        "recorded",
+        "remembered",
+        "repeat",
+        "rule",
+        "selector",
+        "visual",
+    )
+
+    def __init__(
+        self,
+        engine: Any,
+        model: torch.nn.Module,
+        cache: Any,
+        base: int,
+        mask: Any,
+        ids: torch.Tensor | None,
+        visual: torch.Tensor,
+        attended: torch.Tensor,
+        hints: Hints,
+    ) -> None:
+        super().__init__(cache, base, visual.shape[1], mask)
+        self.engine = engine
+        self.model = model
+        self.ids = ids
+        self.visual = visual
+        self.attended = attended
+        self.hints = hints
+        self.encoded: Any = None
+        self.encoding: Encoding | None = None
+        self.outer: Any = None
+        self.selector: TokenSelector | None = None
+        self.rule: TokenRule | None = None
+        self.pictures: list[Picture] = []
+        self.picks: list[torch.Tensor] = []
+        self.repeat = 1
+        self.keep: torch.Tensor | None = None
+        self.layouts: list[Layout] = []
+        self.counts: list[torch.Tensor] = []
+        self.decisions: dict[int, torch.Tensor] = {}
+        self.recorded: dict[int, list] = {}
+        self.read: frozenset[int] = frozenset()
+        self.remembered: dict[int, tuple] = {}
+        self.delta: torch.Tensor | None = None
+        self._labels: list[tuple[torch.Tensor, torch.Tensor, bool]] = []
+        self._samples: torch.Tensor | None = None
 
     @property
-    def text_counts(self) -> torch.Tensor:
-        """Text tokens of each row, (B,), on the CPU."""
-        return (self.attended & ~self.visual).sum(1)
+    def is_reindexed(self) -> bool:
+        return self.selector is not None and self.selector.positions == "reindex"
 
-    def select(
-        self, embeds: torch.Tensor, family: Any, encoding: Encoding | None, selector: TokenSelector | None
-    ) -> None:
-        """Choose the tokens to keep of every image and lay the prompt out.
+    def samples(self) -> torch.Tensor | None:
+        return self._samples
 
-        Args:
-            embeds: What would enter the language model, (B, T, D).
-            family: The family of the model.
-            encoding: The last encoded images.
-            selector: Who chooses; None keeps all.
-        """
-        device = embeds.device
-        images, owners, repeat = self._images(family, encoding)
-        visual = self.visual[::repeat]
-        embeds = embeds.detach()[::repeat]
-        place = visual.flatten().nonzero().squeeze(1).to(device)  # of each visual token in the flattened batch
-        starts = list(accumulate((image.length for image in images), initial=0))
-        flat = embeds.flatten(0, 1)
-        if self.encoded is not None:
-            self._check_encoding(flat[place[starts[:-1]]], encoding.features, images)
-        keep = (self.attended & ~self.visual)[::repeat].contiguous().to(device)
-        picks: list[torch.Tensor] = [torch.empty(0)] * len(images)
-        for members in _by_length(images):
-            first = torch.tensor([starts[i] for i in members], device=device).unsqueeze(1)
-            where = place[first + torch.arange(images[members[0]].length, device=device)]  # (G, N)
-            kept = _pick(flat[where], [images[i] for i in members], selector)
-            keep.view(-1)[where.gather(1, kept).flatten()] = True
-            for image, indices in zip(members, kept, strict=True):
-                picks[image] = indices
-        rows = [[i for i, owner in enumerate(owners) if owner == row // repeat] for row in range(len(self.visual))]
-        self.picked = [[picks[i] for i in row] for row in rows]
-        self.lengths = [[images[i].length for i in row] for row in rows]
-        self.keep = keep.repeat_interleave(repeat, 0)
-        kept_visual = torch.tensor([sum(len(indices) for indices in row) for row in self.picked])
-        self.add_layout(self.keep, self.text_counts + kept_visual)
+    def split_samples(self, samples: torch.Tensor | None) -> None:
+        """Say which packed sample each token belongs to, (B, T), or that rows hold one sample each."""
+        self._samples = samples
 
-    def add_layout(self, keep: torch.Tensor, counts: torch.Tensor) -> Layout:
-        """Lay out the positions where `keep` (B, T) is true, `counts` (B,) of them on the CPU."""
-        layout = Layout.from_mask(keep, int(counts.max()))
+    def rows_of_pictures(self) -> list[list[int]]:
+        """The pictures of each row, by number."""
+        rows: list[list[int]] = [[] for _ in self.visual]
+        for row, own in enumerate(rows):
+            own += [number for number, picture in enumerate(self.pictures) if picture.row == row // self.repeat]
+        return rows
+
+    def add_layout(self, keep: torch.Tensor, attended: torch.Tensor) -> None:
+        """Lay out the positions where `keep` (B, T) is true; `attended` (B, T), on the CPU, are those seen as keys."""
+        kept = keep.sum(1)
+        length = max(1, int(kept.max()))
+        keep = keep.to(self.device)
+        layout = Layout.from_mask(keep, length, self._samples)
+        queries = (layout.order + self.base).masked_fill(~layout.real, -1)
+        keys = queries.masked_fill(~layout.pack(attended.to(self.device)), -1)
+        counts = attended.sum(1)
         self.layouts.append(layout)
         self.counts.append(counts)
-        return layout
+        self._labels.append((queries, keys, bool((counts == length).all())))
 
-    def place(self, position_ids: torch.Tensor | None, reindex: bool) -> torch.Tensor:
+    def new_labels(self, group: int) -> tuple[torch.Tensor, torch.Tensor, bool]:
+        return self._labels[group]
+
+    def places_in_samples(self, group: int) -> torch.Tensor | None:
+        """Where in its sample each slot of a layout is, (B, P), by which flash attention tells packed samples apart."""
+        if self._samples is None:
+            return None
+        samples = self.layouts[group].pack(self._samples)
+        slots = torch.arange(samples.shape[1], device=samples.device)
+        begins = torch.diff(samples, dim=1, prepend=samples[:, :1] - 1) != 0
+        return slots - torch.where(begins, slots, 0).cummax(1).values
+
+    def place(self, position_ids: torch.Tensor | None) -> torch.Tensor:
         """Give the packed tokens their positions, and note that of the next token.
 
         Args:
-            position_ids: The caller's, (1 | B, T) or (axes, 1 | B, T), or None for 0..T-1.
-            reindex: Count the kept tokens without gaps.
+            position_ids: The caller's, (1 | B, T) or (axes, 1 | B, T), or None for those that follow the tokens before.
         """
-        keep = self.keep
+        device = self.device
         if position_ids is None:
-            position_ids = torch.arange(keep.shape[1], device=keep.device).unsqueeze(0)
-        position_ids = position_ids.to(keep.device)
-        position_ids = position_ids.expand(*position_ids.shape[:-2], *keep.shape)
-        left_out = (self.visual.to(keep.device) & ~keep).cumsum(1)  # visual tokens dropped up to here
-        self.next_position = next_position(position_ids)
-        if reindex:
+            position_ids = torch.arange(self.base, self.base + self.length, device=device).unsqueeze(0)
+        position_ids = position_ids.to(device)
+        position_ids = position_ids.expand(*position_ids.shape[:-2], *self.visual.shape)
+        attended = self.attended.to(device)
+        if self.is_reindexed:
+            left_out = (attended & ~self.keep.to(device)).cumsum(1)
+            if self._samples is not None:
+                begins = torch.diff(self._samples, dim=1, prepend=self._samples[:, :1] - 1) != 0
+                before = torch.where(begins, left_out - (attended & ~self.keep.to(device)).long(), 0).cummax(1).values
+                left_out = left_out - before
+            if self.base:
+                left_out = left_out + left_out_before(self.cache, self.mask, self.base).to(device)
             position_ids = position_ids - left_out
-            self.shift = left_out[:, -1]
-            self.next_position = self.next_position - self.shift
-        elif position_ids.dim() == 3 and position_ids.shape[0] == 4:
-            # The first of four axes only tells packed sequences apart by gaps; pruning must not look like one.
-            position_ids = torch.cat([position_ids[:1] - left_out, position_ids[1:]])
+        axes = position_ids if position_ids.dim() == 2 else position_ids[-3:].amax(0)
+        # Text goes on behind the farthest axis: an image at the end reaches further on one than on another.
+        self.delta = axes.masked_fill(~attended, -1).amax(1) + 1 - (self.base + self.length)
         return self.layouts[0].pack(position_ids, dim=-1)
 
-    def drop_visual(self, index: int, decision: torch.Tensor) -> None:
-        """Take the visual tokens of some rows out of the decoder layers after layer `index`.
+    def drop(self, index: int, gone: torch.Tensor) -> None:
+        """Take tokens out of the decoder layers after layer `index`.
 
         Args:
             index: The layer that was looked at, from 0.
-            decision: Both ratios and the decision for each row, (3, B), on the CPU.
+            gone: What leaves, (B, T), bool, on the CPU.
         """
-        self.decisions[index] = decision
-        fresh = decision[2].bool() & ~self.dropped & torch.tensor([bool(row) for row in self.picked])
-        if not fresh.any() or index + 1 == len(self.group):
+        self.decisions[index] = gone
+        if index + 1 == len(self.groups):
             return
-        self.dropped |= fresh
-        gone = self.dropped.unsqueeze(1) & self.visual
-        self.add_layout(
-            self.keep & ~gone.to(self.keep.device), torch.where(self.dropped, self.text_counts, self.counts[0])
-        )
-        self.group[index + 1 :] = [len(self.layouts) - 1] * (len(self.group) - index - 1)
-
-    def report(self, cache: Any) -> Report:
-        """Say what was done, after the prompt has run."""
-        layers = getattr(cache, "layers", None) or ()
-        tensors = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
-        records: list[list[RelevanceRecord]] = [[] for _ in self.picked]
-        for index, (alpha_tv, alpha_vt, drop) in sorted(self.decisions.items()):
-            for row, images in enumerate(self.picked):
-                if images:
-                    ratios = float(alpha_tv[row]), float(alpha_vt[row])
-                    records[row].append(RelevanceRecord(index + 1, *ratios, bool(drop[row])))
-        return Report(
-            visual_tokens=self.lengths,
-            kept_tokens=[[len(indices) for indices in row] for row in self.picked],
-            keep_indices=self.picked,
-            tokens_per_layer=torch.stack([self.counts[group] for group in self.group], dim=1),
-            kv_entries=[layer.get_seq_length() for layer in layers],
-            kv_bytes=sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor)),
-            relevance=records,
-        )
-
-    def _images(self, family: Any, encoding: Encoding | None) -> tuple[list[ImageTokens], list[int], int]:
-        """The images in order, the row each belongs to, and how often each row is repeated."""
-        if encoding is None or encoding.features is None:
-            raise UnsupportedInputError(
-                "the images of this prompt were encoded before the method was attached; pass pixel_values"
-            )
-        # generate() repeats every prompt for its beams or samples, but encodes the images once.
-        for repeat in (n for n in range(1, len(self.visual) + 1) if len(self.visual) % n == 0):
-            rows = self.visual[::repeat]
-            runs = [len(list(run)) for row in rows.tolist() for is_visual, run in groupby(row) if is_visual]
-            images = family.images(self.model, encoding, runs)
-            owners = _owners([image.length for image in images], rows.sum(1).tolist())
-            if images and owners is not None and torch.equal(rows.repeat_interleave(repeat, 0), self.visual):
-                return images, owners, repeat
-        raise UnsupportedInputError(
-            f"the prompts have {self.visual.sum(1).tolist()} image placeholders, which don't fit the images encoded "
-            "last; pass the pixel_values of these very prompts"
-        )
-
-    def _check_encoding(self, arrived: torch.Tensor, features: torch.Tensor, images: list[ImageTokens]) -> None:
-        expected = features.flatten(0, -2)[[image.first for image in images]]
-        if not torch.equal(arrived, expected.to(arrived)):
-            raise UnsupportedInputError(
-                "the encoded images passed in are not the ones this model encoded last while the method was attached; "
-                "pass pixel_values"
-            )
+        gone = gone & self.keep
+        if not gone.any():
+            return
+        self.keep = self.keep & ~gone
+        self.add_layout(self.keep, self.keep & self.attended)
+        self.groups[index + 1 :] = [len(self.layouts) - 1] * (len(self.groups) - index - 1)
 
 
-def next_position(position_ids: torch.Tensor) -> torch.Tensor:
-    """Where text goes on after tokens at (B, T) or (axes, B, T): (B,).
-
-    On several axes that is behind the farthest of them, as an image at the end reaches further on one than on another.
-    The first of four axes is no rotary position.
-    """
-    return position_ids[..., -1] + 1 if position_ids.dim() == 2 else position_ids[-3:].amax((0, -1)) + 1
-
-
-def _owners(lengths: list[int], room: list[int]) -> list[int] | None:
-    """Deal images to rows in order so that each row's placeholders are used up, or None if that doesn't come out."""
-    owners: list[int] = []
-    left = iter(lengths)
-    for row, places in enumerate(room):
-        while places > 0:
-            places -= next(left, places + 1)
-            owners.append(row)
-        if places < 0:
-            return None
-    return None if next(left, None) is not None else owners
-
-
-def _by_length(images: list[ImageTokens]) -> list[list[int]]:
-    groups: dict[int, list[int]] = {}
-    for index, image in enumerate(images):
-        groups.setdefault(image.length, []).append(index)
-    return list(groups.values())
-
-
-def _pick(embeddings: torch.Tensor, images: list[ImageTokens], selector: TokenSelector | None) -> torch.Tensor:
-    """Ask the selector about images of equal length, (G, N, D) -> (G, K)."""
-    group, length, _ = embeddings.shape
-    device = embeddings.device
-    if selector is None:
-        return torch.arange(length, device=device).expand(group, length)
-    num_keep = keep_count(length, selector.keep_ratio, selector.num_keep)
-    if not embeddings.isfinite().all():
-        raise UnsupportedInputError("the visual tokens contain NaN or infinity; check the image and the model's dtype")
-    everything = torch.ones(length, dtype=torch.bool, device=device)
-    attention = None
-    if images[0].attention is not None:
-        attention = torch.stack([image.attention for image in images]).to(device)
-    visual = VisualTokens(
-        embeddings=embeddings,
-        image_keys=torch.stack([image.key for image in images]).to(device),
-        attention=attention,
-        is_overview=torch.stack(
-            [everything if image.is_overview is None else image.is_overview.to(device) for image in images]
-        ),
-    )
-    with torch.no_grad():
-        return selector.select(visual, num_keep)
+def _maps(mask: Any) -> dict[str | None, torch.Tensor]:
+    """Ready-made attention maps of a caller: by kind of layer, or one for all under None."""
+    if isinstance(mask, dict):
+        return {kind: value for kind, value in mask.items() if isinstance(value, torch.Tensor)}
+    return {None: mask} if isinstance(mask, torch.Tensor) and mask.dim() == 4 else {}

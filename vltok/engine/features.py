@@ -1,144 +1,273 @@
-"""What the vision side of a model leaves for a selector: features, attention and a key of each picture."""
+"""Overhears how a model encodes its pictures, and says which entries of the features make up which picture.
+
+A record of what a selector may want to know travels with the encoded pictures themselves: it is an attribute of the
+output of `get_image_features`, and of the tensors in it. So it is found however the output reaches the language model:
+from the model's own forward, from `generate`, from a cache of features, from another thread.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
-from torch import nn
 
-from vltok.edits import Edits
-from vltok.engine.attention import cls_attention, received_attention
-from vltok.errors import UnsupportedModelError
+from vltok.edits import MethodWrapper
 from vltok.views import AttentionRequest
+
+KEYWORD = "vltok_call"  # by which the state of a call travels; no name that transformers gives a meaning
+RECORD = "vltok_record"
+REMEMBERED = 64  # encodings whose rows are known again when callers merge them into embeddings themselves
 
 
 @dataclass
 class Encoding:
-    """The last images the vision tower encoded, in the tower's rows (an AnyRes image has several).
+    """What is known of pictures that were encoded together.
 
     Attributes:
-        pixels_shape: Shape of the tower's input.
-        keys: A number made from the pixels of each row, (R,), int64.
-        features: Projected features, (R, N, D), or (tokens, D) where images differ in size.
-        attention: The requested attention over the tower's tokens, (R, S) or (tokens,), float32.
-        extras: What else the family needs, such as the sizes of the images.
+        lengths: Visual tokens of each entry of the features.
+        keys: A number made from the pixels of each entry, (entries,), int64.
+        pixels_shape: Shape of the pixels.
+        arguments: The other arguments they were encoded with.
+        request: Which attention was asked for while they were encoded.
+        attention: The attention as read in the tower, (R, S) or (patches,), float32.
+        rows: A number made from each visual token, (V,), int64, to know them again in merged embeddings.
+        notes: What the family works out once.
+        decisions: What decoder rules decided on prompts about these pictures, for `generate` without a cache.
     """
 
-    pixels_shape: torch.Size
-    keys: torch.Tensor
-    features: torch.Tensor | None = None
+    arguments: dict[str, Any]
+    request: AttentionRequest | None = None
+    pixels_shape: tuple[int, ...] = ()
+    lengths: list[int] = field(default_factory=list)
+    keys: torch.Tensor | None = None
     attention: torch.Tensor | None = None
-    extras: dict[str, Any] = field(default_factory=dict)
-    is_open: bool = True
+    rows: torch.Tensor | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
+    decisions: dict[Any, Any] = field(default_factory=dict)
 
 
-@dataclass
-class ImageTokens:
+@dataclass(frozen=True)
+class Picture:
     """One image as the language model sees it.
 
     Attributes:
+        row: The prompt it belongs to, repetitions for beams not counted.
+        start: Its first token among all visual tokens of these prompts.
         length: Its visual tokens, N.
-        key: A number made from its pixels, (), int64.
-        attention: The requested attention, (N,), float32, -inf for tokens that stand for no patch.
-        is_overview: Which tokens show the whole picture, (N,), bool; None if all do.
-        first: Row of the projected features (flattened to (tokens, D)) that its first token was made from.
+        encoding: What is known of it, or None.
+        entries: The entries of its encoding that it is made of.
     """
 
+    row: int
+    start: int
     length: int
-    key: torch.Tensor
-    attention: torch.Tensor | None
-    is_overview: torch.Tensor | None
-    first: int
+    encoding: Encoding | None
+    entries: range
 
 
 def pixel_keys(pixels: torch.Tensor) -> torch.Tensor:
-    """Hash the pixels of each row, (R, ...) -> (R,), int64: the same for equal values in any batch, on any device."""
+    """Hash the values of each row, (R, ...) -> (R,), int64: the same for equal values in any batch, on any device.
+
+    Zeros at the end add nothing, so padding doesn't count.
+    """
     flat = pixels.detach().reshape(pixels.shape[0], -1)
-    bits = flat.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]).long()
+    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = flat.contiguous().view(kinds[flat.element_size()]).long()
     weights = (torch.arange(bits.shape[1], device=bits.device) * 2 + 1) * 0x2545F4914F6CDD1D  # odd: no element is lost
     return (bits * weights).sum(1)
 
 
-class VisionRecorder:
-    """Watches a vision tower and its projector and keeps the encoding of the last images."""
+def row_keys(tokens: torch.Tensor) -> torch.Tensor:
+    """Hash the first channels of each token, (..., D) -> (...), int64."""
+    return pixel_keys(tokens.detach()[..., :8].flatten(0, -2)).view(tokens.shape[:-1])
+
+
+@dataclass(frozen=True)
+class Found:
+    """An encoded entry, met again among other tokens of a row."""
+
+    encoding: Encoding
+    entry: int
+    position: int
+
+    @property
+    def length(self) -> int:
+        """Its visual tokens."""
+        return self.encoding.lengths[self.entry]
+
+
+class Tape(threading.local):
+    """What the calling thread is doing: the encoding under way, and the forward that waits for it."""
 
     def __init__(self) -> None:
         self.encoding: Encoding | None = None
-        self.extras: dict[str, Any] = {}
-        self._query: torch.Tensor | None = None
-        self._key: torch.Tensor | None = None
+        self.waiting: weakref.ref | None = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> VisionRecorder:
-        copy = VisionRecorder()
-        memo[id(self)] = copy
-        return copy
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tape:
+        return Tape()
 
-    def watch(self, edits: Edits, tower: nn.Module, projector: nn.Module) -> None:
-        """Record rows, keys and features of a tower that takes (R, 3, H, W)."""
-        edits.before(tower, self._before_tower)
-        edits.after(tower, self._after_tower)
-        edits.after(projector, self._after_projector)
+    def __reduce__(self) -> tuple[type[Tape], tuple]:
+        return Tape, ()
 
-    def watch_attention(self, edits: Edits, attention: nn.Module, request: AttentionRequest) -> None:
-        """Record the requested attention of one layer from its query and key projections alone.
 
-        Raises:
-            UnsupportedModelError: If the attention module has no separate query and key projections.
-        """
-        query = getattr(attention, "q_norm", None) or getattr(attention, "q_proj", None)
-        key = getattr(attention, "k_norm", None) or getattr(attention, "k_proj", None)
-        if query is None or key is None:
-            raise UnsupportedModelError(
-                f"{type(attention).__name__} has no q_proj and k_proj to read attention from; CLIP, SigLIP and "
-                "InternVL vision towers have; choose a method that needs no vision attention, such as pivot='center'"
-            )
-        edits.after(query, self._after_query_cls if request.kind == "cls" else self._after_query)
-        edits.after(key, self._after_key)
-        edits.after(attention, self._after_cls if request.kind == "cls" else self._after_received)
+class Recent:
+    """The encodings of late, by content: embeddings that callers merged themselves are known again by their rows."""
 
-    def begin(self, pixels: torch.Tensor, keys: torch.Tensor, **extras: Any) -> None:
-        """Start the record of new images."""
-        self.encoding = Encoding(pixels.shape, keys, extras={**self.extras, **extras})
-        self.extras = {}
+    def __init__(self) -> None:
+        self._encodings: deque[Encoding] = deque(maxlen=REMEMBERED)
 
-    def overhear(self, **arguments: Any) -> None:
-        """Note the arguments images are encoded with, for the encoding that is about to begin."""
-        self.extras = {"image_sizes": arguments.get("image_sizes")}
+    def __deepcopy__(self, memo: dict[int, Any]) -> Recent:
+        return Recent()
 
-    def _before_tower(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        pixels = args[0] if args else kwargs["pixel_values"]
-        self.begin(pixels, pixel_keys(pixels))
+    def __reduce__(self) -> tuple[type[Recent], tuple]:
+        return Recent, ()
 
-    def _after_tower(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        self.encoding.is_open = False
-        self._query = self._key = None
+    def add(self, encoding: Encoding) -> None:
+        """Remember an encoding."""
+        self._encodings.append(encoding)
 
-    def _after_projector(self, module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> None:
-        if self.encoding is not None:
-            self.encoding.features = output.detach()
+    def find(self, tokens: torch.Tensor) -> list[list[Found]]:
+        """Find encoded entries in tokens (B, T, D), for each row in order."""
+        begins: dict[int, list[tuple[Encoding, int, list[int]]]] = {}
+        for encoding in list(self._encodings)[::-1]:
+            for entry, rows in enumerate(encoding.rows.split(encoding.lengths)):
+                if len(rows):
+                    begins.setdefault(int(rows[0]), []).append((encoding, entry, rows.tolist()))
+        found: list[list[Found]] = [[] for _ in tokens]
+        for row, keys in enumerate(row_keys(tokens).tolist() if begins else ()):
+            position = 0
+            while position < len(keys):
+                known = begins.get(keys[position], ())
+                hit = next((each for each in known if keys[position : position + len(each[2])] == each[2]), None)
+                if hit is not None:
+                    found[row].append(Found(hit[0], hit[1], position))
+                position += 1 if hit is None else len(hit[2])
+        return found
 
-    def _after_query_cls(self, module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> None:
-        self._query = output.detach()[:, :1]
+    def knows_any(self, tokens: torch.Tensor) -> bool:
+        """Whether one of these tokens, (V, D), is of an encoding."""
+        known = {key for encoding in list(self._encodings) for key in encoding.rows.tolist()}
+        return not known.isdisjoint(row_keys(tokens).tolist())
 
-    def _after_query(self, module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> None:
-        self._query = output.detach()
 
-    def _after_key(self, module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> None:
-        self._key = output.detach()
+class Encoder(MethodWrapper):
+    """Stands in the place of a model's `get_image_features`, does what that does, and leaves a record with the result.
 
-    def _after_cls(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        self._record(module, cls_attention)
+    Args:
+        tape: The engine's.
+        recent: The engine's.
+        begin: Called before: it says which attention is wanted, and sees to it that the tower is watched.
+        describe: Called after, with the record and the pixels: it gives each entry its key.
+    """
 
-    def _after_received(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        self._record(module, received_attention)
+    def __init__(
+        self,
+        tape: Tape,
+        recent: Recent,
+        begin: Callable[[], AttentionRequest | None],
+        describe: Callable[[Encoding, torch.Tensor], torch.Tensor],
+    ) -> None:
+        self.tape = tape
+        self.recent = recent
+        self._begin = begin
+        self._describe = describe
 
-    def _record(self, module: nn.Module, attention: Callable[..., torch.Tensor]) -> None:
-        if self.encoding is None or not self.encoding.is_open:  # a backward pass recomputing a checkpointed layer
-            return
-        heads = module.num_heads
-        scale = getattr(module, "scale", None) or (self._key.shape[-1] // heads) ** -0.5
-        with torch.no_grad(), torch.autocast(self._key.device.type, enabled=False):
-            self.encoding.attention = attention(self._query, self._key, heads, scale)
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(getattr(type(self.owner), self.name).__get__(self.owner))
+
+    def around(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        kwargs.pop(KEYWORD, None)  # some models hand it to their encoders
+        signature = self.__signature__
+        arguments = dict(signature.bind(*args, **kwargs).arguments)
+        pixels = arguments.pop(next(iter(signature.parameters)), None)
+        encoding = Encoding(arguments, self._begin())
+        outer, self.tape.encoding = self.tape.encoding, encoding
+        try:
+            output = call(*args, **kwargs)
+        finally:
+            self.tape.encoding = outer
+        encoding = self._finish(encoding, pixels, output)
+        prompt = None if self.tape.waiting is None else self.tape.waiting()
+        if prompt is not None:
+            prompt.encoding = encoding
+        return output
+
+    @torch.no_grad()
+    def _finish(self, encoding: Encoding, pixels: Any, output: Any) -> Encoding | None:
+        known = getattr(output, RECORD, None)
+        if known is not None:  # features computed before, which somebody's method gave back
+            return known
+        entries = entries_of(output)
+        if entries is None or not isinstance(pixels, torch.Tensor):
+            return None
+        encoding.pixels_shape = pixels.shape
+        encoding.lengths = [len(entry) for entry in entries]
+        encoding.keys = self._describe(encoding, pixels).cpu()
+        encoding.rows = torch.cat([row_keys(entry) for entry in entries]) if entries else torch.zeros(0).long()
+        setattr(output, RECORD, encoding)
+        if isinstance(output.pooler_output, list | tuple):
+            for entry in output.pooler_output:
+                setattr(entry, RECORD, encoding)
+        self.recent.add(encoding)
+        return encoding
+
+
+def entries_of(output: Any) -> list[torch.Tensor] | None:
+    """The entries of encoded pictures, (N, D) each, or None if there are none to be seen."""
+    pooled = getattr(output, "pooler_output", None)
+    if pooled is None:
+        return None
+    return [entry.flatten(0, -2) for entry in pooled]
+
+
+def record_of(output: Any) -> Encoding | None:
+    """The record that encoded pictures carry: on the output, or on its first entry where the output was made anew."""
+    record = getattr(output, RECORD, None)
+    pooled = getattr(output, "pooler_output", None)
+    if record is None and isinstance(pooled, list | tuple) and len(pooled):
+        record = getattr(pooled[0], RECORD, None)
+    return record
+
+
+def find_pictures(
+    unit: str, encoding: Encoding | None, lengths: Sequence[int], visual: torch.Tensor
+) -> list[Picture] | None:
+    """Say which entries make up which picture.
+
+    Args:
+        unit: What a picture is: an "entry" of the features, or an unbroken "run" of placeholders, of whole entries.
+        encoding: The record of the entries, if there is one.
+        lengths: Visual tokens of each entry.
+        visual: Where the placeholders are, (B, T), bool, on the CPU, without repeated prompts.
+
+    Returns:
+        The pictures, in the order of the prompts, or None if the entries don't fit the placeholders.
+    """
+    begins = {begin: entry for entry, begin in reversed(list(enumerate(accumulate(lengths, initial=0))))}
+    room = visual.sum(1).tolist()
+    if unit == "entry":
+        pieces = [length for length in lengths if length]
+    else:
+        pieces = [len(list(run)) for row in visual.tolist() for is_visual, run in groupby(row) if is_visual]
+    if sum(room) != sum(lengths) or sum(pieces) != sum(room):
+        return None
+    pictures: list[Picture] = []
+    row = start = 0
+    for length in pieces:
+        while room[row] == 0:
+            row += 1
+        stop = start + length
+        if length > room[row] or start not in begins or stop not in begins:
+            return None
+        pictures.append(Picture(row, start, length, encoding, range(begins[start], begins[stop])))
+        room[row] -= length
+        start = stop
+    return pictures

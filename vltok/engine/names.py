@@ -1,9 +1,4 @@
-"""What the installed transformers calls the KV cache.
-
-It is one word for models, decoder layers, attention, mask functions and outputs: `cache` from 5.24 on,
-`past_key_values` before. A model that says `cache` still takes the old word from its callers, but translates it inside
-`forward`, which is too late for a hook that runs before.
-"""
+"""What the installed transformers, and the models of one version, call things."""
 
 from __future__ import annotations
 
@@ -13,8 +8,10 @@ from typing import Any
 
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+# The KV cache is one word for models, decoder layers, attention, mask functions and outputs: `cache` from 5.24 on,
+# `past_key_values` before. A model that says `cache` still takes the old word from its callers, but translates it
+# inside `forward`, which is too late for a hook that runs before.
 _OLD = "past_key_values"
-
 CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else _OLD
 
 

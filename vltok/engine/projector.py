@@ -8,6 +8,7 @@ from torch import nn
 
 from vltok.edits import Edits
 from vltok.engine.guard import PROJECTOR_GUARD
+from vltok.engine.weights import check_at_hand
 from vltok.errors import UnsupportedModelError
 from vltok.method import Run
 from vltok.report import Condensed
@@ -30,8 +31,7 @@ def projector_site(model: nn.Module) -> ProjectorSite:
             f"{vision.model_type}, so they form no grid; set it to {'default' if has_cls else 'full'!r} in model and "
             "processor"
         )
-    if any(parameter.is_meta for parameter in old.parameters()):
-        raise UnsupportedModelError("the projector's weights are offloaded (on the meta device); load it onto a device")
+    check_at_hand(old, "the projector", model)
     layers = (getattr(old, "linear_1", None), getattr(old, "linear_2", None))
     is_mlp = config.projector_hidden_act == "gelu" and all(
         isinstance(layer, nn.Linear) and layer.weight.is_floating_point()
@@ -130,11 +130,11 @@ class CoarserPatches:
     """
 
     def __init__(self, owner: nn.Module, name: str, scale: int) -> None:
-        self._owner, self._name, self._scale = owner, name, scale
+        self._owner, self._name, self.scale = owner, name, scale
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         owner, vision = self._owner, self._owner.config.vision_config
-        coarser = _With(vision, patch_size=vision.patch_size * self._scale)
+        coarser = _With(vision, patch_size=vision.patch_size * self.scale)
         stand_in = _With(owner, config=_With(owner.config, vision_config=coarser))
         return getattr(type(owner), self._name)(stand_in, *args, **kwargs)
 

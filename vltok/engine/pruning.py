@@ -1,89 +1,85 @@
-"""The pruning engine: carries out what selectors and judges decide, on embeddings, masks, positions and caches.
+"""The pruning engine: carries out what selectors and decoder rules decide, on embeddings, masks, positions and caches.
 
-One engine sits on one model. Its hooks are bound methods, so a deepcopy of the model gets an engine of its own.
+One engine sits on one model. It holds no state of a call: a `Call` is made when the model is entered and travels to the
+decoder and its layers as a keyword, so threads, nested calls and broken-off ones don't meet.
 
-Stage 1 packs the kept positions of every row to the left before the language model; stage 2 packs once more between two
-decoder layers; afterwards every hidden state goes back to the positions of the prompt: logits and labels stay aligned.
+    head     labels, guesses ---+
+    model    what came: prompt with images, or tokens on a pruned cache? ---> Call
+    decoder  entry: pick, pack; layers: mask, rotary rows, drops; exit: back to the places of the prompt
 """
 
 from __future__ import annotations
 
 import inspect
+import threading
 import weakref
-from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.masking_utils import create_causal_mask
 
 from vltok.edits import Edits
-from vltok.engine.attention import attention_mass, indicator_values
-from vltok.engine.cache import PrunedCache
-from vltok.engine.call import Prompt, next_position
-from vltok.engine.features import VisionRecorder
-from vltok.engine.names import CACHE, cache_in
+from vltok.engine.attention import TowerReader, unreadable
+from vltok.engine.cache import check_cache, is_pruned
+from vltok.engine.call import Call, Continuation, Hints, Prompt
+from vltok.engine.decoder import after_attention, after_decoder, before_decoder, before_layer
+from vltok.engine.features import (
+    KEYWORD,
+    Encoder,
+    Encoding,
+    Found,
+    Picture,
+    Recent,
+    Tape,
+    entries_of,
+    find_pictures,
+    record_of,
+)
+from vltok.engine.masks import seen_by_any
+from vltok.engine.names import cache_in
+from vltok.engine.parts import attention_of
 from vltok.errors import UnsupportedInputError, UnsupportedModelError
-from vltok.method import Run
-from vltok.views import RelevanceJudge, TokenSelector
+from vltok.report import Report
+from vltok.run import Run
+from vltok.views import AttentionRequest, TokenRule, TokenSelector
 
-
-@dataclass
-class Continuation:
-    """A call without new images on top of a pruned cache."""
-
-    cache: PrunedCache
-    masks: dict[int, torch.Tensor | None] = field(default_factory=dict)
-
-
-@dataclass
-class Decided:
-    """The decisions on a prompt, for `generate` without a cache: it sends the same images with a growing prompt."""
-
-    encoded: weakref.ref
-    ids: torch.Tensor
-    decisions: dict[int, torch.Tensor]
-
-    def about(self, prompt: Prompt) -> bool:
-        """Whether `prompt` continues the one decided on."""
-        if prompt.encoded is None or prompt.ids is None or self.encoded() is not prompt.encoded:
-            return False
-        begun = prompt.ids[:, : self.ids.shape[1]]
-        return prompt.ids.shape[1] > self.ids.shape[1] and torch.equal(begun, self.ids)
+ENCODE = "get_image_features"
 
 
 class PruningEngine:
     """Hooks of one model that prune its visual tokens."""
 
-    def __init__(self, family: Any, run: Run) -> None:
+    def __init__(self, family: Any, model: nn.Module, edits: Edits, run: Run) -> None:
         self.family = family
+        self.model = model
+        self.edits = edits
         self.run = run
-        self.recorder = VisionRecorder()
         self.selector: TokenSelector | None = None
-        self.judge: RelevanceJudge | None = None
-        self.call: Prompt | Continuation | None = None
-        self._decided: Decided | None = None
+        self.rule: TokenRule | None = None
+        self.has_cls = family.has_cls(model)
+        self.tape = Tape()
+        self.recent = Recent()
+        self._hooked: dict[str, nn.Module] = {}
+        self._lock = threading.RLock()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> PruningEngine:
-        copy = PruningEngine(self.family, Run())
-        copy.selector, copy.judge = self.selector, self.judge
-        memo[id(self)] = copy
-        copy.recorder = deepcopy(self.recorder, memo)
-        return copy
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
 
-    def install(self, edits: Edits, model: nn.Module) -> None:
-        """Hook the model, its language model and decoder layers."""
-        edits.before(model, self.before_model)
-        edits.after(model, self.after_model, always=True)
-        edits.before(model.language_model, self.before_language_model)
-        edits.after(model.language_model, self.after_language_model)
-        for index, layer in enumerate(model.language_model.layers):
-            edits.before(layer, partial(self.before_layer, index))
-        self.family.watch_vision(edits, model, self.recorder)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _lock=threading.RLock())
 
-    def use_selector(self, edits: Edits, model: nn.Module, selector: TokenSelector) -> None:
+    def install(self, head: nn.Module | None) -> None:
+        """Hook the model, the head around it if there is one, and its decoder."""
+        self.edits.at_undo(partial(_sweep, self.model))
+        if head is not None:
+            self.edits.before(head, before_head)
+        self.edits.before(self.model, self.before_model)
+        self.edits.after(self.model, self.after_model)
+        self.follow()
+
+    def use_selector(self, selector: TokenSelector) -> None:
         """Let `selector` prune at the entry of the language model."""
         if self.selector is not None:
             raise ValueError(f"{type(self.selector).__name__} already selects visual tokens here; give one selector")
@@ -92,238 +88,297 @@ class PruningEngine:
                 f"{self.family.title} gives visual tokens positions on several axes, which can't be counted anew; "
                 'use positions="keep"'
             )
-        request = selector.attention_request(self.family.has_cls(model))
-        if request is not None:
-            self.family.watch_attention(edits, model, self.recorder, request)
         self.selector = selector
+        self._watch_tower(self.request_of(selector))
 
-    def use_judge(self, edits: Edits, model: nn.Module, judge: RelevanceJudge) -> None:
-        """Let `judge` drop all visual tokens inside the decoder."""
-        if self.judge is not None:
-            raise ValueError(f"{type(self.judge).__name__} already drops visual tokens in this decoder; give one")
-        layers = model.language_model.layers
-        for layer in judge.candidate_layers(len(layers)):
-            attention = layers[layer - 1].self_attn
-            missing = [name for name in ("v_proj", "o_proj", "head_dim") if not hasattr(attention, name)]
-            if missing:
-                raise UnsupportedModelError(
-                    f"{type(attention).__name__} has no {', '.join(missing)}; dropping visual tokens inside the "
-                    "decoder needs separate value and output projections, as Llama, Mistral and Qwen2 have"
-                )
-            edits.after(attention, partial(self.after_attention, layer - 1))
-        self.judge = judge
+    def use_rule(self, rule: TokenRule) -> None:
+        """Let `rule` drop visual tokens inside the decoder."""
+        if self.rule is not None:
+            raise ValueError(f"{type(self.rule).__name__} already drops visual tokens in this decoder; give one")
+        layers = self.family.decoder(self.model).layers
+        for layer in rule.layers(len(layers)):
+            attention = attention_of(layers[layer - 1])
+            if attention is None or not hasattr(attention, "config"):
+                raise unreadable(layers[layer - 1] if attention is None else attention)
+        self.rule = rule
+        self.follow()
+
+    def request_of(self, selector: TokenSelector) -> AttentionRequest | None:
+        """The attention in the vision tower that a selector wants."""
+        return selector.attention_request(self.has_cls)
+
+    # Modules are found when the model is called: others may have wrapped or replaced them since the last time
+
+    def follow(self) -> None:
+        """Hook the decoder, its layers and what encodes pictures, where that has not been done."""
+        if not isinstance(encode := vars(self.model).get(ENCODE), Encoder) or encode.tape is not self.tape:
+            with self._lock:
+                encoder = Encoder(self.tape, self.recent, self.begin_encoding, self.describe)
+                self.edits.wrap_method(self.model, ENCODE, encoder)
+        decoder = self.family.decoder(self.model)
+        self._hook("decoder", decoder, (before_decoder, after_decoder))
+        rule = self.rule
+        watched = () if rule is None else self.run.current(rule).layers(len(decoder.layers))
+        for index, layer in enumerate(decoder.layers):
+            self._hook(f"layer {index}", layer, (partial(before_layer, index), None))
+            if index + 1 in watched:
+                attention = attention_of(layer)
+                if attention is None:
+                    raise unreadable(layer)
+                self._hook(f"attention {index}", attention, (None, partial(after_attention, index)))
+
+    def _hook(self, place: str, module: nn.Module, hooks: tuple[Any, Any]) -> None:
+        known = self._hooked.get(place)
+        if known is module:
+            return
+        with self._lock:
+            # A wrapper around what is hooked already, or a copy of it inside, carries the hooks along.
+            if self._hooked.get(place) is module or any(_has(part, hooks) for part in module.modules()):
+                self._hooked[place] = module
+                return
+            before, after = hooks
+            if before is not None:
+                self.edits.before(module, before)
+            if after is not None:
+                self.edits.after(module, after)
+            self._hooked[place] = module
+
+    def _watch_tower(self, request: AttentionRequest | None) -> None:
+        if request is None:
+            return
+        attention, read = self.family.attention_module(self.model, request), self.family.read_attention
+        with self._lock:
+            hooks = attention._forward_pre_hooks.values()
+            readers = [getattr(hook, "__self__", None) for hook in hooks]
+            if not any(isinstance(r, TowerReader) and r.tape is self.tape and r.request == request for r in readers):
+                self.edits.before(attention, TowerReader(self.tape, request, read).see)
+
+    # Encoding
+
+    def begin_encoding(self) -> AttentionRequest | None:
+        """Pictures are about to be encoded: see to it that the wanted attention is read."""
+        request = None if self.selector is None else self.request_of(self.run.current(self.selector))
+        self._watch_tower(request)
+        return request
+
+    def describe(self, encoding: Encoding, pixels: torch.Tensor) -> torch.Tensor:
+        """A number from the pixels of each entry of the features, (entries,)."""
+        return self.family.pixel_keys(self.model, encoding, pixels)
+
+    # The call
 
     def before_model(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Tell a prompt with images from a continuation and from plain text."""
-        kwargs = dict(kwargs)
-        if args:
-            kwargs.update(zip(inspect.signature(module.forward).parameters, args, strict=False))
-        self.call = None
+        kwargs = bind(module, args, kwargs)
+        if getattr(module, "_is_replica", False):
+            raise UnsupportedInputError(
+                "nn.DataParallel copies the model for every call without its methods; use DistributedDataParallel"
+            )
+        hints = kwargs.pop(KEYWORD, None)
         encoded = kwargs.get("mm_encoder_outputs") or {}
         if kwargs.get("pixel_values_videos") is not None or encoded.get("video") is not None:
             raise UnsupportedInputError("visual tokens of videos can't be pruned yet; remove the handle to run videos")
-        record = PrunedCache.of(cache_in(kwargs))
+        cache = cache_in(kwargs)
+        pruned = is_pruned(cache)
+        ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         if kwargs.get("pixel_values") is not None or encoded.get("image") is not None:
-            self.call = self._open_prompt(module, kwargs, encoded.get("image"))
-        elif record is not None:
-            self.call = _continue(kwargs, record)
-        return (), kwargs
+            call = self._open_prompt(kwargs, hints, encoded.get("image"))
+        elif pruned:
+            tokens = ids if ids is not None else embeds
+            call = Continuation(cache, tokens, kwargs.get("attention_mask"))
+            kwargs["position_ids"] = call.place(kwargs.get("position_ids"))
+        else:
+            call = self._open_merged(kwargs, hints, embeds) if ids is None and embeds is not None else None
+            if call is None and (cache is None or cache.get_seq_length() == 0):
+                self.run.report("pruning", Report(images=False))
+        if call is None:
+            return (), kwargs
+        self.follow()
+        if isinstance(call, Prompt):
+            call.outer = self.tape.waiting
+            self.tape.waiting = weakref.ref(call)
+        return (), {**kwargs, KEYWORD: call}
 
     def after_model(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        """Forget the call, also if it failed."""
-        self.call = None
+        """See to it that the language model met the call."""
+        call = kwargs.get(KEYWORD)
+        if isinstance(call, Call) and output is not None and not call.has_entered:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} hands no keyword arguments to its language model, by which vltok tells it "
+                "what was pruned; remove the handle"
+            )
 
-    def _open_prompt(self, module: nn.Module, kwargs: dict, encoded: object | None) -> Prompt:
-        mask, ids, cache = kwargs.get("attention_mask"), kwargs.get("input_ids"), cache_in(kwargs)
-        if getattr(cache, "is_compileable", False):
-            raise UnsupportedInputError(
-                f"{type(cache).__name__} reserves room for every token of the prompt, so pruning can't shorten it; use "
-                "the default dynamic cache, or remove the handle"
-            )
-        if cache is not None and cache.get_seq_length() > 0:
-            raise UnsupportedInputError(
-                "images can't be pruned on top of a filled KV cache (an earlier turn, or a chunked prefill); send the "
-                "whole conversation with a fresh cache"
-            )
-        if mask is not None and not (isinstance(mask, torch.Tensor) and mask.dim() == 2):
-            raise UnsupportedInputError(
-                "pruning needs a two-dimensional attention_mask (batch, length), or none; a ready-made attention map "
-                "can't be shortened"
-            )
-        placeholder = self.family.image_token_id(module)
+    def _open_prompt(self, kwargs: dict, hints: Hints | None, encoded: Any) -> Prompt:
+        ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         if ids is not None:
-            visual = ids == placeholder
+            visual = torch.isin(ids, torch.tensor(self.family.marks(self.model), device=ids.device))
         else:
-            embeds = kwargs["inputs_embeds"]
-            visual = (embeds == module.get_input_embeddings()(torch.tensor(placeholder, device=embeds.device))).all(-1)
-        attended = torch.ones_like(visual) if mask is None else mask.to(visual.device).bool()
+            table = self.model.get_input_embeddings()
+            rows = table(torch.tensor(self.family.marks(self.model), device=embeds.device))
+            visual = (embeds.unsqueeze(-2) == rows).all(-1).any(-1)
+        prompt = self._prompt(kwargs, hints, visual)
+        prompt.encoded = encoded
+        return prompt
+
+    def _open_merged(self, kwargs: dict, hints: Hints | None, embeds: torch.Tensor) -> Prompt | None:
+        """A prompt whose pictures the caller encoded and merged into the embeddings, or None if it has none."""
+        found = self.recent.find(embeds)
+        if not any(found):
+            return None
+        visual = torch.zeros(embeds.shape[:2], dtype=torch.bool)
+        pictures: list[Picture] = []
+        start = 0
+        for row, entries in enumerate(found):
+            end = None  # of the last picture of this row, which a further tile may go on
+            for each in entries:
+                length = each.length
+                visual[row, each.position : each.position + length] = True
+                last = pictures[-1] if pictures else None
+                goes_on = self.family.unit == "run" and end == each.position and last.encoding is each.encoding
+                if goes_on and last.entries.stop == each.entry:
+                    tiles = range(last.entries.start, each.entry + 1)
+                    pictures[-1] = Picture(row, last.start, last.length + length, each.encoding, tiles)
+                else:
+                    pictures.append(Picture(row, start, length, each.encoding, range(each.entry, each.entry + 1)))
+                start, end = start + length, each.position + length
+        prompt = self._prompt(kwargs, hints, visual)
+        prompt.pictures = pictures
+        return prompt
+
+    def _prompt(self, kwargs: dict, hints: Hints | None, visual: torch.Tensor) -> Prompt:
+        mask, cache = kwargs.get("attention_mask"), cache_in(kwargs)
+        check_cache(cache)
+        base = 0 if cache is None else cache.get_seq_length()
+        attended = call_attends(mask, visual, base)
         visual, attended = torch.stack([visual, attended]).cpu()
         if (visual & ~attended).any():
             raise UnsupportedInputError("attention_mask hides image placeholders; it may hide padding only")
-        return Prompt(model=module, ids=ids, visual=visual, attended=attended, encoded=encoded)
-
-    def before_language_model(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        """Stage 1: let only the kept tokens in."""
-        if self.call is None and PrunedCache.of(cache_in(kwargs)) is not None:
-            raise UnsupportedInputError("a pruned KV cache must be continued through the whole model")
-        if not isinstance(self.call, Prompt):
-            return None
-        prompt, embeds = self.call, kwargs["inputs_embeds"]
-        prompt.group = [0] * len(module.layers)
-        prompt.dropped = torch.zeros(len(embeds), dtype=torch.bool)
-        prompt.select(embeds, self.family, self.recorder.encoding, self.selector)
-        layout = prompt.layouts[0]
-        reindex = self.selector is not None and self.selector.positions == "reindex"
-        # The mask is passed even where it hides nothing: without it, gaps in the positions read as packed sequences.
-        kept = {
-            "inputs_embeds": layout.pack(embeds),
-            "attention_mask": layout.real.long(),
-            "position_ids": prompt.place(kwargs.get("position_ids"), reindex),
-        }
-        return args, {**kwargs, **kept}
-
-    def after_language_model(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        """Put every hidden state back to the positions of the prompt, and leave the record on the cache."""
-        prompt = self.call
-        if not isinstance(prompt, Prompt):
-            return None
-        layouts = [prompt.layouts[group] for group in (0, *prompt.group)]
-        output.last_hidden_state = layouts[-1].unpack(output.last_hidden_state)
-        if output.hidden_states is not None:
-            output.hidden_states = tuple(
-                state if state is None else layout.unpack(state)
-                for layout, state in zip(layouts, output.hidden_states, strict=True)
-            )
-        cache = getattr(output, CACHE)
-        if cache is not None and cache.get_seq_length() > 0:
-            PrunedCache(
-                length=prompt.visual.shape[1],
-                next_position=prompt.next_position,
-                shift=prompt.shift,
-                prompt_length=prompt.layouts[0].order.shape[1],
-                real=[
-                    None if (counts == counts.max()).all() else layout.real
-                    for layout, counts in zip(prompt.layouts, prompt.counts, strict=True)
-                ],
-                group=prompt.group,
-                entries=[layout.order.shape[1] for layout in prompt.layouts],
-            ).keep_on(cache)
-        resent = prompt.encoded is not None and prompt.ids is not None
-        if self.judge is not None and resent and not self._is_decided(prompt):
-            self._decided = Decided(weakref.ref(prompt.encoded), prompt.ids, prompt.decisions)
-        self.run.report("pruning", prompt.report(cache))
-        return output
-
-    def after_attention(self, index: int, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        """Stage 2: look at the attention of layer `index` and decide whether visual tokens stay."""
-        prompt = self.call
-        if not isinstance(prompt, Prompt) or index in prompt.decisions:
-            return
-        if self._is_decided(prompt):
-            prompt.drop_visual(index, self._decided.decisions[index])
-            return
-        layout = prompt.layouts[prompt.group[index]]
-        text = prompt.attended & ~prompt.visual & (prompt.visual.cumsum(1) > 0)
-        is_visual, is_text = (layout.pack(mask.to(layout.order.device)) & layout.real for mask in (prompt.visual, text))
-        mass = _attention_mass(module, args, kwargs, torch.stack([is_visual, is_text], dim=-1))
-        decision = torch.stack([value.float() for value in self.judge.judge(mass, is_visual, is_text)])
-        prompt.drop_visual(index, decision.cpu())
-
-    def _is_decided(self, prompt: Prompt) -> bool:
-        return self._decided is not None and self._decided.about(prompt)
-
-    def before_layer(self, index: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        """Give a decoder layer the rows, rotary tables and mask of its layout."""
-        call = self.call
-        if call is None:
-            return None
-        if isinstance(call, Continuation):
-            group, real = call.cache.group[index], call.cache.real[call.cache.group[index]]
-            hidden = args[0] if args else kwargs["hidden_states"]
-        else:
-            kwargs = {**kwargs, "position_ids": None}  # rotary tables are made; flash attention would look for gaps
-            group, layout = call.group[index], call.layouts[call.group[index]]
-            hidden, real = args[0] if args else kwargs["hidden_states"], layout.real
-            if group > 0:
-                before = call.layouts[call.group[index - 1]]
-                if before is not layout:
-                    hidden = _rows(hidden, layout.within(before))
-                slots = layout.within(call.layouts[0])
-                kwargs["position_embeddings"] = tuple(_rows(table, slots) for table in kwargs["position_embeddings"])
-        if group > 0:
-            if group not in call.masks:
-                call.masks[group] = create_causal_mask(
-                    config=module.self_attn.config,
-                    inputs_embeds=hidden,
-                    attention_mask=real,
-                    layer_idx=index,
-                    **{CACHE: cache_in(kwargs)},
-                )
-            kwargs = {**kwargs, "attention_mask": call.masks[group]}
-        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
-
-
-def _continue(kwargs: dict, record: PrunedCache) -> Continuation:
-    """Translate mask and positions of tokens that arrive on top of a pruned cache."""
-    tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
-    batch, count = tokens.shape[:2]
-    record.follow(cache_in(kwargs).get_seq_length(), batch)
-    mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
-    fits = mask is None or (mask.dim() == 2 and mask.shape[1] == record.length + count)
-    if fits and positions is not None:
-        expected = record.next_position if record.shift is None else record.next_position + record.shift
-        fits = bool((next_position(positions[..., :1]) == expected.to(positions.device) + 1).all())
-    if not fits:
-        raise UnsupportedInputError(
-            f"{count} tokens came for a pruned KV cache that stands for {record.length} tokens, but attention_mask or "
-            "position_ids say otherwise; generate() can't take up a pruned cache (it counts entries, not tokens): send "
-            "the whole conversation with a fresh cache, or call the model with the new tokens only"
+        prompt = Prompt(
+            self, self.model, cache, base, mask, kwargs.get("input_ids"), visual, attended, hints or Hints()
         )
-    if positions is None:
-        steps = torch.arange(count, device=record.next_position.device)
-        kwargs["position_ids"] = record.next_position.unsqueeze(-1) + steps
-    elif record.shift is not None:
-        kwargs["position_ids"] = positions - record.shift.to(positions.device).unsqueeze(-1)
-    record.extend(None if mask is None else mask[:, -count:].bool(), count)
-    kwargs["attention_mask"] = record.real[0]
-    return Continuation(record)
+        prompt.selector = None if self.selector is None else self.run.current(self.selector)
+        prompt.rule = None if self.rule is None else self.run.current(self.rule)
+        return prompt
+
+    def find_pictures(self, prompt: Prompt) -> None:
+        """Say which encoded entries are the pictures of a prompt; leaves them in the prompt.
+
+        Raises:
+            UnsupportedInputError: If they don't fit its placeholders, or nothing is known of them.
+        """
+        if prompt.pictures:
+            return
+        entries, sources = None, None
+        if prompt.encoded is not None:
+            prompt.encoding = record_of(prompt.encoded)
+            entries = entries_of(prompt.encoded)
+            if prompt.encoding is not None and entries is not None:
+                given, known = sum(map(len, entries)), sum(prompt.encoding.lengths)
+                if known == 0 or given % known:  # somebody cut them since
+                    prompt.encoding = None
+        encoding = prompt.encoding
+        if encoding is None:
+            sources = self._recognise(entries)
+        if sources is not None:
+            lengths = [each.length for each in sources]
+        else:
+            lengths = [len(entry) for entry in entries] if encoding is None else encoding.lengths
+        for repeat in (n for n in range(1, len(prompt.visual) + 1) if len(prompt.visual) % n == 0):
+            rows = prompt.visual[::repeat]
+            if torch.equal(rows.repeat_interleave(repeat, 0), prompt.visual):
+                pictures = find_pictures(self.family.unit, encoding, lengths, rows)
+                if pictures is not None:
+                    prompt.pictures = [_trace(each, sources) if sources else each for each in pictures]
+                    prompt.repeat = repeat
+                    return
+        raise UnsupportedInputError(
+            f"the prompts have {prompt.visual.sum(1).tolist()} image placeholders, which don't fit the encoded images, "
+            f"of {lengths} tokens; pass the images of these very prompts. With prefill_chunk_size, a chunk may not cut "
+            "an image: use a larger one, or None"
+        )
+
+    def _recognise(self, entries: list[torch.Tensor] | None) -> list[Found] | None:
+        """Where features that lost their record come from, seen by their rows; None if they were never seen."""
+        if not entries:
+            raise UnsupportedInputError(
+                "the images of this prompt were not encoded by the model while the method was on it, and their "
+                "features are not to be seen; pass pixel_values"
+            )
+        features = torch.cat(entries)
+        found = self.recent.find(features.unsqueeze(0))[0]
+        if not found and not self.recent.knows_any(features):
+            return None
+        if sum(each.length for each in found) != len(features):
+            raise UnsupportedInputError(
+                "the encoded images of this prompt were cut, so that some are there in part only. prefill_chunk_size "
+                "does that: use a chunk size with which no image is cut, or None"
+            )
+        return found
 
 
-def _rows(x: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """Take rows of (1 | B, S, C) by slots (B, P)."""
-    slots = slots.to(x.device)
-    x = x.expand(len(slots), -1, -1)
-    return x.gather(1, slots.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+def _trace(picture: Picture, sources: list[Found]) -> Picture:
+    """A picture made of features that were found again, with what is known of these."""
+    own = sources[picture.entries.start : picture.entries.stop]
+    entries = range(own[0].entry, own[0].entry + len(own))
+    is_one = all(each.encoding is own[0].encoding for each in own) and [each.entry for each in own] == list(entries)
+    return replace(picture, encoding=own[0].encoding if is_one else None, entries=entries)
 
 
-@torch.no_grad()
-def _attention_mass(module: nn.Module, args: tuple, kwargs: dict, columns: torch.Tensor) -> torch.Tensor:
-    """Run an attention layer once more with indicator values: how much each row attends to each group of keys.
+def before_head(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Tell the model under a head where answers and guesses begin."""
+    kwargs = bind(module, args, kwargs)
+    labels, wanted = kwargs.get("labels"), kwargs.get("logits_to_keep")
+    # generate() makes the cache before the first call; with a draft model it then asks for the logits of all guesses.
+    guesses = wanted - 1 if isinstance(wanted, int) and wanted > 1 and cache_in(kwargs) is not None else 0
+    if labels is not None or guesses:
+        kwargs[KEYWORD] = Hints(labels, guesses)
+    return (), kwargs
 
-    Args:
-        module: The attention of a decoder layer.
-        args: Its arguments in the forward that just ran.
-        kwargs: Its keyword arguments there.
-        columns: The groups of keys, (B, S, G), bool.
 
-    Returns:
-        Attention mass, (B, S, G), float32, mean over the heads.
-    """
-    seen: list[torch.Tensor] = []
+def bind(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """All arguments of a forward by keyword."""
+    kwargs = dict(kwargs)
+    if args:
+        kwargs.update(zip(inspect.signature(module.forward).parameters, args, strict=False))
+    return kwargs
 
-    def replace(layer: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
-        width = module.head_dim
-        return indicator_values(columns.to(output.device), output.shape[-1] // width, width, output.dtype)
 
-    def read(layer: nn.Module, inputs: tuple) -> None:
-        seen.append(inputs[0])
+def call_attends(mask: Any, visual: torch.Tensor, base: int) -> torch.Tensor:
+    """What is no padding among the tokens that came, (B, T), bool, where `visual` is."""
+    length = visual.shape[1]
+    maps = [mask] if isinstance(mask, torch.Tensor) else list(mask.values()) if isinstance(mask, dict) else []
+    maps = [each for each in maps if isinstance(each, torch.Tensor)]
+    if not maps:
+        return torch.ones_like(visual)
+    if maps[0].dim() == 2:
+        attended = maps[0][:, base:].bool()
+        if attended.shape[1] != length:
+            return torch.ones_like(visual)  # the call says what is wrong
+    elif maps[0].dim() == 4:
+        attended = torch.stack([seen_by_any(each, length).expand_as(visual) for each in maps]).any(0)
+    else:
+        raise UnsupportedInputError(
+            f"attention_mask must be (batch, length) or ready-made maps (batch, 1, length, length), got "
+            f"{tuple(maps[0].shape)}"
+        )
+    return attended.to(visual.device).expand_as(visual)
 
-    hooks = [module.v_proj.register_forward_hook(replace), module.o_proj.register_forward_pre_hook(read)]
-    training, module.training = module.training, False  # no attention dropout here
-    try:
-        module.forward(*args, **{**kwargs, CACHE: None})
-    finally:
-        module.training = training
-        for hook in hooks:
-            hook.remove()
-    return attention_mass(seen[0], module.head_dim, columns.shape[-1])
+
+def _sweep(model: nn.Module) -> None:
+    """Take off hooks that came into the model with copies of hooked parts, as adapters make them."""
+    ours = {before_decoder, after_decoder, before_layer, after_attention}
+    for module in model.modules():
+        for table in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in table.items() if getattr(hook, "func", hook) in ours]:
+                del table[key]
+
+
+def _has(module: nn.Module, hooks: tuple[Any, Any]) -> bool:
+    """Whether a module has one of these hooks: functions, perhaps with a layer's number, so copies are equal."""
+    wanted = {_mark(hook) for hook in hooks if hook is not None}
+    present = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return any(_mark(hook) in wanted for hook in present)
+
+
+def _mark(hook: Any) -> Any:
+    return (hook.func, hook.args) if isinstance(hook, partial) else hook

@@ -6,6 +6,8 @@ import torch
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_weight
 
+from vltok.kernels.transforms import is_transformed
+
 FAST = 3  # columns of a kernel up to which oneDNN has fast code for its gradient
 
 
@@ -22,7 +24,8 @@ def depthwise_conv2d(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     Returns:
         Feature maps, (B, C, H, W).
     """
-    if x.device.type == "cpu" and weight.shape[-1] > FAST and weight.requires_grad:
+    is_slow = x.device.type == "cpu" and weight.shape[-1] > FAST and weight.requires_grad
+    if is_slow and not is_transformed(x, weight):
         return _Depthwise.apply(x, weight)
     return F.conv2d(x, weight, padding=weight.shape[-1] // 2, groups=weight.shape[0])
 

@@ -1,6 +1,6 @@
-"""Products with a Gaussian kernel matrix as Triton kernels: the twin of `vltok.kernels.gaussian` for CUDA devices.
+"""Products with a Gaussian kernel matrix as Triton kernels: the twin of `vltok.kernels.gaussian_mix` on CUDA devices.
 
-Import it only where Triton is installed; `gaussian_product` does so when it is asked for this backend. One kernel sums
+Import it only where Triton is installed; `gaussian_mix` does so when it is asked for this backend. One kernel sums
 over the columns of the kernel matrix for some of its rows. The product, and each gradient by exchanging the two sets of
 tokens, is such a sum. Partial sums are added in a fixed order, so that results don't change from run to run.
 """
@@ -11,40 +11,54 @@ import torch
 import triton
 import triton.language as tl
 
-from vltok.kernels import gaussian
-
 TILE = 2**12  # numbers in a block of tokens: products hold their operands in registers, more would overflow
 PROGRAMS = 1024  # as many keep a large GPU busy; rows that make fewer have their columns split between programs
 SHORTEST = 256  # columns that a program sums at least, lest there be more to add up than to compute
 
 
-def apply(a: torch.Tensor, b: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """K(a, b) values for (B, N, d), (B, M, d), (B, M, e), float32, d and e at most `WIDEST` -> (B, N, e)."""
-    if not _is_filled(a, b, values):
-        return gaussian.apply(a, b, values)
+def forward(
+    query: torch.Tensor, landmarks: torch.Tensor, values: torch.Tensor, weight: torch.Tensor, columns: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `vltok.kernels.gaussian_mix.forward`, for float32 tensors that are not empty, d and e at most `WIDEST`."""
+    m = landmarks.shape[1]
+    gathered = torch.cat([product(landmarks, query, values), columns.mT @ values], 1)
+    mixed = weight @ gathered
+    return product(query, landmarks, mixed[:, :m]).baddbmm_(columns, mixed[:, m:]), gathered
+
+
+def backward(
+    query: torch.Tensor,
+    landmarks: torch.Tensor,
+    values: torch.Tensor,
+    weight: torch.Tensor,
+    columns: torch.Tensor,
+    gathered: torch.Tensor,
+    grad: torch.Tensor,
+) -> list[torch.Tensor]:
+    """As `vltok.kernels.gaussian_mix.backward`; E is summed as two matrices, (g (W K^T V)^T) * K and (V u^T) * K."""
+    m = landmarks.shape[1]
+    received = torch.cat([product(landmarks, query, grad), columns.mT @ grad], 1)
+    mixed, back = weight @ gathered, weight.mT @ received
+    near_mixed, near_back = mixed[:, :m], back[:, :m]
+    _, grad_query = _sums(query, landmarks, grad, near_mixed, weighted=False, pulled=True)
+    grad_values, more_query = _sums(query, landmarks, values, near_back, weighted=True, pulled=True)
+    _, grad_landmarks = _sums(landmarks, query, near_mixed, grad, weighted=False, pulled=True)
+    _, more_landmarks = _sums(landmarks, query, near_back, values, weighted=False, pulled=True)
+    grad_values.baddbmm_(columns, back[:, m:])
+    grad_columns = torch.baddbmm(grad @ mixed[:, m:].mT, values, back[:, m:].mT)
+    return [
+        grad_query.add_(more_query),
+        grad_landmarks.add_(more_landmarks),
+        grad_values,
+        received @ gathered.mT,
+        grad_columns,
+    ]
+
+
+def product(a: torch.Tensor, b: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """K(a, b) values for (B, N, d), (B, M, d), (B, M, e) -> (B, N, e)."""
     out, _ = _sums(a, b, None, values, weighted=True, pulled=False)
     return out
-
-
-def grad(
-    a: torch.Tensor, b: torch.Tensor, values: torch.Tensor, grad_out: torch.Tensor, needed: list[bool]
-) -> list[torch.Tensor]:
-    """Gradients of a, b and values, those that are `needed`, given that of the product, (B, N, e).
-
-    With E = (grad_out values^T) * K they are E b - rowsum(E) a, E^T a - colsum(E) b and K^T grad_out.
-    """
-    if not _is_filled(a, b, values):
-        return gaussian.grad(a, b, values, grad_out, needed)
-    grad_a = grad_b = grad_values = None
-    if needed[0]:
-        _, grad_a = _sums(a, b, grad_out, values, weighted=False, pulled=True)
-    if needed[1] or needed[2]:
-        grad_values, grad_b = _sums(b, a, values, grad_out, weighted=needed[2], pulled=needed[1])
-    return [x for x in (grad_a, grad_b, grad_values) if x is not None]
-
-
-def _is_filled(a: torch.Tensor, b: torch.Tensor, values: torch.Tensor) -> bool:
-    return min(a.numel(), b.numel(), values.numel()) > 0
 
 
 def _sums(

@@ -2,7 +2,7 @@
 
 from vltok.methods.adl import ADL
 from vltok.methods.condensing import TokenPacker
-from vltok.methods.pruning import DivPrune, FasterVLM, RandomTokens, Selector, StrideTokens, ToDRE
+from vltok.methods.pruning import DecoderRule, DivPrune, FasterVLM, RandomTokens, Selector, StrideTokens, ToDRE
 from vltok.methods.soft import SOFT
 from vltok.methods.tap import TAP
 
@@ -10,6 +10,7 @@ __all__ = [
     "ADL",
     "SOFT",
     "TAP",
+    "DecoderRule",
     "DivPrune",
     "FasterVLM",
     "RandomTokens",

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from vltok.checks import check_finite, weight_faults
 from vltok.errors import CheckpointError
 
 
@@ -20,16 +21,10 @@ def load_weights(module: nn.Module, weights: Mapping[str, torch.Tensor], title: 
     """Give a module (on the meta device) copies of its weights, in their dtype and on their device.
 
     Raises:
-        CheckpointError: If weights are missing, unexpected or of the wrong shape; the message lists them.
+        CheckpointError: If weights are missing, unexpected, of the wrong shape or kind, or not finite.
     """
-    expected = module.state_dict()
-    problems = [f"missing {', '.join(names)}" for names in [sorted(expected.keys() - weights.keys())] if names]
-    problems += [f"unexpected {', '.join(names)}" for names in [sorted(weights.keys() - expected.keys())] if names]
-    problems += [
-        f"{name} has shape {tuple(weights[name].shape)}, expected {tuple(value.shape)}"
-        for name, value in expected.items()
-        if name in weights and weights[name].shape != value.shape
-    ]
-    if problems:
-        raise CheckpointError(f"these are not the weights of {title}: {'; '.join(problems)}")
+    if faults := weight_faults(weights, module.state_dict()):
+        raise CheckpointError(f"these are not the weights of {title}: {faults}")
+    for name, value in weights.items():
+        check_finite(name, value, "what was given")
     module.load_state_dict({name: value.clone() for name, value in weights.items()}, assign=True)

@@ -12,7 +12,8 @@ from timm.layers import DropPath, Mlp
 from torch import nn
 from torch.nn import functional as F
 
-from vltok.methods.soft.attention import Grid, SoftmaxFreeAttention
+from vltok.methods.soft.attention import SoftmaxFreeAttention
+from vltok.tokens import Grid
 
 STEM_WIDTH = 32
 

@@ -15,8 +15,10 @@ from timm.layers import calculate_drop_path_rates, get_device_dtype, resample_ab
 from timm.models import checkpoint
 from torch import nn
 
-from vltok.methods.soft.attention import Grid, SoftmaxFreeAttention
+from vltok.checks import check_choice, check_integer, is_number
+from vltok.methods.soft.attention import SoftmaxFreeAttention
 from vltok.models.soft_layers import PatchEmbed, SoftBlock, SoftmaxBlock
+from vltok.tokens import Grid
 
 STAGES = 4
 POOLS = ("token", "avg", "")
@@ -53,7 +55,7 @@ class SoftTransformer(nn.Module):
         drop_path_rate: Stochastic depth of the last block, in [0, 1); it grows linearly from 0 at the first.
         normalize: Whether it is SOFT-Norm.
         parity: Compute what the released code computes, see above.
-        backend: What computes the kernel products, see `vltok.kernels.gaussian.gaussian_product`.
+        backend: What computes the kernel products, see `vltok.kernels.gaussian_mix.gaussian_mix`.
 
     Raises:
         ValueError: If a setting is out of range, or not one number for each stage.
@@ -83,7 +85,7 @@ class SoftTransformer(nn.Module):
         _check_stages(STAGES - 1, ratios=ratios, conv_sizes=conv_sizes)
         if any(dim % heads for dim, heads in zip(embed_dims, num_heads, strict=True)):
             raise ValueError(f"num_heads must divide embed_dims, got {tuple(num_heads)} and {tuple(embed_dims)}")
-        if not 0 <= drop_path_rate < 1:
+        if not is_number(drop_path_rate) or not 0 <= drop_path_rate < 1:
             raise ValueError(f"drop_path_rate must be in [0, 1), got {drop_path_rate}")
         self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         self.in_chans = in_chans
@@ -275,7 +277,7 @@ class SoftTransformer(nn.Module):
         name = f"pos_embed{number}"
         made_for, prefix = self.position_grids()[name]
         if prefix:
-            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
         x = x + resample_abs_pos_embed(getattr(self, name), grid, made_for, prefix, "bilinear", antialias=False)
         for block in getattr(self, f"block{number}"):
             x = checkpoint(block, x, grid) if self.grad_checkpointing else block(x, grid)
@@ -307,11 +309,12 @@ def _check_stages(count: int = STAGES, **settings: Sequence[int]) -> None:
     for name, values in settings.items():
         if len(values) != count or min(values) < 1:
             raise ValueError(f"{name} must be {count} numbers of at least 1, got {tuple(values)}")
+        for value in values:
+            check_integer(name, value, least=1)
 
 
 def _checked_pool(global_pool: str) -> str:
-    if global_pool not in POOLS:
-        raise ValueError(f"global_pool must be one of {POOLS}, got {global_pool!r}")
+    check_choice("global_pool", global_pool, POOLS)
     return global_pool
 
 

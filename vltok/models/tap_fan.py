@@ -25,9 +25,10 @@ from timm.models.xcit import LPI, ClassAttentionBlock, PositionalEncodingFourier
 from torch import nn
 from torch.nn import functional as F
 
-from vltok.methods.tap.pooling import Grid, TokenAwareAveragePooling
+from vltok.methods.tap.pooling import TokenAwareAveragePooling
 from vltok.models.tap_layers import TapBackbone, check_settings, released_weights
 from vltok.models.weights import check_weights
+from vltok.tokens import Grid
 
 NAME = "tap_fan_base_16_p4_hybrid"
 default_cfgs = generate_default_cfgs(

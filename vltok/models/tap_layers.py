@@ -15,8 +15,9 @@ from timm.models import clean_state_dict
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from vltok.methods.tap.pooling import Grid
+from vltok.checks import check_choice, check_integer
 from vltok.recompute import is_recomputing, statistics_kept
+from vltok.tokens import Grid
 
 
 class TapBackbone(nn.Module):
@@ -79,8 +80,7 @@ class TapBackbone(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Put a new classifier in place: `num_classes` and `global_pool` as for the constructor, None keeps it."""
         global_pool = self.global_pool if global_pool is None else global_pool
-        if global_pool not in self.pools:
-            raise ValueError(f"global_pool must be one of {self.pools}, got {global_pool!r}")
+        check_choice("global_pool", global_pool, self.pools)
         self.num_classes = num_classes
         self.global_pool = global_pool
         self.head = nn.Identity()
@@ -195,10 +195,14 @@ class TapBackbone(nn.Module):
 
 
 def check_settings(drop_path_rate: float, embed_dim: int, num_heads: int, **counts: int) -> None:
-    """Raise ValueError if a setting of a backbone is out of range; `counts` must be at least 1."""
+    """Check settings of a backbone; `counts` must be at least 1.
+
+    Raises:
+        TypeError: If a count is not an integer.
+        ValueError: If a setting is out of range.
+    """
     for name, value in {"embed_dim": embed_dim, "num_heads": num_heads, **counts}.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+        check_integer(name, value, 1)
     if embed_dim % num_heads:
         raise ValueError(f"num_heads must divide embed_dim, got {num_heads} and {embed_dim}")
     if not 0 <= drop_path_rate < 1:

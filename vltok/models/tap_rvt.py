@@ -23,9 +23,10 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import nn
 from torch.nn import functional as F
 
-from vltok.methods.tap.pooling import Grid, TokenAwareAveragePooling
+from vltok.methods.tap.pooling import TokenAwareAveragePooling
 from vltok.models.tap_layers import TapBackbone, check_settings, check_size, released_weights
 from vltok.models.weights import check_weights
+from vltok.tokens import Grid
 
 NAME = "tap_rvt_base_plus"
 STEM_WIDTH = 32

@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from vltok.api import Handle
 from vltok.errors import CheckpointError
-from vltok.serialization import WEIGHTS_FILE, added_state_dict, copy_weights, write_folder
+from vltok.files import check_weights, copy_weights, read_weights
+from vltok.serialization import WEIGHTS_FILE, added_state_dict, write_folder
 
 ADAPTER, MODEL = "adapter", "model"
 
@@ -66,39 +66,33 @@ class TrainedWeights:
             self.handle.processor.save_pretrained(folder / MODEL)
 
     def load(self, folder: str | Path) -> None:
-        """Read them back into the model.
+        """Read them back into the model, all or none.
 
         Raises:
             CheckpointError: If the folder doesn't hold the weights of this model, or not those that train now.
         """
         folder = Path(folder)
-        found = _read(folder / ADAPTER / WEIGHTS_FILE) if self.added else {}
         state = self.model.state_dict()
-        copy_weights({name: state[full] for name, full in self.added.items()}, found, folder / ADAPTER)
+        added = {name: state[full] for name, full in self.added.items()}
+        found = read_weights([folder / ADAPTER / WEIGHTS_FILE]) if added else {}
+        check_weights(added, found, folder / ADAPTER)
         if (folder / MODEL).is_dir() == self.only_added:
             raise CheckpointError(
                 f"{folder} was written when {'more than' if self.only_added else 'nothing but'} what the methods added "
                 "was trained; resume with the same parts to train"
             )
-        if self.only_added:
-            return
-        found = _read(*sorted((folder / MODEL).glob("*.safetensors")))
+        if not self.only_added:
+            others = read_weights(sorted((folder / MODEL).glob("*.safetensors")))
+            copy_weights(self._beside_added(state, others), others, folder / MODEL)
+        copy_weights(added, found, folder / ADAPTER)
+
+    def _beside_added(
+        self, state: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """The weights of the model that its own file must hold, given what it does hold."""
         if is_lora(self.model):
             from peft import get_peft_model_state_dict
 
-            copy_weights(get_peft_model_state_dict(self.model, save_embedding_layers=False), found, folder / MODEL)
-            return
+            return get_peft_model_state_dict(self.model, save_embedding_layers=False)
         held = {state[name].data_ptr() for name in found if name in state}  # files hold tied weights once
-        expected = {name: tensor for name, tensor in state.items() if name in found or tensor.data_ptr() not in held}
-        copy_weights(expected, found, folder / MODEL)
-
-
-def _read(*files: Path) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
-    for path in files:
-        try:
-            with safe_open(path, framework="pt") as file:
-                found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        except (SafetensorError, FileNotFoundError) as error:
-            raise CheckpointError(f"{path} can't be read: {error}") from error
-    return found
+        return {name: tensor for name, tensor in state.items() if name in found or tensor.data_ptr() not in held}

@@ -15,12 +15,13 @@ from transformers.utils import is_torch_bf16_gpu_available
 from vltok.api import Handle, apply
 from vltok.engine.guard import CONFIG_FIELD
 from vltok.errors import VltokError
+from vltok.files import find_model
 from vltok.method import Method
 from vltok.processing import TokenPackerHDProcessor
 from vltok.serialization import CONFIG_FILE, from_pretrained, load
 from vltok.train.collator import Collator
 from vltok.train.data import Conversations
-from vltok.train.recipe import RECIPES
+from vltok.train.recipe import CHECKPOINTING, RECIPES
 from vltok.train.trainable import add_lora, set_trainable
 from vltok.train.trainer import VltokTrainer
 
@@ -124,7 +125,7 @@ def main(
     plan = RECIPES[recipe]
     low = _pick_dtype(dtype)
     given = {"learning_rate": lr, "num_train_epochs": epochs, "max_steps": max_steps, "bf16": low == torch.bfloat16}
-    given |= {"dataloader_num_workers": num_workers, "activation_checkpointing": checkpointing}
+    given |= {"dataloader_num_workers": num_workers, CHECKPOINTING: checkpointing}
     given |= {"seed": seed, "save_steps": save_steps}
     if eval_data is not None:
         given |= {"eval_strategy": "steps", "eval_steps": eval_steps or save_steps}
@@ -191,13 +192,14 @@ def load_handle(model: str, methods: list[str], dtype: torch.dtype, download: bo
     """
     local = not download
     try:
-        config = AutoConfig.from_pretrained(model, local_files_only=local)
+        place = find_model(model, download)
+        config = AutoConfig.from_pretrained(place, local_files_only=local)
         if hasattr(config, CONFIG_FIELD):
             if methods:
                 raise ValueError(f"{model} was saved with methods on it; leave out --method to go on with them")
-            return from_pretrained(model, dtype=dtype)
-        loaded = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype, local_files_only=local)
-        processor = AutoProcessor.from_pretrained(model, local_files_only=local)
+            return from_pretrained(place, dtype=dtype)
+        loaded = AutoModelForImageTextToText.from_pretrained(place, dtype=dtype, local_files_only=local)
+        processor = AutoProcessor.from_pretrained(place, local_files_only=local)
     except OSError as error:
         raise OSError(
             f"{model} is not here: give the folder of a model, or fetch it from the hub with --download\n({error})"

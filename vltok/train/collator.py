@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from vltok.train.data import BadImageError, Sample, SampleError, open_image, pad_square, read_sample
 from vltok.train.labels import IGNORE, AlignmentError, PictureRun, label_tokens, tokens_in
-from vltok.train.prompt import Prompt, PromptWriter, Style
+from vltok.train.prompt import PromptText, PromptWriter, Style
 
 logger = logging.getLogger(__name__)
 OnFault = Literal["raise", "drop"]
@@ -131,7 +131,7 @@ class Collator:
             self._drop("too long", message)
         return encoded
 
-    def _fit(self, prompt: Prompt, images: list[Image.Image], name: str) -> _Encoded:
+    def _fit(self, prompt: PromptText, images: list[Image.Image], name: str) -> _Encoded:
         encoded = self._tokenise(prompt, images, name)
         if len(encoded.labels) <= self.max_length:
             return encoded
@@ -141,11 +141,11 @@ class Collator:
             stop = _find(prompt.text, self.processor.image_token, keep)
             places = tuple((first, min(last, stop)) for first, last in prompt.answers if first < stop)
             before = prompt.text[:stop] if prompt.text[:stop].strip() else self.processor.tokenizer.eos_token
-            encoded = self._tokenise(Prompt(before, places), images[:keep], name)
+            encoded = self._tokenise(PromptText(before, places), images[:keep], name)
         encoded.cut(self.max_length)
         return encoded
 
-    def _tokenise(self, prompt: Prompt, images: list[Image.Image], name: str) -> _Encoded:
+    def _tokenise(self, prompt: PromptText, images: list[Image.Image], name: str) -> _Encoded:
         processor, tokenizer = self.processor, self.processor.tokenizer
         has_bos = tokenizer.bos_token is not None and prompt.text.startswith(tokenizer.bos_token)
         options = {"add_special_tokens": False} if has_bos else {}
@@ -168,7 +168,7 @@ class Collator:
 
     def _append_picture(self, encoded: _Encoded) -> None:
         """Put a grey picture behind a text."""
-        grey = self._tokenise(Prompt(self.processor.image_token, ()), [self._grey_picture()], "the grey picture")
+        grey = self._tokenise(PromptText(self.processor.image_token, ()), [self._grey_picture()], "the grey picture")
         (run,) = grey.runs
         for key, value in grey.features.items():
             own = value[:, run.start : run.stop] if key in TOKEN_KEYS else value

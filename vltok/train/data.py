@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from vltok.errors import VltokError
 
@@ -145,16 +145,16 @@ def _source(item: Any, name: str, folder: Path | None) -> str | Path | bytes | I
 
 
 def open_image(source: str | Path | bytes | Image.Image, name: str) -> Image.Image:
-    """Open and decode a picture as RGB.
+    """Open and decode a picture as RGB, the way up that its EXIF orientation says.
 
     Raises:
         BadImageError: If it is missing or can't be decoded.
     """
     try:
         if isinstance(source, Image.Image):
-            return source.convert("RGB")
+            return ImageOps.exif_transpose(source).convert("RGB")
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            return image.convert("RGB")
+            return ImageOps.exif_transpose(image).convert("RGB")
     except _UNREADABLE as error:
         file = "a picture given as bytes" if isinstance(source, bytes) else str(source)
         raise BadImageError(f"{name}: can't open {file}: {error}") from error
@@ -203,7 +203,7 @@ class Conversations(torch.utils.data.Dataset):
             return cls(datasets.load_from_disk(str(path)), images)
         try:
             records = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise SampleError(f"{path} is not a JSON file: {error}") from error
         if not isinstance(records, list):
             raise SampleError(f"{path} must hold a list of samples, got {type(records).__name__}")

@@ -20,7 +20,7 @@ _MARKS = re.compile("\ue000(\\d+)\ue001")
 
 
 @dataclass(frozen=True)
-class Prompt:
+class PromptText:
     """The text of a conversation, one placeholder of the processor per picture.
 
     Attributes:
@@ -65,7 +65,7 @@ class PromptWriter:
         ends = [token for token in special if token not in (processor.image_token, self.tokenizer.bos_token)]
         self._end = re.compile(rf"\s*(?:{'|'.join(map(re.escape, sorted(ends, key=len, reverse=True)))})")
 
-    def __call__(self, sample: Sample) -> Prompt:
+    def __call__(self, sample: Sample) -> PromptText:
         """Write a conversation.
 
         Raises:
@@ -83,7 +83,7 @@ class PromptWriter:
             )
         return prompt
 
-    def _fill(self, text: str, answers: list[str], name: str) -> Prompt:
+    def _fill(self, text: str, answers: list[str], name: str) -> PromptText:
         """Replace marks by answers, each up to the end-of-turn token that the text has behind the last mark."""
         pieces = _MARKS.split(text)  # text, number, text, number, ..., text
         if pieces[1::2] != [str(index) for index in range(len(answers))]:
@@ -99,7 +99,7 @@ class PromptWriter:
             added = "" if closing else self.tokenizer.eos_token
             places.append((len(before), len(before) + len(answer) + len(closing or added)))
             before += answer + added + rest
-        return Prompt(before, tuple(places))
+        return PromptText(before, tuple(places))
 
     def _chat(self, sample: Sample) -> str:
         asked = self.processor if self.processor.chat_template else self.tokenizer

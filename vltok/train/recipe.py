@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,10 @@ from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
 from vltok.train.prompt import Style
+
+# What versions of transformers call the recomputation of activations: the first from 5.23 on.
+_NAMES = ("activation_checkpointing", "gradient_checkpointing")
+CHECKPOINTING = next(name for name in _NAMES if name in {field.name for field in fields(TrainingArguments)})
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class Recipe:
             per_device_batch: Samples per device and forward pass; by default the recipe's.
             grad_accum: Batches to accumulate per step; by default as many as make the recipe's global batch on the
                 processes that run (WORLD_SIZE).
-            overrides: Any fields of `transformers.TrainingArguments`.
+            overrides: Any fields of `transformers.TrainingArguments`, by their names in any version of it.
 
         Raises:
             ValueError: If no number of accumulated batches makes the global batch.
@@ -83,10 +87,8 @@ class Recipe:
             "weight_decay": self.weight_decay,
             "lr_scheduler_type": "cosine",
             "bf16": not on_cpu and is_torch_bf16_gpu_available(),
-            "activation_checkpointing": True,
-            "activation_checkpointing_kwargs": {
-                "use_reentrant": False
-            },  # the reentrant kind needs inputs with gradients
+            CHECKPOINTING: True,
+            f"{CHECKPOINTING}_kwargs": {"use_reentrant": False},  # the reentrant kind needs inputs with gradients
             "logging_steps": 1,
             "save_steps": 500,
             "save_total_limit": 2,
@@ -94,7 +96,14 @@ class Recipe:
             "report_to": "none",
             "use_cpu": on_cpu,
         }
+        overrides = {_installed_name(name): value for name, value in overrides.items()}
         return TrainingArguments(output_dir=str(output_dir), **settings | overrides)
+
+
+def _installed_name(name: str) -> str:
+    """What the installed transformers calls a field of TrainingArguments."""
+    spelling = next((spelling for spelling in _NAMES if name in (spelling, f"{spelling}_kwargs")), None)
+    return name if spelling is None else CHECKPOINTING + name.removeprefix(spelling)
 
 
 PRETRAIN = Recipe("projector", learning_rate=1e-3, global_batch=256, per_device_batch=32, style="plain")

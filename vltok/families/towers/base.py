@@ -54,6 +54,9 @@ class TowerFamily:
     def check_norm(self, block: nn.Module) -> None:
         """Raise UnsupportedModelError if `first_norm` stands elsewhere than before the attention."""
 
+    def check_patches(self, tower: nn.Module) -> None:
+        """Raise UnsupportedModelError if the tokens of a picture's patches don't all reach the blocks."""
+
     def check_attention(self, tower: nn.Module) -> None:
         """Raise UnsupportedModelError if attention in this tower is more than its attention modules compute."""
 

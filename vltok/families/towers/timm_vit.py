@@ -44,6 +44,13 @@ class VisionTransformer(TowerFamily):
     def guard(self, config: Any) -> dict[str, Any]:
         return {"architecture": ATTENTION_GUARD}
 
+    def check_patches(self, tower: nn.Module) -> None:
+        if rate := getattr(getattr(tower, "patch_drop", None), "prob", 0):
+            raise UnsupportedModelError(
+                f"this vision tower drops patches while it trains (patch_drop_rate={rate}), so that the rest form no "
+                "grid; make it with patch_drop_rate=0, or set model.patch_drop.prob = 0 first"
+            )
+
     def check_norm(self, block: nn.Module) -> None:
         if not any(base.__name__ in self.block_classes for base in type(block).__mro__):
             raise UnsupportedModelError(

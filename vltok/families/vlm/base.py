@@ -8,11 +8,13 @@ import torch
 from torch import nn
 
 from vltok.edits import Edits
-from vltok.engine.features import Encoding, ImageTokens, VisionRecorder
+from vltok.engine.attention import rows_of_tower
+from vltok.engine.features import Encoding, Picture, pixel_keys
+from vltok.engine.parts import attention_of, live
 from vltok.engine.projector import CoarserPatches, swap_projector
 from vltok.errors import UnsupportedModelError
 from vltok.method import Run
-from vltok.views import AttentionRequest, ProjectorSite
+from vltok.views import AttentionKind, AttentionRequest, ProjectorSite
 
 
 class VlmFamily:
@@ -21,12 +23,14 @@ class VlmFamily:
     name: ClassVar[str]
     title: ClassVar[str]
     model_classes: ClassVar[tuple[str, ...]]
+    unit: ClassVar[str] = "entry"  # of the features: what a picture is made of, see `engine.features.find_pictures`
     multi_axis_positions: ClassVar[bool] = False
+    attention_parts: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj")  # what attention in the tower is read from
     patch_counters: ClassVar[tuple[str, ...]] = ()  # methods of the model that count a picture's patches by its config
 
     def tower(self, model: nn.Module) -> nn.Module:
         """The vision tower."""
-        return model.vision_tower
+        return live(model.vision_tower)
 
     def has_cls(self, model: nn.Module) -> bool:
         """Whether the vision tower has a [CLS] token."""
@@ -38,24 +42,35 @@ class VlmFamily:
 
     def check_pruning(self, model: nn.Module) -> None:
         """Raise UnsupportedModelError if the visual tokens of this member can't be pruned."""
-        config = model.language_model.config
-        types = getattr(config, "layer_types", None)
-        sliding = any("full" not in kind for kind in types) if types else getattr(config, "sliding_window", None)
-        if sliding:
-            raise UnsupportedModelError(
-                f"{type(model.language_model).__name__} uses sliding-window or chunked attention, whose windows would "
-                "shift when visual tokens leave; load the model with full attention (sliding_window=None)"
-            )
 
-    def watch_vision(self, edits: Edits, model: nn.Module, recorder: VisionRecorder) -> None:
-        """Let `recorder` see every image that is encoded."""
-        recorder.watch(edits, self.tower(model), model.multi_modal_projector)
+    def decoder(self, model: nn.Module) -> nn.Module:
+        """The decoder that visual tokens enter, with its `layers`."""
+        return model.language_model
 
-    def watch_attention(
-        self, edits: Edits, model: nn.Module, recorder: VisionRecorder, request: AttentionRequest
-    ) -> None:
-        """Let `recorder` read the requested attention."""
-        recorder.watch_attention(edits, self.attention_module(model, request), request)
+    def marks(self, model: nn.Module) -> list[int]:
+        """The ids that stand for visual tokens in prompts."""
+        return [model.config.image_token_id]
+
+    def pixel_keys(self, model: nn.Module, encoding: Encoding, pixels: torch.Tensor) -> torch.Tensor:
+        """A number from the pixels of each entry of the features, (entries,), int64."""
+        return pixel_keys(pixels)
+
+    def read_attention(
+        self, attention: nn.Module, args: tuple, kwargs: dict[str, Any], kind: AttentionKind
+    ) -> torch.Tensor:
+        """Read attention in the tower as its attention module is about to run; by rows, as `rows_of_tower` gives it."""
+        return rows_of_tower(attention, args, kwargs, kind)
+
+    def token_attention(self, model: nn.Module, encoding: Encoding) -> torch.Tensor | None:
+        """The attention that was read, for each visual token of the encoding, (V,), float32.
+
+        -inf where a token stands for no patch, such as the newline tokens of AnyRes layouts.
+        """
+        raise NotImplementedError
+
+    def overview(self, model: nn.Module, encoding: Encoding, picture: Picture) -> torch.Tensor | None:
+        """Which tokens of a picture show the whole of it, (N,), bool; None if all do."""
+        return None
 
     def attention_module(self, model: nn.Module, request: AttentionRequest) -> nn.Module:
         """Find the attention module of a tower layer by its index.
@@ -73,11 +88,14 @@ class VlmFamily:
         layers = max((m for m in tower.modules() if isinstance(m, nn.ModuleList)), key=len)
         if not -len(layers) <= request.layer < len(layers):
             raise ValueError(f"the vision tower has {len(layers)} layers; there is no layer {request.layer}")
-        layer = layers[request.layer]
-        for name in ("self_attn", "attention", "attn"):
-            if hasattr(layer, name):
-                return getattr(layer, name)
-        raise UnsupportedModelError(f"{type(layer).__name__} has no attention module that vltok knows")
+        attention = attention_of(layers[request.layer])
+        if missing := [name for name in self.attention_parts if not hasattr(attention, name)]:
+            raise UnsupportedModelError(
+                f"{type(attention or layers[request.layer]).__name__} has no {' and '.join(missing)} to read attention "
+                "from; CLIP, SigLIP and InternVL vision towers have; choose a method that needs no vision attention, "
+                "such as pivot='center'"
+            )
+        return attention
 
     def projector_site(self, model: nn.Module) -> ProjectorSite:
         """Say where the projector stands.
@@ -112,27 +130,13 @@ class VlmFamily:
             edits.set_attribute(model, name, CoarserPatches(model, name, scale_factor))
         return before
 
-    def image_token_id(self, model: nn.Module) -> int:
-        """The id of the placeholder."""
-        return model.config.image_token_id
-
-    def images(self, model: nn.Module, encoding: Encoding, runs: list[int]) -> list[ImageTokens]:
-        """Say how the encoded rows became images.
-
-        Args:
-            model: The model.
-            encoding: What the vision tower encoded last.
-            runs: Lengths of the unbroken runs of placeholders in the prompts, in order.
-        """
-        raise NotImplementedError
-
     def patch_size(self, model: nn.Module) -> int:
         """Side of a patch in pixels."""
         size = self.tower(model).config.patch_size
         return size if isinstance(size, int) else size[0]
 
     def patch_attention(self, model: nn.Module, encoding: Encoding) -> torch.Tensor | None:
-        """The recorded attention without the prefix tokens, (R, patches)."""
+        """The attention that was read, without the prefix tokens, (R, patches)."""
         if encoding.attention is None:
             return None
         side = self.patch_size(model)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from vltok.engine.features import Encoding, ImageTokens
+from vltok.engine.features import Encoding
 from vltok.engine.projector import projector_site
 from vltok.errors import UnsupportedInputError, UnsupportedModelError
 from vltok.families.vlm.base import VlmFamily
@@ -33,26 +33,24 @@ class Llava(VlmFamily):
     def projector_site(self, model: nn.Module) -> ProjectorSite:
         return projector_site(model)
 
-    def images(self, model: nn.Module, encoding: Encoding, runs: list[int]) -> list[ImageTokens]:
-        rows, length = encoding.features.shape[:2]
-        attention = self.token_attention(model, encoding)
-        scores = [None] * rows if attention is None else attention
-        return [ImageTokens(length, encoding.keys[row], scores[row], None, row * length) for row in range(rows)]
-
     def token_attention(self, model: nn.Module, encoding: Encoding) -> torch.Tensor | None:
-        """Attention for each projected token of a row, (R, N): -inf for [CLS] where the features keep it."""
+        attention = self.row_attention(model, encoding, encoding.lengths[0] if encoding.lengths else 0)
+        return None if attention is None else attention.flatten()
+
+    def row_attention(self, model: nn.Module, encoding: Encoding, length: int) -> torch.Tensor | None:
+        """Attention for each of the `length` projected tokens of a row, (R, length): -inf for a [CLS] among them."""
         attention = self.patch_attention(model, encoding)
         if attention is None:
             return None
         rows, columns = (side // self.patch_size(model) for side in encoding.pixels_shape[-2:])
-        scale = math.isqrt(max(1, attention.shape[1] // encoding.features.shape[1]))
-        if scale > 1 and encoding.features.shape[1] * scale**2 == rows * columns:  # a token stands for a region
+        scale = math.isqrt(max(1, attention.shape[1] // length))
+        if scale > 1 and length * scale**2 == rows * columns:  # a token stands for a region
             regions = attention.unflatten(1, (rows // scale, scale, columns // scale, scale))
             attention = regions.mean((2, 4)).flatten(1)
-        prefix = encoding.features.shape[1] - attention.shape[1]
+        prefix = length - attention.shape[1]
         if prefix < 0:
             raise UnsupportedInputError(
-                f"the projector returns {encoding.features.shape[1]} tokens for {attention.shape[1]} patches; attention"
-                " over patches can't be matched with them; choose a method that needs no vision attention"
+                f"the projector returns {length} tokens for {attention.shape[1]} patches; attention over patches can't "
+                "be matched with them; choose a method that needs no vision attention"
             )
         return torch.nn.functional.pad(attention, (prefix, 0), value=-torch.inf)

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import nn
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-from vltok.edits import Edits
-from vltok.engine.features import Encoding, ImageTokens, VisionRecorder
-from vltok.errors import UnsupportedInputError
+from vltok.engine.features import Encoding, Picture, pixel_keys
 from vltok.families.vlm.llava import Llava
 
 
@@ -25,65 +18,49 @@ class LlavaNext(Llava):
     model_classes = ("LlavaNextModel",)
     patch_counters = ("pack_image_features",)
 
-    def watch_vision(self, edits: Edits, model: nn.Module, recorder: VisionRecorder) -> None:
-        super().watch_vision(edits, model, recorder)
-        # The sizes of the pictures decide the layout, and pass through no module, only through this method.
-        edits.set_attribute(model, "get_image_features", Overheard(model, "get_image_features", recorder.overhear))
+    def token_attention(self, model: nn.Module, encoding: Encoding) -> torch.Tensor | None:
+        numbers, length = self._numbers(model, encoding)
+        attention = self.row_attention(model, encoding, length)
+        if attention is None:
+            return None
+        flat = torch.cat([attention.flatten(), attention.new_full((1,), -torch.inf)])  # number -1: a newline
+        return flat[torch.cat(numbers).to(flat.device)]
 
-    def images(self, model: nn.Module, encoding: Encoding, runs: list[int]) -> list[ImageTokens]:
-        sizes = encoding.extras.get("image_sizes")
-        if sizes is None:
-            raise UnsupportedInputError("the sizes of the pictures are not known; pass pixel_values and image_sizes")
-        rows, length = encoding.features.shape[:2]
+    def overview(self, model: nn.Module, encoding: Encoding, picture: Picture) -> torch.Tensor | None:
+        numbers, length = self._numbers(model, encoding)
+        first = sum(self._crops(model, encoding)[: picture.entries.start])
+        own = numbers[picture.entries.start]
+        return (own >= first * length) & (own < (first + 1) * length)
+
+    def pixel_keys(self, model: nn.Module, encoding: Encoding, pixels: torch.Tensor) -> torch.Tensor:
+        if pixels.dim() == 5:  # padded to the same number of crops
+            return pixel_keys(pixels)
+        return torch.cat([pixel_keys(own.unsqueeze(0)) for own in pixels.split(self._crops(model, encoding))])
+
+    def _crops(self, model: nn.Module, encoding: Encoding) -> list[int]:
+        """Rows of the tower that each picture has."""
         config = model.config
-        crops = [
+        return [
             image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
-            for size in sizes
+            for size in encoding.arguments["image_sizes"]
         ]
-        # The model itself says where each row of features goes: it packs their numbers in the place of the features.
-        numbers = torch.arange(rows * length, dtype=torch.float64).view(rows, length, 1).split(crops)
-        strategy = config.vision_feature_select_strategy
-        packed, _ = model.pack_image_features(numbers, sizes, strategy, image_newline=torch.full((1,), -1.0))
-        attention = self.token_attention(model, encoding)
-        images = []
-        for number, own, row in zip(packed, crops, _starts(crops), strict=True):
-            number = number.flatten().long()
-            images.append(
-                ImageTokens(
-                    length=len(number),
-                    key=encoding.keys[row : row + own].sum(),
-                    attention=None if attention is None else _look_up(attention, number),
-                    is_overview=(number >= row * length) & (number < (row + 1) * length),
-                    first=row * length,
-                )
+
+    def _numbers(self, model: nn.Module, encoding: Encoding) -> tuple[list[torch.Tensor], int]:
+        """For each picture, which projected row each of its tokens is, -1 for newlines; and how many rows a crop has.
+
+        The model itself says where each row goes: it packs their numbers in the place of the features.
+        """
+        if "numbers" not in encoding.notes:
+            crops = self._crops(model, encoding)
+            vision = model.config.vision_config
+            coarser = getattr(vars(model).get("pack_image_features"), "scale", 1)  # where a projector condenses
+            length = (vision.image_size // vision.patch_size // coarser) ** 2
+            numbers = torch.arange(sum(crops) * length, dtype=torch.float64).view(-1, length, 1).split(crops)
+            packed, _ = model.pack_image_features(
+                numbers,
+                encoding.arguments["image_sizes"],
+                encoding.arguments.get("vision_feature_select_strategy") or model.config.vision_feature_select_strategy,
+                image_newline=torch.full((1,), -1.0),
             )
-        return images
-
-
-class Overheard:
-    """A method of an object that tells `listener` its arguments and otherwise does what it always did.
-
-    It looks the method up on its owner's class at each call, so a deepcopy of the owner calls its own.
-    """
-
-    def __init__(self, owner: object, name: str, listener: Callable[..., None]) -> None:
-        method = getattr(owner, name)
-        functools.update_wrapper(self, method)
-        del self.__wrapped__  # it would keep the method bound to this owner in a copy
-        self.__signature__ = inspect.signature(method)
-        self._owner = owner
-        self._listener = listener
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self._listener(**self.__signature__.bind(*args, **kwargs).arguments)
-        return getattr(type(self._owner), self.__name__)(self._owner, *args, **kwargs)
-
-
-def _starts(counts: list[int]) -> list[int]:
-    return [sum(counts[:i]) for i in range(len(counts))]
-
-
-def _look_up(attention: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
-    """Attention of each packed token; -inf for newlines (number -1)."""
-    flat = torch.cat([attention.flatten(), attention.new_full((1,), -torch.inf)])
-    return flat[number.to(flat.device)]
+            encoding.notes["numbers"] = [each.flatten().long() for each in packed], length
+        return encoding.notes["numbers"]

@@ -15,16 +15,17 @@ from vltok.families.towers import TOWERS
 from vltok.families.towers.view import TowerView
 from vltok.families.vlm.base import VlmFamily
 from vltok.method import Run
-from vltok.views import LanguageView, ProjectorSite, ProjectorView, RelevanceJudge, TokenSelector, VisionView
+from vltok.views import LanguageView, ProjectorSite, ProjectorView, TokenRule, TokenSelector, VisionView
 
 
 class VlmView(LanguageView, ProjectorView):
     """A vision-language model, its parts found by its family."""
 
-    def __init__(self, family: VlmFamily, model: nn.Module, processor: Any) -> None:
+    def __init__(self, family: VlmFamily, model: nn.Module, whole: nn.Module, processor: Any) -> None:
         self.family = family
         self.processor = processor
         self.host = model
+        self._head = whole if whole is not model else None
         self._engine: PruningEngine | None = None
         self._tower: TowerView | None = None
         self._restore: dict[str, dict[str, Any]] = {}
@@ -42,10 +43,10 @@ class VlmView(LanguageView, ProjectorView):
         return self._tower
 
     def on_visual_tokens(self, edits: Edits, run: Run, selector: TokenSelector) -> None:
-        self._pruning(edits, run).use_selector(edits, self.host, selector)
+        self._pruning(edits, run).use_selector(selector)
 
-    def on_decoder_layers(self, edits: Edits, run: Run, judge: RelevanceJudge) -> None:
-        self._pruning(edits, run).use_judge(edits, self.host, judge)
+    def on_decoder_layers(self, edits: Edits, run: Run, rule: TokenRule) -> None:
+        self._pruning(edits, run).use_rule(rule)
 
     def projector_site(self) -> ProjectorSite:
         return self.family.projector_site(self.host)
@@ -79,6 +80,6 @@ class VlmView(LanguageView, ProjectorView):
                     "together: vltok.apply(model, [first, second])"
                 )
             self.family.check_pruning(self.host)
-            self._engine = PruningEngine(self.family, run)
-            self._engine.install(edits, self.host)
+            self._engine = PruningEngine(self.family, self.host, edits, run)
+            self._engine.install(self._head)
         return self._engine

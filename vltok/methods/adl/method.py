@@ -6,10 +6,11 @@ it is 0), and probabilities are computed from queries and keys, so that the mode
 
 from __future__ import annotations
 
-import copy
 import math
+import threading
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -21,6 +22,8 @@ from vltok.methods.adl.diversification import attention_diversification_loss, sc
 from vltok.recompute import is_recomputing
 from vltok.report import Diversification
 from vltok.views import VisionHost
+
+MOST_TALLIES = 2  # of calls under way in a thread, besides the newest
 
 
 @register("adl")
@@ -58,46 +61,101 @@ class ADL(Method):
 
     def attach(self, view: VisionHost, edits: Edits, run: Run) -> None:
         blocks = self.settled(view).blocks
-        run.report("diversification", Diversification(blocks))
+        run.fact("diversification", Diversification(blocks))
         view.vision.watch_scores(edits, range(*blocks), _Losses(run, blocks, self.weight, self.threshold))
 
 
+class _Tally:
+    """The losses of one call, by block."""
+
+    __slots__ = ("call", "losses")
+
+    def __init__(self, call: object) -> None:
+        self.call = call
+        self.losses: dict[int, torch.Tensor] = {}
+
+
 class _Losses:
-    """Collects the losses of the blocks while pictures pass through the tower."""
+    """Collects the losses of the blocks while pictures pass through the tower.
+
+    A call that runs inside another has a tally of its own. Losses with their graphs keep the tensors of their call
+    alive, so a tally goes when its call is over, and few are kept of calls that never came to an end.
+    """
 
     def __init__(self, run: Run, blocks: tuple[int, int], weight: float, threshold: float) -> None:
         self.run = run
         self.blocks = blocks
         self.weight = weight
         self.threshold = threshold
-        self._losses: dict[int, torch.Tensor] = {}
+        self._start_empty()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Losses:
-        twin = _Losses(copy.deepcopy(self.run, memo), self.blocks, self.weight, self.threshold)
-        memo[id(self)] = twin
-        return twin
+    def _start_empty(self) -> None:
+        self._thread = threading.local()  # tallies: of the calls under way in this thread, innermost last
+        self._blind: WeakKeyDictionary[object, set[int]] = WeakKeyDictionary()  # blocks counted without a graph
+        self._last_blind: set[int] = set()  # those of the call that started last
 
-    def start(self) -> None:
-        self._losses = {}
-        self.run.losses.pop("adl", None)
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("run", "blocks", "weight", "threshold")}
 
-    def see(self, block: int, query: torch.Tensor, key: torch.Tensor, scale: float) -> None:
-        self._count(block, score_diversification_loss(query, key, scale, self.threshold))
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._start_empty()
 
-    def see_map(self, block: int, attention: torch.Tensor) -> None:
-        self._count(block, attention_diversification_loss(attention, self.threshold))
+    def start(self, call: object) -> None:
+        if is_recomputing():
+            return
+        if not torch.compiler.is_compiling():
+            self._last_blind = self._blind[call] = set()
+        self._thread.tallies = [*self._tallies()[-MOST_TALLIES:], _Tally(call)]
+        self._publish({})
 
-    def _count(self, block: int, loss: torch.Tensor) -> None:
+    def see(self, call: object, block: int, query: torch.Tensor, key: torch.Tensor, scale: float) -> None:
+        self._count(call, block, score_diversification_loss(query, key, scale, self.threshold))
+
+    def see_map(self, call: object, block: int, attention: torch.Tensor) -> None:
+        self._count(call, block, attention_diversification_loss(attention, self.threshold))
+
+    def drop(self, call: object) -> None:
+        self._thread.tallies = [each for each in self._tallies() if each.call is not call]
+
+    def finish(self, call: object) -> None:
+        if is_recomputing():
+            return
+        # A call inside this one may have left its own losses, or none, where those of the last call are looked up.
+        self._publish(self._tally(call).losses)
+        self.drop(call)
+
+    def _count(self, call: object, block: int, loss: torch.Tensor) -> None:
         # A backward pass that recomputes this block needs the loss to be computed again, and not to be counted again.
         if is_recomputing():
-            if loss.requires_grad and block in self._losses and not self._losses[block].requires_grad:
+            blind = self._last_blind if call is None else self._blind.get(call, self._last_blind)
+            if loss.requires_grad and block in blind:
                 raise UnsupportedInputError(
                     "reentrant gradient checkpointing makes attention without a graph first, so the attention "
                     "diversification loss would train nothing; use the other kind, use_reentrant=False"
                 )
             return
-        self._losses[block] = loss
-        mean = sum(self._losses.values()) / (self.blocks[1] - self.blocks[0])
+        if call is not None and not loss.requires_grad and not torch.compiler.is_compiling():
+            self._blind.setdefault(call, set()).add(block)
+        tally = self._tally(call)
+        tally.losses[block] = loss
+        self._publish(tally.losses)
+
+    def _tallies(self) -> list[_Tally]:
+        return getattr(self._thread, "tallies", [])
+
+    def _tally(self, call: object) -> _Tally:
+        found = next((each for each in self._tallies() if each.call is call), None)
+        if found is None:  # the blocks were called without the patches
+            found = _Tally(call)
+            self._thread.tallies = [*self._tallies()[-MOST_TALLIES:], found]
+        return found
+
+    def _publish(self, losses: dict[int, torch.Tensor]) -> None:
+        if not losses:
+            self.run.loss("adl", torch.zeros(()))
+            return
+        mean = sum(losses.values()) / (self.blocks[1] - self.blocks[0])
         self.run.loss("adl", self.weight * mean)
-        losses = tuple(each.detach() for _, each in sorted(self._losses.items()))
-        self.run.report("diversification", Diversification(self.blocks, losses))
+        values = tuple(each.detach() for _, each in sorted(losses.items()))
+        self.run.report("diversification", Diversification(self.blocks, values))

@@ -3,7 +3,8 @@
 from vltok.methods.pruning.divprune import DivPrune
 from vltok.methods.pruning.fastervlm import FasterVLM
 from vltok.methods.pruning.floors import RandomTokens, StrideTokens
+from vltok.methods.pruning.rule import DecoderRule
 from vltok.methods.pruning.selector import Selector
 from vltok.methods.pruning.todre import ToDRE
 
-__all__ = ["DivPrune", "FasterVLM", "RandomTokens", "Selector", "StrideTokens", "ToDRE"]
+__all__ = ["DecoderRule", "DivPrune", "FasterVLM", "RandomTokens", "Selector", "StrideTokens", "ToDRE"]

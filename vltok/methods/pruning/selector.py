@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -25,6 +25,8 @@ class Selector(Method):
         num_keep: Number of visual tokens to keep per image, at least 1.
         positions: "keep" leaves the kept tokens their rotary positions, "reindex" counts them anew without gaps.
     """
+
+    fixed: ClassVar[tuple[str, ...]] = ()
 
     keep_ratio: float | None = None
     num_keep: int | None = None

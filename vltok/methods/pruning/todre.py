@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -19,7 +19,7 @@ from vltok.method import Run, register
 from vltok.methods.pruning.floors import position_hash
 from vltok.methods.pruning.greedy import float32_products, greedy_order
 from vltok.methods.pruning.selector import Selector
-from vltok.views import AttentionRequest, LanguageView, VisualTokens
+from vltok.views import AttentionRequest, DecoderState, LanguageView, VisualTokens
 
 Strategy = Literal["max_sum", "k_center"]
 Pivot = Literal["auto", "cls", "center", "farthest", "random"]
@@ -175,6 +175,8 @@ class ToDRE(Selector):
         seed: For `pivot="random"`.
     """
 
+    fixed: ClassVar[tuple[str, ...]] = ("relevance", "depth", "stages")  # they decide which layers are hooked
+
     strategy: Strategy = "max_sum"
     pivot: Pivot = "auto"
     relevance: bool = True
@@ -239,7 +241,7 @@ class ToDRE(Selector):
         )
         return select_diverse(visual.embeddings, num_keep, pivot, self.strategy)
 
-    def candidate_layers(self, num_layers: int) -> tuple[int, ...]:
+    def layers(self, num_layers: int) -> tuple[int, ...]:
         """After how many of L decoder layers the visual tokens may leave: depth * L, rounded down, within 1..L - 1.
 
         28 of 32 layers at depth 7/8: layers 29 to 32 may run without visual tokens. Ascending, each once; none if L is
@@ -252,9 +254,9 @@ class ToDRE(Selector):
         """Whether all visual tokens of each sample are dropped, (B,), bool."""
         return (alpha_tv < self.tau) & (alpha_vt < self.tau)
 
-    def judge(
-        self, mass: torch.Tensor, is_visual: torch.Tensor, is_text: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Both ratios of `relevance_ratios` and what follows from them, (B,) each."""
-        alpha_tv, alpha_vt = relevance_ratios(mass, is_visual, is_text)
-        return alpha_tv, alpha_vt, self.decide(alpha_tv, alpha_vt)
+    def keep(self, state: DecoderState) -> torch.Tensor:
+        """All visual tokens of a sample go on, or none, as `relevance_ratios` of its attention say."""
+        alpha_tv, alpha_vt = relevance_ratios(state.mass, state.is_visual, state.is_text)
+        dropped = self.decide(alpha_tv, alpha_vt)
+        state.record(alpha_tv, alpha_vt, dropped)
+        return ~(dropped.unsqueeze(1) & state.is_visual)

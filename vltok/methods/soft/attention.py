@@ -13,14 +13,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from vltok.checks import check_choice, check_integer
 from vltok.errors import CheckpointError
 from vltok.kernels.depthwise import depthwise_conv2d
-from vltok.kernels.gaussian import BACKENDS, gaussian_kernel
-from vltok.kernels.gaussian_mix import gaussian_mix
+from vltok.kernels.gaussian import full_precision, gaussian_kernel
+from vltok.kernels.gaussian_mix import BACKENDS, gaussian_mix
 from vltok.methods.soft.inverse import RIDGE, STEPS, kernel_inverse, released_inverse
 from vltok.methods.weights import load_weights, weights_around
-
-Grid = tuple[int, int]
+from vltok.tokens import Grid
 
 
 class HeadConv2d(nn.Conv2d):
@@ -61,32 +61,34 @@ class GaussianKernel(nn.Module):
 
     def forward(self, query: torch.Tensor, value: torch.Tensor, grid: Grid) -> torch.Tensor:
         """Attend: query and value (B, heads, N, d), query serving as key too -> (B, heads, N, d), float32."""
-        with torch.autocast(query.device.type, enabled=False):
-            scale = query.shape[-1] ** -0.25
+        with full_precision(query):
+            scale, prefix = query.shape[-1] ** -0.25, self.num_prefix_tokens
             wide = torch.promote_types(query.dtype, torch.float32)
             query = query.to(wide).contiguous()
-            landmarks = self.landmarks(query, grid, scale).to(wide)
-            center = landmarks.mean(2, keepdim=True).detach()  # kernels see differences, products see less rounding
+            landmarks = self._condense(query, grid, scale).to(wide)
+            # Kernels see differences, products see less rounding. Prefix tokens may be long and would pull it away.
+            center = landmarks.mean(2, keepdim=True).detach()
             query = torch.add(-center, query, alpha=scale)
-            landmarks = landmarks - center
-            weight = self._inverse(gaussian_kernel(landmarks))  # (B, heads, M, M)
-            attended = gaussian_mix(query, landmarks, value.to(wide), weight, self.backend)
+            landmarks = torch.cat([landmarks - center, query[:, :, :prefix]], 2)
+            weight = self._inverse(gaussian_kernel(landmarks, num_exact=prefix))  # (B, heads, M, M)
+            attended = gaussian_mix(query, landmarks, value.to(wide), weight, prefix, self.backend)
             return attended + self._convolve(value, grid)
 
     def landmarks(self, query: torch.Tensor, grid: Grid, scale: float) -> torch.Tensor:
+        """Landmarks of `scale` times the queries: those of the regions, then prefix tokens, (B, heads, M, d)."""
+        return torch.cat([self._condense(query, grid, scale), query[:, :, : self.num_prefix_tokens] * scale], 2)
+
+    def _condense(self, query: torch.Tensor, grid: Grid, scale: float) -> torch.Tensor:
         """Condense `scale` times the queries of each ratio x ratio region: (B, heads, N, d) -> (B, heads, M, d)."""
-        height, length = grid
-        patches = query[:, :, self.num_prefix_tokens :] if self.num_prefix_tokens else query
-        image = patches.flatten(0, 1).mT.unflatten(2, grid)  # (B * heads, d, H, W), channels last in memory
-        image = image.to(self.Qlandmark_op.weight.dtype)
-        below, right = -height % self.ratio, -length % self.ratio
-        if (below or right) and not self.parity:
-            image = F.pad(image, (0, right, 0, below), mode="replicate")
+        cells = query[:, :, self.num_prefix_tokens :].flatten(0, 1).unflatten(1, grid)  # (B * heads, H, W, d)
+        for axis, side in enumerate(grid, 1) if not self.parity else ():
+            whole = ((side - 1) // self.ratio + 1) * self.ratio  # written so that a compiler sees it positive
+            if torch.compiler.is_compiling() or whole != side:  # compiled, each case would be one more graph
+                rows = torch.arange(whole, device=cells.device).clamp(max=side - 1)
+                cells = cells.index_select(axis, rows)  # the last row or column again, to a whole region
+        image = cells.movedim(-1, 1).to(self.Qlandmark_op.weight.dtype)  # channels last in memory
         rows = self.Qlandmark_op(image).flatten(2).mT * scale  # (B * heads, M, d)
-        rows = self.Qnorm_act(rows).unflatten(0, query.shape[:2])
-        if self.num_prefix_tokens:
-            rows = torch.cat([rows, query[:, :, : self.num_prefix_tokens] * scale], dim=2)
-        return rows
+        return self.Qnorm_act(rows).unflatten(0, query.shape[:2])
 
     def _inverse(self, kernel: torch.Tensor) -> torch.Tensor:
         ridge = 0.0 if self.normalize else RIDGE
@@ -121,7 +123,7 @@ class SoftmaxFreeAttention(nn.Module):
         normalize: Scale the inverse by the landmarks' row sums, which generalises better (SOFT-Norm).
         newton_iters: Newton steps for the inverse. What they leave unsolved is solved in float64.
         num_prefix_tokens: Tokens before those of the grid, such as [CLS] and registers.
-        backend: What computes the kernel products, see `vltok.kernels.gaussian.gaussian_product`.
+        backend: What computes the kernel products, see `vltok.kernels.gaussian_mix.gaussian_mix`.
         parity: Compute what the released code computes, for its checkpoints: the unchecked inverse, with `normalize`
             the one whose start depends on the whole batch; no landmarks for rows and columns that `ratio` leaves over.
 
@@ -142,18 +144,15 @@ class SoftmaxFreeAttention(nn.Module):
         parity: bool = False,
     ) -> None:
         super().__init__()
-        sizes = {"dim": dim, "num_heads": num_heads, "ratio": ratio, "conv_size": conv_size}
-        for name, value in {**sizes, "newton_iters": newton_iters, "num_prefix_tokens": num_prefix_tokens}.items():
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an integer, got {value!r}")
-            if value < (least := 0 if name == "num_prefix_tokens" else 1):
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+        for name, value in {"dim": dim, "num_heads": num_heads, "ratio": ratio, "conv_size": conv_size}.items():
+            check_integer(name, value, least=1)
+        check_integer("newton_iters", newton_iters, least=1)
+        check_integer("num_prefix_tokens", num_prefix_tokens, least=0)
         if dim % num_heads:
             raise ValueError(f"num_heads must divide dim={dim}, got {num_heads}")
         if conv_size % 2 == 0:
             raise ValueError(f"conv_size must be odd, so that the convolution keeps the grid; got {conv_size}")
-        if backend not in BACKENDS:
-            raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+        check_choice("backend", backend, BACKENDS)
         self.dim = dim
         self.num_heads = num_heads
         self.num_prefix_tokens = num_prefix_tokens

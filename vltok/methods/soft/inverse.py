@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import torch
 
+from vltok.kernels.transforms import is_transformed
+from vltok.methods.soft.cutoff import START, STEPS, OnceDifferentiable, cut_change, cut_inverse
+
 RIDGE = 0.01  # added to the diagonal in the variant that is not normalised
-START = 1.8  # of 2, from where on Newton's iteration diverges
-STEPS = 20  # of the paper; 2^20 is also what the float64 solution cuts small eigenvalues off by
 TOLERANCE = 1e-4  # of I - P V
 PSEUDO_TOLERANCE = 1e-3  # of P V P - P; STEPS exact steps leave at most 3.2e-4
 
@@ -24,7 +25,9 @@ def kernel_inverse(kernel: torch.Tensor, newton_iters: int = STEPS, ridge: float
     both come from Newton's iteration, and matrices that it leaves with a residual above `TOLERANCE` (or
     `PSEUDO_TOLERANCE`) are solved in float64. On the CPU all are, which takes less time there.
 
-    Gradients are those of the exact inverse, dP = -Y^T G Y^T; they take what was cut off for 0, too.
+    Gradients are those of the exact inverse, dP = -Y^T G Y^T; they take what was cut off for 0, too. Forward-mode
+    derivatives also follow the cut-off as it moves. Gradients of gradients are right where nothing is cut off, and
+    refused elsewhere.
 
     Args:
         kernel: Symmetric matrices with entries in [0, 1] and ones on the diagonal, (..., M, M), float32 or float64.
@@ -34,7 +37,7 @@ def kernel_inverse(kernel: torch.Tensor, newton_iters: int = STEPS, ridge: float
     Returns:
         The inverses, (..., M, M), in the dtype of `kernel`. NaN where the kernel has NaN.
     """
-    return _kernel_inverse(kernel, newton_iters, ridge, True)
+    return _inverse(kernel, newton_iters, ridge, True)
 
 
 def released_inverse(kernel: torch.Tensor, newton_iters: int = STEPS, ridge: float = RIDGE) -> torch.Tensor:
@@ -52,7 +55,9 @@ def released_inverse(kernel: torch.Tensor, newton_iters: int = STEPS, ridge: flo
         About the inverses, (..., M, M).
     """
     if ridge > 0:
-        return _kernel_inverse(kernel, newton_iters, ridge, False)
+        return _inverse(kernel, newton_iters, ridge, False)
+    if 0 in kernel.shape:
+        return kernel.clone()  # the largest row sum of none doesn't exist
     alpha = 2 / kernel.sum(-1).amax() ** 2
     with torch.no_grad():  # the largest of ten halvings that starts inside the region of convergence, or the last
         product, one = kernel @ kernel, torch.eye(kernel.shape[-1], dtype=kernel.dtype, device=kernel.device)
@@ -62,6 +67,12 @@ def released_inverse(kernel: torch.Tensor, newton_iters: int = STEPS, ridge: flo
     for _ in range(newton_iters):
         inverse = 2 * inverse - inverse @ kernel @ inverse
     return inverse
+
+
+def _inverse(kernel: torch.Tensor, newton_iters: int, ridge: float, check: bool) -> torch.Tensor:
+    if is_transformed(kernel):
+        return _Transformed.apply(kernel, newton_iters, ridge, check)
+    return _kernel_inverse(kernel, newton_iters, ridge, check)
 
 
 @torch.library.custom_op("vltok::kernel_inverse", mutates_args=())
@@ -112,16 +123,11 @@ def _solve_finite(kernel: torch.Tensor, ridge: float) -> torch.Tensor:
 
 
 def _solve(kernel: torch.Tensor, ridge: float) -> torch.Tensor:
-    """Without a ridge, what `STEPS` exact Newton steps make of an eigenvalue e: (1 - (1 - alpha e^2)^(2^STEPS)) / e."""
+    """The inverse with a ridge, the pseudo-inverse without one; in the dtype of the kernel."""
     if ridge > 0:
         one = torch.eye(kernel.shape[-1], dtype=kernel.dtype, device=kernel.device)
         return torch.linalg.inv_ex(kernel + ridge * one).inverse.contiguous()  # it comes transposed
-    row_sum = kernel.sum(-1).amax(-1, keepdim=True)
-    values, vectors = torch.linalg.eigh(kernel)
-    left = torch.exp(2.0**STEPS * torch.log((1 - START / row_sum**2 * values**2).abs()))
-    is_zero = values.abs() < 1e-9 * row_sum  # where the quotient would be rounding errors
-    inverse = torch.where(is_zero, 0, (1 - left) / torch.where(is_zero, 1, values))
-    return (vectors * inverse.unsqueeze(-2)) @ vectors.mT
+    return cut_inverse(kernel)
 
 
 def _newton(kernel: torch.Tensor, newton_iters: int, ridge: float) -> torch.Tensor:
@@ -140,13 +146,39 @@ def _(kernel: torch.Tensor, newton_iters: int, ridge: float, check: bool) -> tor
     return kernel.new_empty(kernel.shape)
 
 
-def _keep_inverse(ctx, inputs, output) -> None:
-    ctx.save_for_backward(output)
+@_kernel_inverse.register_vmap
+def _(info, in_dims, kernel: torch.Tensor, newton_iters: int, ridge: float, check: bool):
+    return _kernel_inverse(kernel.movedim(in_dims[0], 0), newton_iters, ridge, check), 0
 
 
-def _inverse_backward(ctx, grad: torch.Tensor):
-    (inverse,) = ctx.saved_tensors
+def _keep(ctx, inputs, output) -> None:
+    kernel, _, ctx.ridge, _ = inputs
+    ctx.save_for_backward(kernel, output)
+    ctx.save_for_forward(kernel, output)
+
+
+def _pull(ctx, grad: torch.Tensor):
+    kernel, inverse = ctx.saved_tensors
+    if ctx.ridge == 0 and torch.is_grad_enabled():  # what is pulled back is to be differentiated
+        inverse = OnceDifferentiable.apply(kernel, inverse)
     return -inverse.mT @ grad @ inverse.mT, None, None, None
 
 
-_kernel_inverse.register_autograd(_inverse_backward, setup_context=_keep_inverse)
+_kernel_inverse.register_autograd(_pull, setup_context=_keep)
+
+
+class _Transformed(torch.autograd.Function):
+    """The operation for torch.func and forward-mode differentiation, which don't see into a custom operation."""
+
+    generate_vmap_rule = True
+    setup_context = staticmethod(_keep)
+    backward = staticmethod(_pull)
+
+    @staticmethod
+    def forward(kernel: torch.Tensor, newton_iters: int, ridge: float, check: bool) -> torch.Tensor:
+        return _kernel_inverse(kernel, newton_iters, ridge, check)
+
+    @staticmethod
+    def jvp(ctx, tangent: torch.Tensor, *_) -> torch.Tensor:
+        kernel, inverse = ctx.saved_tensors
+        return cut_change(kernel, tangent) if ctx.ridge == 0 else -inverse @ tangent @ inverse

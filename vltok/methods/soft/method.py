@@ -14,7 +14,7 @@ import torch
 
 from vltok.checks import Blocks, check_blocks, check_choice, check_integer, chosen_blocks
 from vltok.edits import Edits
-from vltok.kernels.gaussian import BACKENDS
+from vltok.kernels.gaussian_mix import BACKENDS
 from vltok.method import Method, Run, register
 from vltok.methods.soft.attention import SoftmaxFreeAttention
 from vltok.methods.soft.inverse import STEPS
@@ -102,7 +102,7 @@ class SOFT(Method):
             weight = old.out[0]
             vision.swap_attention(edits, block, attention.to(weight.device, weight.dtype))
         landmarks = math.prod(-(-side // method.ratio) for side in vision.grid)
-        run.report("attention", LinearAttention(method.blocks, math.prod(vision.grid), landmarks))
+        run.fact("attention", LinearAttention(method.blocks, math.prod(vision.grid), landmarks))
 
 
 @torch.no_grad()

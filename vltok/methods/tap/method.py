@@ -63,6 +63,5 @@ class TAP(Method):
                 self.temperature,
                 identity_init=self.init == "identity",
             )
-            like = next(vision.attention_module(block).parameters())
-            vision.pool_before_attention(edits, block, CHILD, pooling.to(like.device, like.dtype))
-        run.report("pooling", Pooling(blocks, self.num_scales))
+            vision.pool_before_attention(edits, block, CHILD, pooling)
+        run.fact("pooling", Pooling(blocks, self.num_scales))

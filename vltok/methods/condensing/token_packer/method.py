@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from torch import nn
 
+from vltok.checks import check_choice, check_integer, is_integer
 from vltok.edits import Edits
 from vltok.errors import UnsupportedModelError
 from vltok.method import Method, Run, register
@@ -57,17 +58,12 @@ class TokenPacker(Method):
     def __post_init__(self) -> None:
         for name in ("scale_factor", "embed_dim", "num_heads"):
             value = getattr(self, name)
-            if value is None and name != "scale_factor":
-                continue
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an integer of at least 1, got {value!r}")
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if self.init not in get_args(Init):
-            raise ValueError(f'init must be "random" or "pool", got {self.init!r}')
+            if value is not None or name == "scale_factor":
+                check_integer(name, value, 1)
+        check_choice("init", self.init, Init)
         if self.levels is not None:
             object.__setattr__(self, "levels", tuple(self.levels))
-            if any(isinstance(level, bool) or not isinstance(level, int) for level in self.levels):
+            if not all(map(is_integer, self.levels)):
                 raise TypeError(f"levels must be integers, got {self.levels}")
             if not self.levels or list(self.levels) != sorted(set(self.levels)):
                 raise ValueError(f"levels must be different hidden states in ascending order, got {self.levels}")

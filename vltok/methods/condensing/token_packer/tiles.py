@@ -8,12 +8,14 @@ comes out too small where there is padding; the sound one is the picture scaled 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch.nn import functional as F
 
-Grid = tuple[int, int]
+from vltok.checks import check_choice
+from vltok.tokens import Grid
+
 Thumbnail = Literal["released", "sound"]
 
 TILE, COMMA, NEWLINE, THUMBNAIL = "tile", ",", "\n", "thumbnail"  # what `tile_layout` is made of
@@ -94,8 +96,7 @@ def slice_image(image: torch.Tensor, grid: Grid, tile: int = 336, thumbnail: Thu
         TypeError: If `image` is not of a float dtype.
         ValueError: If a shape or size is not as said above, or `thumbnail` is unknown.
     """
-    if thumbnail not in get_args(Thumbnail):
-        raise ValueError(f'thumbnail must be "released" or "sound", got {thumbnail!r}')
+    check_choice("thumbnail", thumbnail, Thumbnail)
     if not image.is_floating_point():
         raise TypeError(f"image must be normalised and of a float dtype, got {image.dtype}")
     if image.dim() != 3 or image.shape[0] != 3 or 0 in image.shape:

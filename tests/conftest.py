@@ -1,0 +1,89 @@
+"""For all tests: nothing reaches for the network, and each is in the quick lane or in the full matrix alone."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything asks for it; also in the programs that tests start
+_asked: list[str] = []  # where connections were asked for, in case somebody swallowed the error
+
+
+class NetworkError(RuntimeError):
+    """Something reached for another machine."""
+
+
+def is_here(host: Any) -> bool:
+    """Whether a host name or address is of this machine."""
+    if host in (None, "", b"", "localhost", socket.gethostname()):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _refuse(host: Any) -> None:
+    if not is_here(host):
+        _asked.append(str(host))
+        raise NetworkError(f"a test reached for {host}; tests run without a network")
+
+
+def pytest_configure() -> None:
+    """Let sockets reach this machine only."""
+    look_up = socket.getaddrinfo
+
+    def getaddrinfo(host: Any, *args: Any, **kwargs: Any) -> Any:
+        _refuse(host)
+        return look_up(host, *args, **kwargs)
+
+    socket.getaddrinfo = getaddrinfo
+    for name in ("connect", "connect_ex"):
+        setattr(socket.socket, name, _guarded(getattr(socket.socket, name)))
+
+
+def _guarded(connect: Any) -> Any:
+    def guarded(self: socket.socket, address: Any) -> Any:
+        if self.family in (socket.AF_INET, socket.AF_INET6):
+            _refuse(address[0])
+        return connect(self, address)
+
+    return guarded
+
+
+@pytest.fixture(autouse=True)
+def no_network() -> Iterator[None]:
+    """Fail a test that reached for the network, even if what it called went on without."""
+    before = len(_asked)
+    yield
+    assert _asked[before:] == []
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as `full` what repeats a test on further families or towers, and as `quick` all that isn't `full`."""
+    first: dict[tuple[str, str], Any] = {}  # by test and method
+    for item in items:
+        family, method = _family(item)
+        test = item.nodeid.partition("[")[0]
+        if family is not None and first.setdefault((test, method), family) is not family:
+            item.add_marker(pytest.mark.full)
+        if item.get_closest_marker("full") is None:
+            item.add_marker(pytest.mark.quick)
+
+
+def _family(item: pytest.Item) -> tuple[Any, str]:
+    """The family or tower that a test is run on, of several, and what tells the methods it is run with apart."""
+    params = getattr(getattr(item, "callspec", None), "params", {})
+    pairs = [getattr(sys.modules.get(name), "PAIRS", {}) for name in ("matrix", "towers")]
+    for value in params.values():
+        pair = next((known[value] for known in pairs if isinstance(value, str) and value in known), value)
+        place = getattr(pair, "tower", None) or getattr(pair, "family", None)
+        if place is not None:
+            return place, repr(getattr(pair, "methods", None) or getattr(pair, "method", None))
+    return params.get("family"), ""

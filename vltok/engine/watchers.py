@@ -1,0 +1,166 @@
+"""What watches the attention of a tower, which itself runs as it always does, and shows a method what it sees."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from torch import nn
+
+from vltok.edits import Edits
+from vltok.engine.attention import attention_scale, num_heads, score_layers, split_arguments
+from vltok.engine.tower_call import TowerCalls, TowerHook, tokens_in
+from vltok.errors import UnsupportedInputError, UnsupportedModelError
+from vltok.views import ScoreWatcher
+
+
+class CallWatch(TowerHook):
+    """Tells a watcher when pictures enter a tower, and when they have passed or were broken off."""
+
+    def __init__(self, calls: TowerCalls, watcher: ScoreWatcher) -> None:
+        super().__init__(calls.owner)
+        self.calls = calls
+        self.watcher = watcher
+
+    def start(self, patches: nn.Module, args: tuple, kwargs: dict[str, Any], output: torch.Tensor) -> None:
+        self.watcher.start(self.calls.newest())
+
+    def leave(self, block: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        if output is None:  # it raised
+            self.watcher.drop(self.calls.call_of(tokens_in(args, kwargs)))
+
+    def finish(self, block: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        self.watcher.finish(self.calls.call_of(tokens_in(args, kwargs)))
+
+
+class MapRecorder(TowerHook):
+    """Shows the probabilities that go through a dropout layer, before it drops any."""
+
+    def __init__(self, calls: TowerCalls, number: int, watcher: ScoreWatcher) -> None:
+        super().__init__(calls.owner)
+        self.calls = calls
+        self.number = number
+        self.watcher = watcher
+
+    def show(self, dropout: nn.Module, args: tuple, kwargs: dict[str, Any], output: torch.Tensor) -> None:
+        if dropout.training:
+            self.watcher.see_map(self.calls.newest(), self.number, args[0])
+
+
+class _Scores:
+    """Queries and keys of an attention that runs, and those of the one that it runs inside."""
+
+    __slots__ = ("is_wanted", "key", "outer", "query")
+
+    def __init__(self, is_wanted: bool, outer: _Scores | None) -> None:
+        self.is_wanted = is_wanted
+        self.query: torch.Tensor | None = None
+        self.key: torch.Tensor | None = None
+        self.outer = outer
+
+
+class ScoreRecorder(TowerHook):
+    """Holds the queries and keys of one block from where they are made until the block has attended.
+
+    Adapters come and go between the attention and the layers that make them. So the layers are looked up when the
+    attention runs, and those that aren't listened to yet are from then on.
+
+    Raises:
+        UnsupportedModelError: If the attention doesn't say where its queries and keys are.
+    """
+
+    def __init__(
+        self, calls: TowerCalls, number: int, block: nn.Module, attention: nn.Module, watcher: ScoreWatcher
+    ) -> None:
+        super().__init__(block)
+        scale, heads = attention_scale(attention), num_heads(attention)
+        if score_layers(attention) is None or scale is None or not heads:
+            raise UnsupportedModelError(
+                f"{type(attention).__name__}, block {number} of this vision tower, exposes no attention probabilities: "
+                "it has no softmax over scaled products of queries and keys that vltok can find, as CLIP, SigLIP, ViT "
+                "and DINOv2 of transformers and most ViTs of timm have; leave such blocks out with blocks=(start, stop)"
+            )
+        self.calls = calls
+        self.number = number
+        self.heads = heads
+        self.scale = scale
+        self.watcher = watcher
+        self._thread = threading.local()  # scores: those of the attention that runs in this thread
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in super().__getstate__().items() if name != "_thread"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._thread = threading.local()
+
+    def install(self, edits: Edits, attention: nn.Module) -> None:
+        """Put the hooks on."""
+        edits.at_undo(self.leave_layers)
+        self.join_layers(attention)
+        edits.before(attention, self.open)
+        edits.after(attention, self.show, always=True)
+
+    def join_layers(self, attention: nn.Module) -> None:
+        """Listen to the layers that give queries and keys now."""
+        layers = score_layers(attention)
+        if layers is None:
+            raise UnsupportedModelError(
+                f"{type(attention).__name__}, block {self.number} of this vision tower, has no layers for queries and "
+                "keys any more; remove the handle first, or leave the block out with blocks=(start, stop)"
+            )
+        for layer, keep in zip(layers, (self.keep_query, self.keep_key), strict=True):
+            if keep not in layer._forward_hooks.values():
+                layer.register_forward_hook(keep)
+
+    def leave_layers(self) -> None:
+        """Stop listening, also to layers that came later."""
+        for module in self.owner.modules():
+            for key, hook in list(module._forward_hooks.items()):
+                if hook in (self.keep_query, self.keep_key):
+                    del module._forward_hooks[key]
+
+    def open(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Before the attention."""
+        if attention.training and not torch.compiler.is_compiling():
+            self.join_layers(attention)
+        outer = getattr(self._thread, "scores", None)
+        if outer is not None:
+            outer.outer = None  # one inside another is as deep as it goes; more were broken off
+        self._thread.scores = _Scores(attention.training, outer)
+
+    def keep_query(self, layer: nn.Module, args: tuple, output: torch.Tensor) -> None:
+        """After the layer that makes queries."""
+        scores = getattr(self._thread, "scores", None)
+        if scores is not None and scores.is_wanted:
+            scores.query = self._by_heads(output)
+
+    def keep_key(self, layer: nn.Module, args: tuple, output: torch.Tensor) -> None:
+        """After the layer that makes keys."""
+        scores = getattr(self._thread, "scores", None)
+        if scores is not None and scores.is_wanted:
+            scores.key = self._by_heads(output)
+
+    def show(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        """After the attention, also if it raised."""
+        scores = self._thread.scores
+        self._thread.scores = scores.outer
+        if output is None or not scores.is_wanted:
+            return
+        if scores.query is None or scores.key is None:
+            raise UnsupportedInputError(
+                f"the layers for queries and keys of {type(attention).__name__}, block {self.number} of this vision "
+                "tower, were replaced before it was compiled; run the tower once without torch.compile first"
+            )
+        if others := split_arguments(args, kwargs)[1]:
+            raise UnsupportedInputError(
+                f"{type(attention).__name__} got {', '.join(others)}, with which its probabilities are not those of "
+                "its queries and keys; call the vision tower without"
+            )
+        call = self.calls.call_of(tokens_in(args, kwargs))
+        self.watcher.see(call, self.number, scores.query, scores.key, self.scale)
+
+    def _by_heads(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, N, C) or (B, heads, N, d) -> (B, heads, N, d)."""
+        return x if x.dim() == 4 else x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
