@@ -85,10 +85,9 @@ class PrunedLayer(CacheLayerMixin):
         return min(held, self.inner.keys.shape[-2]) if self.is_sliding else held
 
     def labels(self) -> torch.Tensor:
-        """Original index of each entry held, (B, E), int64; -1 for entries that stand for nothing."""
+        """Original index of each entry, those a window let go of included, (B, E), int64; -1 stands for nothing."""
         tail = torch.arange(self.length - self.tail, self.length, device=self.index.device)
-        labels = torch.cat([self.index, tail.expand(len(self.index), -1)], dim=1)
-        return labels[:, labels.shape[1] - self.entries :]
+        return torch.cat([self.index, tail.expand(len(self.index), -1)], dim=1)
 
     def expect(self, count: int, watch: bool = False) -> None:
         """Let the next update through, which brings `count` tokens; `watch` keeps the keys it returns in `seen`."""
@@ -104,8 +103,7 @@ class PrunedLayer(CacheLayerMixin):
             is_full: Whether no label is -1.
         """
         before = self.labels()
-        older = max(0, before.shape[1] - labels.shape[1])  # a sliding layer may have let go of some of the new ones
-        self.index = torch.cat([before[:, :older], labels[:, labels.shape[1] - before.shape[1] + older :]], dim=1)
+        self.index = torch.cat([before[:, : before.shape[1] - labels.shape[1]], labels], dim=1)
         self.length = length
         self.tail = 0
         self.is_full = self.is_full and is_full

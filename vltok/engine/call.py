@@ -108,7 +108,7 @@ class Call:
         return None
 
     def starts(self) -> torch.Tensor:
-        """First token of each row that is no padding, (B | 1, 1)."""
+        """First token of each row that is no padding, (B | 1, 1), or of each token's packed sample, (B, T)."""
         if self.mask is None:
             return torch.zeros(1, 1, dtype=torch.int64, device=self.device)
         return self.mask.int().argmax(1, keepdim=True)
@@ -138,17 +138,25 @@ class Call:
     def _look(self, past: PrunedLayer | None, group: int) -> tuple[Keys, bool]:
         """What queries and keys of a layer stand for, and whether nothing is hidden by anything but order."""
         queries, labels, is_full = self.new_labels(group)
+        gone = 0  # entries that a window let go of
         if past is not None:
+            gone = past.index.shape[1] + past.tail - past.entries
+            if past.is_sliding:  # one that records the past holds more than attention gets
+                gone += max(0, past.entries - past.inner.sliding_window + 1)
             labels = torch.cat([past.labels().to(labels.device).expand(len(labels), -1), labels], dim=1)
-            if past.is_sliding:
-                visible = past.inner.sliding_window - 1 + queries.shape[1]
-                labels = labels[:, -visible:]
         if not self._open:
             seen = self.mask.expand(len(labels), -1).gather(1, labels.clamp(min=0))
             labels = labels.masked_fill(~seen, -1)
-        starts = self.starts().expand(len(labels), 1)
-        is_plain = is_full and self._open and (past is None or past.is_full) and self.samples() is None
-        return Keys(queries, labels, self.samples(), starts, self.is_reindexed), is_plain
+        samples, ranks = self.samples(), None
+        if self.is_reindexed:
+            ranks = (labels >= 0).cumsum(1)
+            if samples is not None:
+                ranks = ranks - since_begin(samples.gather(1, labels.clamp(min=0)), ranks - 1)
+            ranks = ranks[:, gone:]
+        starts = self.starts()
+        starts = starts.expand(len(labels), starts.shape[1])
+        is_plain = is_full and self._open and (past is None or past.is_full) and samples is None
+        return Keys(queries, labels[:, gone:], samples, starts, ranks), is_plain
 
     def spread(self, index: int, attention: torch.Tensor) -> torch.Tensor:
         """Bring the attention map of a layer back to logical length.
@@ -310,6 +318,12 @@ class Prompt(Call):
     def samples(self) -> torch.Tensor | None:
         return self._samples
 
+    def starts(self) -> torch.Tensor:
+        if self._samples is None:
+            return super().starts()
+        places = torch.arange(self.length, device=self.device).expand_as(self._samples)
+        return since_begin(self._samples, places)
+
     def split_samples(self, samples: torch.Tensor | None) -> None:
         """Say which packed sample each token belongs to, (B, T), or that rows hold one sample each."""
         self._samples = samples
@@ -342,9 +356,8 @@ class Prompt(Call):
         if self._samples is None:
             return None
         samples = self.layouts[group].pack(self._samples)
-        slots = torch.arange(samples.shape[1], device=samples.device)
-        begins = torch.diff(samples, dim=1, prepend=samples[:, :1] - 1) != 0
-        return slots - torch.where(begins, slots, 0).cummax(1).values
+        slots = torch.arange(samples.shape[1], device=samples.device).expand_as(samples)
+        return slots - since_begin(samples, slots)
 
     def place(self, position_ids: torch.Tensor | None) -> torch.Tensor:
         """Give the packed tokens their positions, and note that of the next token.
@@ -359,11 +372,10 @@ class Prompt(Call):
         position_ids = position_ids.expand(*position_ids.shape[:-2], *self.visual.shape)
         attended = self.attended.to(device)
         if self.is_reindexed:
-            left_out = (attended & ~self.keep.to(device)).cumsum(1)
+            is_out = attended & ~self.keep.to(device)
+            left_out = is_out.cumsum(1)
             if self._samples is not None:
-                begins = torch.diff(self._samples, dim=1, prepend=self._samples[:, :1] - 1) != 0
-                before = torch.where(begins, left_out - (attended & ~self.keep.to(device)).long(), 0).cummax(1).values
-                left_out = left_out - before
+                left_out = left_out - since_begin(self._samples, left_out - is_out.long())
             if self.base:
                 left_out = left_out + left_out_before(self.cache, self.mask, self.base).to(device)
             position_ids = position_ids - left_out
@@ -388,6 +400,12 @@ class Prompt(Call):
         self.keep = self.keep & ~gone
         self.add_layout(self.keep, self.keep & self.attended)
         self.groups[index + 1 :] = [len(self.layouts) - 1] * (len(self.groups) - index - 1)
+
+
+def since_begin(samples: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """The value at the first place of each place's sample, for values that never fall along a row, (B, T) both."""
+    begins = torch.diff(samples, dim=1, prepend=samples[:, :1] - 1) != 0
+    return torch.where(begins, values, 0).cummax(1).values
 
 
 def _maps(mask: Any) -> dict[str | None, torch.Tensor]:

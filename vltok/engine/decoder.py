@@ -132,6 +132,8 @@ def _rows_of_layer(prompt: Prompt, index: int, hidden: torch.Tensor, kwargs: dic
         tables = kwargs.get("position_embeddings")
         if isinstance(tables, tuple):
             kwargs["position_embeddings"] = tuple(take(table, slots, dim=-2) for table in tables)
+        elif isinstance(tables, torch.Tensor):
+            kwargs["position_embeddings"] = take(tables, slots, dim=-2)
         for name, value in kwargs.items():
             is_ours = name in ("position_embeddings", "attention_mask", "hidden_states")
             if not is_ours and isinstance(value, torch.Tensor) and value.shape[:2] == first.order.shape:

@@ -51,15 +51,17 @@ class Keys:
         queries: Original index of each query, (B, Q), int64; -1 for slots that stand for nothing.
         keys: Original index of each key, (B, E), int64; -1 for those nobody may see.
         samples: The packed sample each position belongs to, (B, T), int64, or None where rows hold one sample each.
-        starts: First position of each row that is no padding, (B, 1), int64; chunks are counted from there.
-        reindex: Whether windows count the keys that are there, not the tokens they stand for.
+        starts: Where chunks are counted from: the first position of each row that is no padding, (B, 1), or of each
+            position's packed sample, (B, T), int64.
+        ranks: Which of the keys seen so far each key is, from 1, (B, E), where windows count those; None where they
+            count the tokens.
     """
 
     queries: torch.Tensor
     keys: torch.Tensor
     samples: torch.Tensor | None
     starts: torch.Tensor
-    reindex: bool
+    ranks: torch.Tensor | None
 
     def see(self, window: Window, row: Any, query: Any, key: Any) -> torch.Tensor:
         """Whether a query sees a key, for index tensors of any shapes that broadcast."""
@@ -68,13 +70,15 @@ class Keys:
         if self.samples is not None:
             seen = seen & (self.samples[row, q.clamp(min=0)] == self.samples[row, k.clamp(min=0)])
         if window.size:
-            if self.reindex:
-                rank = (self.keys >= 0).cumsum(1)
-                q, k = rank[:, rank.shape[1] - self.queries.shape[1] :][row, query], rank[row, key]
+            if self.ranks is not None:
+                own = self.ranks[:, self.ranks.shape[1] - self.queries.shape[1] :]
+                q, k = own[row, query], self.ranks[row, key]
             if window.kind == "sliding_attention":
                 seen = seen & (k > q - window.size)
             else:
-                start = 1 if self.reindex else self.starts[row, 0]  # ranks count from 1
+                start = 1  # of ranks
+                if self.ranks is None:
+                    start = self.starts[row, 0 if self.samples is None else q.clamp(min=0)]
                 seen = seen & ((q - start) // window.size == (k - start) // window.size)
         return seen
 
@@ -131,7 +135,7 @@ def _flash_mask(name: str, window: Window, keys: Keys, is_plain: bool) -> torch.
             f"{name!r} tells packed samples apart in a batch of one row only, and {len(keys.queries)} rows came; pack "
             'into one row, or use attn_implementation="sdpa"'
         )
-    if window.size and not keys.reindex:
+    if window.size and keys.ranks is None:
         oldest = keys.keys.masked_fill(keys.keys < 0, torch.iinfo(torch.int64).max).amin(1)
         if bool((keys.queries.amax(1) - oldest >= window.size).any()):
             raise UnsupportedInputError(

@@ -72,7 +72,6 @@ class PruningEngine:
 
     def install(self, head: nn.Module | None) -> None:
         """Hook the model, the head around it if there is one, and its decoder."""
-        self.edits.at_undo(partial(_sweep, self.model))
         if head is not None:
             self.edits.before(head, before_head)
         self.edits.before(self.model, self.before_model)
@@ -83,11 +82,7 @@ class PruningEngine:
         """Let `selector` prune at the entry of the language model."""
         if self.selector is not None:
             raise ValueError(f"{type(self.selector).__name__} already selects visual tokens here; give one selector")
-        if selector.positions == "reindex" and self.family.multi_axis_positions:
-            raise ValueError(
-                f"{self.family.title} gives visual tokens positions on several axes, which can't be counted anew; "
-                'use positions="keep"'
-            )
+        self._check_positions(selector)
         self.selector = selector
         self._watch_tower(self.request_of(selector))
 
@@ -102,6 +97,13 @@ class PruningEngine:
                 raise unreadable(layers[layer - 1] if attention is None else attention)
         self.rule = rule
         self.follow()
+
+    def _check_positions(self, selector: TokenSelector) -> None:
+        if selector.positions == "reindex" and self.family.multi_axis_positions:
+            raise ValueError(
+                f"{self.family.title} gives visual tokens positions on several axes, which can't be counted anew; "
+                'use positions="keep"'
+            )
 
     def request_of(self, selector: TokenSelector) -> AttentionRequest | None:
         """The attention in the vision tower that a selector wants."""
@@ -167,8 +169,10 @@ class PruningEngine:
 
     # The call
 
-    def before_model(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def before_model(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Tell a prompt with images from a continuation and from plain text."""
+        if not len(self.edits):  # the handle was removed while this call was held back
+            return None
         kwargs = bind(module, args, kwargs)
         if getattr(module, "_is_replica", False):
             raise UnsupportedInputError(
@@ -258,6 +262,8 @@ class PruningEngine:
         )
         prompt.selector = None if self.selector is None else self.run.current(self.selector)
         prompt.rule = None if self.rule is None else self.run.current(self.rule)
+        if prompt.selector is not None:
+            self._check_positions(prompt.selector)
         return prompt
 
     def find_pictures(self, prompt: Prompt) -> None:
@@ -362,15 +368,6 @@ def call_attends(mask: Any, visual: torch.Tensor, base: int) -> torch.Tensor:
             f"{tuple(maps[0].shape)}"
         )
     return attended.to(visual.device).expand_as(visual)
-
-
-def _sweep(model: nn.Module) -> None:
-    """Take off hooks that came into the model with copies of hooked parts, as adapters make them."""
-    ours = {before_decoder, after_decoder, before_layer, after_attention}
-    for module in model.modules():
-        for table in (module._forward_pre_hooks, module._forward_hooks):
-            for key in [key for key, hook in table.items() if getattr(hook, "func", hook) in ours]:
-                del table[key]
 
 
 def _has(module: nn.Module, hooks: tuple[Any, Any]) -> bool:
