@@ -6,13 +6,14 @@ import pytest
 from matrix import BRINGING_WEIGHTS, PAIRS, REFUSED, SELECTING, Pair, one_of_each, parameters
 
 
-def _only(pairs: dict[str, Pair]) -> pytest.MarkDecorator:
+def only(pairs: dict[str, Pair]) -> pytest.MarkDecorator:
+    """Run a test on these pairs alone."""
     return pytest.mark.parametrize("pair", parameters(pairs), indirect=True)
 
 
-only_pruning = _only(SELECTING)
-only_trained = _only(BRINGING_WEIGHTS)
-refused = _only(REFUSED)
+only_pruning = only(SELECTING)
+only_trained = only(BRINGING_WEIGHTS)
+refused = only(REFUSED)
 # For what takes long and hangs on the engine alone: every family and every method once.
-few = _only(one_of_each(PAIRS))
-few_pruning = _only(one_of_each(SELECTING))
+few = only(one_of_each(PAIRS))
+few_pruning = only(one_of_each(SELECTING))

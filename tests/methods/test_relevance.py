@@ -28,7 +28,6 @@ class State:
         self.recorded.append(values)
 
 
-
 def rows(length: int, members: list[int]) -> torch.Tensor:
     found = torch.zeros(1, length, dtype=torch.bool)
     found[0, members] = True
