@@ -75,7 +75,7 @@ class Call:
         self.states: list[torch.Tensor] | None = None
         self._masks: dict[Any, Any] = {}
         self._known: dict[Any, tuple[Keys, bool]] = {}
-        self._keys: dict[int, Keys] = {}  # of each layer that has run
+        self._keys: dict[int, tuple[Keys, bool]] = {}  # of each layer that has run
         if self.mask is not None and self.mask.shape[1] != base + length:
             raise UnsupportedInputError(
                 f"{length} tokens came on top of {base} that were fed in before, but attention_mask has "
@@ -125,7 +125,7 @@ class Call:
         if mark not in self._known:
             self._known[mark] = self._look(past, group)
         keys, is_plain = self._known[mark]
-        self._keys[index] = keys
+        self._keys[index] = keys, is_plain
         if (mark, window) not in self._masks:
             ready = self.maps.get(window.kind, self.maps.get(None))
             if ready is not None:
@@ -168,8 +168,11 @@ class Call:
         Returns:
             (B, H, Q, base + T), zero where a key is gone.
         """
-        labels = self._keys[index].keys.to(attention.device)
+        keys, is_plain = self._keys[index]
         total = self.base + self.length
+        if is_plain and attention.shape[-1] == total:
+            return attention
+        labels = keys.keys.to(attention.device)
         columns = labels.masked_fill(labels < 0, total)[:, None, None].expand_as(attention)
         spread = attention.new_zeros(*attention.shape[:-1], total + 1)
         return spread.scatter(-1, columns, attention)[..., :total]
@@ -340,7 +343,7 @@ class Prompt(Call):
         kept = keep.sum(1)
         length = max(1, int(kept.max()))
         keep = keep.to(self.device)
-        layout = Layout.from_mask(keep, length, self._samples)
+        layout = Layout.from_mask(keep, length, self._samples, is_whole=bool((kept == self.length).all()))
         queries = (layout.order + self.base).masked_fill(~layout.real, -1)
         keys = queries.masked_fill(~layout.pack(attended.to(self.device)), -1)
         counts = attended.sum(1)

@@ -174,7 +174,7 @@ def after_decoder(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> 
             output.hidden_states = _whole_states(call, layouts, output)
         if attentions is not None:
             attentions = [
-                each if each is None else layout.unpack(each.transpose(1, 2)).transpose(1, 2)
+                each if each is None or layout.is_whole else layout.unpack(each.transpose(1, 2)).transpose(1, 2)
                 for layout, each in zip(layouts[1:], attentions, strict=True)
             ]
         cache = getattr(output, CACHE, None)
@@ -212,8 +212,7 @@ def _wrap(prompt: Prompt) -> None:
 def _label(prompt: Prompt, cache: Any) -> None:
     """Tell the layers of a cache what the entries of the prompt stand for; a whole prompt needs no such thing."""
     total = prompt.base + prompt.length
-    is_whole = all(layout.order.shape[1] == prompt.length for layout in prompt.layouts)
-    if not prompt.base and is_whole and prompt.new_labels(0)[2]:
+    if not prompt.base and all(layout.is_whole for layout in prompt.layouts) and prompt.new_labels(0)[2]:
         return
     pairs: dict[tuple[int, int], int] = {}
     for number, layer in attention_layers(cache).items():

@@ -27,14 +27,18 @@ class Layout:
         slot: The slot of each position, (B, T), int64. A position that was not kept has the slot of the last kept one
             before it, or of the first kept one: what is predicted there is what is predicted after the last token that
             is still seen.
+        is_whole: Whether every position is kept, so that tensors pass as they are.
     """
 
     order: torch.Tensor
     real: torch.Tensor
     slot: torch.Tensor
+    is_whole: bool = False
 
     @classmethod
-    def from_mask(cls, keep: torch.Tensor, length: int, samples: torch.Tensor | None = None) -> Layout:
+    def from_mask(
+        cls, keep: torch.Tensor, length: int, samples: torch.Tensor | None = None, is_whole: bool = False
+    ) -> Layout:
         """Pack the positions where `keep` (B, T) is true.
 
         Args:
@@ -42,6 +46,7 @@ class Layout:
             length: The largest row count of `keep`, at least 1.
             samples: The packed sample of each position, (B, T); none reads what stands for another. None if rows hold
                 one sample each.
+            is_whole: Whether everything is kept.
         """
         order = torch.argsort(keep, dim=1, stable=True)[:, keep.shape[1] - length :]
         start = length - keep.sum(1, keepdim=True)  # of the kept tokens of each row
@@ -49,7 +54,7 @@ class Layout:
         if samples is not None:
             is_strange = samples.gather(1, order.gather(1, slot)) != samples
             slot = torch.where(is_strange, (slot + 1).clamp(max=length - 1), slot)
-        return cls(order=order, real=torch.arange(length, device=keep.device) >= start, slot=slot)
+        return cls(order, torch.arange(length, device=keep.device) >= start, slot, is_whole)
 
     def pack(self, x: torch.Tensor, dim: int = 1) -> torch.Tensor:
         """Bring (..., T, ...) into slots, (..., P, ...); the batch is the dimension before T.
@@ -58,11 +63,13 @@ class Layout:
             x: (B, T, ...) with dim=1, or (..., B, T) with dim=-1. A batch of 1 is expanded.
             dim: Where T is: 1 or -1.
         """
+        if self.is_whole:
+            return x.expand(*x.shape[:-2], *self.order.shape) if dim == -1 else x.expand(len(self.order), *x.shape[1:])
         return take(x, self.order, dim)
 
     def unpack(self, x: torch.Tensor) -> torch.Tensor:
         """Bring (B, P, ...) back to the length of the sequence, (B, T, ...)."""
-        return take(x, self.slot)
+        return x if self.is_whole else take(x, self.slot)
 
     def within(self, outer: Layout) -> torch.Tensor:
         """Slots of `outer` that this (smaller) layout takes its rows from, (B, P)."""
