@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import threading
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from towers import PAIRS, VisionPair, pixels, shared_tower
 
@@ -19,6 +21,8 @@ from vltok.errors import UnsupportedInputError, UnsupportedModelError
 from vltok.families import view
 
 TOLERANCE = 2e-5  # of the largest number, see test_contract_vision.py
+# Older peft can't wrap a part that is called with keywords alone, such as the attention of CLIP.
+WRAPS_KEYWORD_CALLS = "x" not in inspect.signature(AuxiliaryTrainingWrapper.forward).parameters
 ADAPTED = 1e-3  # where weights were merged, in another order of float32 sums
 
 
@@ -166,9 +170,10 @@ def test_blocks_are_recomputed_in_another_thread_with_the_pictures_they_had(pair
         torch.testing.assert_close(found[name], grad, rtol=0, atol=1e-4 * grad.abs().max().item(), msg=name)
 
 
-def test_a_pickled_model_answers_as_before(pair, model):
-    stream = io.BytesIO()
-    with pair.apply(model.eval()), torch.no_grad():
+def test_a_pickled_model_answers_as_before(pair):
+    # A model of its own: transformers' hooks for hidden states can't be pickled, and shared ones have them by now.
+    model, stream = pair.tower.model(), io.BytesIO()
+    with pair.apply(model), torch.no_grad():
         shown = pictures(pair)
         options = pair.tower.any_size or {}
         expected = [pair.tower.answer(model, each, **options) for each in shown]
@@ -237,7 +242,8 @@ def test_parts_that_an_adapter_trains_as_a_whole_go_on_working(pair, model):
     expected = [outcome(pair, model, handle, shown) for shown in (one, other)]
     names = {part: name for name, part in model.named_modules()}
     norm = getattr(vision.family.blocks(vision.host)[0], vision.family.first_norm)
-    saved = [names[part] for part in (vision.family.patch_layer(vision.host), norm, vision.attention_module(1))]
+    saved = [names[part] for part in (vision.family.patch_layer(vision.host), norm)]
+    saved += [names[vision.attention_module(1)]] if WRAPS_KEYWORD_CALLS else []
     saved += ["dilation_predictor"] if pair.has(vltok.TAP) else []
     config = LoraConfig(target_modules=[linear_layers(pair, model)[-1]], modules_to_save=saved)
     adapted = get_peft_model(model, config)

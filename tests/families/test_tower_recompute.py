@@ -1,4 +1,4 @@
-"""Blocks that are recomputed in a backward pass, when other pictures have passed since."""
+"""Blocks that are recomputed in a backward pass, or reached, when other pictures have passed since."""
 
 from __future__ import annotations
 
@@ -119,3 +119,21 @@ def test_what_passes_through_a_copy_does_not_count():
         loss = model(pixels(1, 24, 40)).sum()
         twin(pixels(1, 40, 24))
         loss.backward()
+
+
+@pytest.mark.parametrize("method", [SOFT, vltok.TAP()], ids=["soft", "tap"])
+@torch.no_grad()
+def test_a_call_that_stops_early_inside_another_leaves_that_one_its_grid(method):
+    model, wide, high = shared_tower(TOWERS["timm-vit"]), pixels(1, 24, 40), pixels(1, 40, 24)
+    with draw(vltok.apply(model, method)):
+        expected, left = model(high), [wide]
+
+        def look_ahead(*_) -> None:
+            if left:
+                model.forward_intermediates(left.pop(), indices=[0], stop_early=True, intermediates_only=True)
+
+        hook = model.patch_embed.proj.register_forward_hook(look_ahead)
+        try:
+            assert torch.equal(model(high), expected) and not left
+        finally:
+            hook.remove()
