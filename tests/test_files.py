@@ -197,7 +197,6 @@ RECORDS: dict[str, Any] = {
             *(("image_seq_length", 10**40), ("text_config", 3)),
         )
     },
-    "the guard left in": lambda note: {**note, "restore": {**note["restore"], "config": {}}},
     "a processor's field": lambda note: {**note, "restore": {**note["restore"], "processor": {"patch_size": "x"}}},
 }
 
@@ -207,6 +206,14 @@ def test_a_made_up_record_in_a_models_config_is_refused(whole, changed, what):
     config = json.loads((whole / "config.json").read_text())
     rewrite(changed, json.dumps({**config, "vltok": RECORDS[what](copy.deepcopy(config["vltok"]))}))
     with pytest.raises(CheckpointError):
+        vltok.from_pretrained(changed)
+
+
+def test_a_record_that_leaves_a_guard_in_place_is_refused_by_the_name_of_its_field(whole, changed):
+    config = json.loads((whole / "config.json").read_text())
+    config["vltok"]["restore"]["config"] = {}
+    rewrite(changed, json.dumps(config))
+    with pytest.raises(CheckpointError, match="doesn't say what projector_hidden_act held"):
         vltok.from_pretrained(changed)
 
 

@@ -112,13 +112,13 @@ class WeightFile:
     stored: Mapping[str, Stored]
     get: Callable[[str], torch.Tensor]
 
-    def read(self, name: str) -> torch.Tensor:
-        """Get a tensor by its name.
+    def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Get a tensor by its name, in its own dtype or another.
 
         Raises:
-            CheckpointError: If it holds NaN or infinite values.
+            CheckpointError: If it holds values that are NaN, or infinite in that dtype.
         """
-        tensor = self.get(name)
+        tensor = self.get(name) if dtype is None else self.get(name).to(dtype)
         check_finite(name, tensor, self.stored[name].file)
         return tensor
 

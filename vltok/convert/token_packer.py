@@ -27,7 +27,6 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaProces
 from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
 from vltok.api import Handle, apply
-from vltok.checks import check_finite
 from vltok.convert import ShardWriter, check_names, new_folder, scan
 from vltok.errors import CheckpointError
 from vltok.files import Stored, open_weights, read_json, weight_files
@@ -132,7 +131,7 @@ def convert(
             lines = ["adapter only: vltok.load(model, folder, processor=processor) puts it on a LLaVA"]
         handle = _apply(config, scale_factor, _embed_dim(source, entries))
         weights = {_saved_as(name): weight for name, weight in handle.model.state_dict().items()}
-        expected = {name: weight for name, weight in weights.items() if files or name.startswith(PROJECTOR)}
+        expected = {name: weights[name] for name in weights if files or name.startswith(PROJECTOR)}
         if files:
             expected |= {name: expected[name][:1].expand(official["vocab_size"], -1) for name in TABLES}
         check_names(source, entries, expected, unknown)
@@ -366,12 +365,9 @@ def _copy_weights(
     projector: dict[str, torch.Tensor] = {}
     stored = torch.float32
 
-    def copy(name: str, tensor: torch.Tensor, file: Path) -> None:
+    def copy(name: str, tensor: torch.Tensor) -> None:
         nonlocal stored
         stored = tensor.dtype if name == TABLES[0] else stored
-        if dtype is not None:
-            tensor = tensor.to(dtype)
-            check_finite(name, tensor, file)
         if name.startswith(PROJECTOR):
             projector[name.removeprefix(PROJECTOR)] = tensor.clone()
         else:
@@ -382,7 +378,7 @@ def _copy_weights(
         with open_weights(file) as opened:
             for name, entry in entries.items():
                 if entry.file == file:
-                    copy(name, opened.read(entry.name), file)
+                    copy(name, opened.read(entry.name, dtype))
             writer.flush()
     return projector, stored
 
@@ -397,8 +393,7 @@ def _grow(table: torch.Tensor, ids: list[int], size: int) -> torch.Tensor:
 
 def _write_config(folder: Path, handle: Handle, dtype: torch.dtype) -> None:
     config = handle.model.config
-    config.architectures = [type(handle.model).__name__]
-    config.dtype = dtype
+    config.architectures, config.dtype = [type(handle.model).__name__], dtype
     config.save_pretrained(folder)
     ids = {name: getattr(config.text_config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     transformers.GenerationConfig(**ids).save_pretrained(folder)
