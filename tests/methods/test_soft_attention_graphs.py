@@ -56,7 +56,7 @@ def check_steps(attention: SoftmaxFreeAttention, backend: str, sizes, bound: flo
             assert error(found, expected) < bound, f"batch {batch}, grid {grid}, result {number}"
 
 
-SIZES = ((2, (8, 8)), (3, (8, 8)), (5, (7, 5)), (2, (6, 9)), (1, (9, 4)))  # grids that a ratio of 2 divides, or not
+SIZES = ((2, (8, 8)), (3, (8, 8)), (5, (7, 5)), (2, (6, 9)))  # grids that a ratio of 2 divides, or not
 
 
 @NORMALIZE
@@ -65,10 +65,9 @@ def test_a_compiled_training_step_takes_other_batches_and_grids(parity, normaliz
     check_steps(make(normalize=normalize, parity=parity, num_prefix_tokens=1), "aot_eager", SIZES)
 
 
-@pytest.mark.parametrize("grid", [(8, 6), (7, 5)])
-def test_a_step_compiled_by_inductor_is_the_eager_one_also_on_odd_grids_and_alone(grid):
-    """A real tensor with other strides than its fake, as of one sample alone, fails here and nowhere else."""
-    check_steps(make(num_prefix_tokens=2), "inductor", ((2, grid), (1, grid)), 1e-3)
+def test_a_step_compiled_by_inductor_is_the_eager_one_also_on_odd_grids_and_alone():
+    """It looks at real strides, where one sample has others than its fake, and orders those of grids unknown to it."""
+    check_steps(make(num_prefix_tokens=2), "inductor", ((1, (7, 5)), (2, (6, 8))), 1e-3)
 
 
 def test_one_graph_serves_all_grids():

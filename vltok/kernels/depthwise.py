@@ -24,10 +24,15 @@ def depthwise_conv2d(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     Returns:
         Feature maps, (B, C, H, W).
     """
+    pad = weight.shape[-1] // 2
+    if torch.compiler.is_compiling():
+        # A copy rather than a view is held for the backward pass: of views whose sides are unknown, inductor can't
+        # order the strides.
+        return F.conv2d(F.pad(x, (pad, pad, pad, pad)), weight, groups=weight.shape[0])
     is_slow = x.device.type == "cpu" and weight.shape[-1] > FAST and weight.requires_grad
     if is_slow and not is_transformed(x, weight):
         return _Depthwise.apply(x, weight)
-    return F.conv2d(x, weight, padding=weight.shape[-1] // 2, groups=weight.shape[0])
+    return F.conv2d(x, weight, padding=pad, groups=weight.shape[0])
 
 
 class _Depthwise(torch.autograd.Function):

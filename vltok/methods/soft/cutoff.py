@@ -26,12 +26,13 @@ def cut_inverse(kernel: torch.Tensor) -> torch.Tensor:
 def _cut(values: torch.Tensor, row_sum: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Eigenvalues of the inverse, f(e), and derivatives of f by e and by alpha, each (..., M); row_sum: (..., 1)."""
     alpha, power = START / row_sum**2, 2.0**STEPS
-    rest = 1 - alpha * values**2
-    left = torch.exp(power * torch.log(rest.abs()))
-    is_zero = values.abs() < 1e-9 * row_sum  # where the quotient would be rounding errors
-    inverse = torch.where(is_zero, 0, (1 - left) / torch.where(is_zero, 1, values))
-    steep = torch.where(left > 0, power * left / torch.where(left > 0, rest, 1), 0)  # -d left / d (alpha e^2)
-    ratio = torch.where(is_zero, alpha * power, inverse / torch.where(is_zero, 1, values))
+    share = alpha * values**2
+    small = share.clamp(max=0.5)
+    left = power * torch.where(share < 0.5, torch.log1p(-small), torch.log((1 - share).abs()))  # its logarithm
+    is_zero = values.abs() < 1e-9 * row_sum  # where the next digit is 1e-12 of the first
+    ratio = torch.where(is_zero, alpha * power, -torch.expm1(left) / torch.where(is_zero, 1, values) ** 2)
+    inverse, left = ratio * values, left.exp()
+    steep = torch.where(left > 0, power * left / torch.where(left > 0, 1 - share, 1), 0)  # -d left / d share
     return inverse, 2 * alpha * steep - ratio, values * steep
 
 
