@@ -48,6 +48,7 @@ LIBRARIES = {
     "train": {"torch", "transformers", "PIL", "datasets", "jinja2", "peft", "safetensors", "typer"},
     "processing": {"torch", "transformers"},
     "kernels": {"torch", "triton"},
+    "methods": {"torch", "einops"},
     "models": {"torch", "timm"},
 }
 

@@ -152,18 +152,20 @@ def test_a_compiled_module_takes_any_batch_and_grid_and_trains(row, training):
     torch._dynamo.reset()
     module = row.module(training)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    calls = [row.inputs(batch) for batch in (2, 3, 1, 5)]
-    calls += [row.inputs(batch, grow=True) for batch in (2, 4)] if row.grid else []
+    calls = [row.inputs(batch) for batch in (2, 3, 1)]
+    calls += [row.inputs(4, grow=True)] if row.grid else []
     for x, *grid in calls:
+        if not training:
+            with torch.no_grad():
+                close(compiled(x, *grid), module(x, *grid))
+            continue
         own = [x.requires_grad_(), *module.parameters()]
-        found, expected = compiled(x, *grid), module(x, *grid)
-        close(found, expected)
-        pairs = [torch.autograd.grad(out.square().sum(), own, allow_unused=True) for out in (found, expected)]
+        outputs = [compiled(x, *grid), module(x, *grid)]
+        close(*outputs)
+        pairs = [torch.autograd.grad(out.square().sum(), own, allow_unused=True) for out in outputs]
         for mine, theirs in zip(*pairs, strict=True):
             if theirs is not None:
                 close(mine, theirs)
-        with torch.no_grad():
-            close(compiled(x, *grid), expected)
 
 
 @EVERY

@@ -194,10 +194,10 @@ class TokenPackerProjector(nn.Module):
 
     def _regions(self, x: torch.Tensor) -> torch.Tensor:
         """Gather the patches of each region, row by row inside it: (B, N, E) -> (B * M, s * s, E)."""
+        from einops import rearrange  # here, so that `import vltok` loads torch alone
+
         s = self.scale_factor
-        rows, columns = (side // s for side in self.grid)
-        x = x.unflatten(1, (rows, s, columns, s)).transpose(2, 3)  # (B, rows, columns, s, s, E)
-        return x.flatten(3, 4).flatten(0, 2)
+        return rearrange(x, "b (h i w j) e -> (b h w) (i j) e", i=s, j=s, w=self.grid[1] // s)
 
     def _shares(self, weight: torch.Tensor, query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         return self.clip_attn.weigh(weight, query, self.ln_k_1(keys).to(keys.dtype))
