@@ -182,7 +182,7 @@ class TokenPackerProjector(nn.Module):
         query = recomputed(self._queries, to_query, coarse)
         shares = recomputed(self._shares, to_key, query, self._regions(self.k_proj_1(features)))
         out = recomputed(self._means, to_value, shares, self._regions(self.v_proj_1(features)))
-        return self.mlp(attention.out_proj(out).unflatten(0, (batch, -1)))
+        return self.mlp(attention.out_proj(out).unflatten(0, (batch, self.num_tokens)))
 
     def _queries(self, weight: torch.Tensor, coarse: torch.Tensor) -> torch.Tensor:
         """Ask for regions with the patch map at 1 / s, bilinear, not antialiased: (B, N, C) -> (heads, B * M, d)."""
