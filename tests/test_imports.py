@@ -64,6 +64,7 @@ LIBRARIES = {
     "train": {"torch", "transformers", "PIL", "datasets", "jinja2", "peft", "typer"},
     "processing": {"torch", "transformers"},
     "kernels": {"torch", "triton"},
+    "methods": {"torch", "einops"},
     "models": {"torch", "timm"},
 }
 

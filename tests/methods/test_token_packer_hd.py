@@ -181,7 +181,11 @@ def test_a_thread_of_a_picture_keeps_a_pixel(size):
         ((torch.zeros(3, 0, 8), (1, 1)), ValueError, r"got \(3, 0, 8\)"),
         ((torch.zeros(3, 8, 8), (0, 1)), ValueError, r"at least 1 each, got \(0, 1\)"),
         ((torch.zeros(3, 8, 8), (1, 1), 0), ValueError, "tile must be at least 1, got 0"),
-        ((torch.zeros(3, 8, 8), (1, 1), 14, "best"), ValueError, 'must be "released" or "sound", got \'best\''),
+        (
+            (torch.zeros(3, 8, 8), (1, 1), 14, "best"),
+            ValueError,
+            "thumbnail must be one of 'released', 'sound', got 'best'",
+        ),
     ],
 )
 def test_what_is_no_picture_is_refused(arguments, error, message):

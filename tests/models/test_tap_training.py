@@ -169,29 +169,28 @@ def test_weight_decay_leaves_embeddings_alone(name, free, decayed):
     assert decayed not in spared
 
 
-SIZES = [(1, 64, 80), (2, 64, 80), (3, 64, 64), (2, 48, 96)]  # batch, height, width
+SIZES = [(2, 64, 80), (3, 64, 80), (1, 48, 96)]  # batch, height, width
 
 
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("lean", [False, True])
+@pytest.mark.parametrize("mode", ["evaluation", "training", "checkpointing"])
 @pytest.mark.parametrize("name", NAMES)
-def test_it_compiles_as_one_graph_for_any_batch_and_size(name, lean, training):
+def test_it_compiles_as_one_graph_for_any_batch_and_size(name, mode):
     torch._dynamo.reset()
+    training = mode != "evaluation"
     model = make(name, depth=1).train(training)
-    model.set_grad_checkpointing(lean)
+    model.set_grad_checkpointing(mode == "checkpointing")
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for size in SIZES:
         x = pictures(*size).requires_grad_()
-        out, expected = compiled(x), model(x)
+        with torch.set_grad_enabled(training):
+            out, expected = compiled(x), model(x)
         torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
-        own = [x, *model.parameters()]
-        for found, reference in zip(
-            *(torch.autograd.grad(each.square().sum(), own) for each in (out, expected)), strict=True
-        ):
-            torch.testing.assert_close(found, reference, rtol=1e-3, atol=1e-4 * max(1, reference.abs().max().item()))
-        if not training:
-            with torch.no_grad():
-                torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-4)
+        if training:
+            own = [x, *model.parameters()]
+            pairs = [torch.autograd.grad(each.square().sum(), own) for each in (out, expected)]
+            for found, reference in zip(*pairs, strict=True):
+                scale = max(1, reference.abs().max().item())
+                torch.testing.assert_close(found, reference, rtol=1e-3, atol=1e-4 * scale)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -12,7 +12,6 @@ from functools import partial
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from vltok.autograd import autocast_off, gradients_to_differentiate, runs_eagerly
 from vltok.checks import is_number
@@ -121,7 +120,9 @@ def map_loss(attention: torch.Tensor, threshold: float) -> torch.Tensor:
     count = means.shape[-1]
     average = means.mean(1, keepdim=True)
     rows, average = (x * (x > threshold / count) for x in (means, average))
-    return F.cosine_similarity(rows, average, dim=-1, eps=EPS).mean()
+    # Not F.cosine_similarity, whose second derivative is NaN where a row is 0.
+    squares = (x.square().sum(-1).clamp(min=EPS**2) for x in (rows, average))
+    return ((rows * average).sum(-1) / math.prod(each.sqrt() for each in squares)).mean()
 
 
 def score_loss(query: torch.Tensor, key: torch.Tensor, scale: float, threshold: float) -> torch.Tensor:

@@ -182,7 +182,7 @@ class TokenPackerProjector(nn.Module):
         query = recomputed(self._queries, to_query, coarse)
         shares = recomputed(self._shares, to_key, query, self._regions(self.k_proj_1(features)))
         out = recomputed(self._means, to_value, shares, self._regions(self.v_proj_1(features)))
-        return self.mlp(attention.out_proj(out).unflatten(0, (batch, -1)))
+        return self.mlp(attention.out_proj(out).unflatten(0, (batch, self.num_tokens)))
 
     def _queries(self, weight: torch.Tensor, coarse: torch.Tensor) -> torch.Tensor:
         """Ask for regions with the patch map at 1 / s, bilinear, not antialiased: (B, N, C) -> (heads, B * M, d)."""
@@ -194,10 +194,10 @@ class TokenPackerProjector(nn.Module):
 
     def _regions(self, x: torch.Tensor) -> torch.Tensor:
         """Gather the patches of each region, row by row inside it: (B, N, E) -> (B * M, s * s, E)."""
+        from einops import rearrange  # here, so that `import vltok` loads torch alone
+
         s = self.scale_factor
-        rows, columns = (side // s for side in self.grid)
-        x = x.unflatten(1, (rows, s, columns, s)).transpose(2, 3)  # (B, rows, columns, s, s, E)
-        return x.flatten(3, 4).flatten(0, 2)
+        return rearrange(x, "b (h i w j) e -> (b h w) (i j) e", i=s, j=s, w=self.grid[1] // s)
 
     def _shares(self, weight: torch.Tensor, query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         return self.clip_attn.weigh(weight, query, self.ln_k_1(keys).to(keys.dtype))

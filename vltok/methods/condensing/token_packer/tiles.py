@@ -96,6 +96,8 @@ def slice_image(image: torch.Tensor, grid: Grid, tile: int = 336, thumbnail: Thu
         TypeError: If `image` is not of a float dtype.
         ValueError: If a shape or size is not as said above, or `thumbnail` is unknown.
     """
+    from einops import rearrange  # here, so that `import vltok` loads torch alone
+
     check_choice("thumbnail", thumbnail, Thumbnail)
     if not image.is_floating_point():
         raise TypeError(f"image must be normalised and of a float dtype, got {image.dtype}")
@@ -106,8 +108,7 @@ def slice_image(image: torch.Tensor, grid: Grid, tile: int = 336, thumbnail: Thu
         raise ValueError(f"tile must be at least 1, got {tile}")
     size = image.shape[1:]
     canvas = _fit(image, size, (rows * tile, columns * tile))
-    tiles = canvas.unflatten(2, (columns, tile)).unflatten(1, (rows, tile))  # (3, rows, tile, columns, tile)
-    tiles = tiles.permute(1, 3, 0, 2, 4).flatten(0, 1)
+    tiles = rearrange(canvas, "c (rows h) (columns w) -> (rows columns) c h w", h=tile, w=tile)
     if rows * columns == 1:
         return tiles
     overview = _fit(canvas if thumbnail == "released" else image, size, (tile, tile))
