@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from towers import TOWERS, shared_tower
 
-from vltok.engine.attention import read_attention, tokens_of
+from vltok.engine.parts import read_attention, tokens_of
 from vltok.errors import UnsupportedModelError
 from vltok.families import view
 from vltok.views import SelfAttention

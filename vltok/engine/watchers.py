@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from vltok.edits import Edits
-from vltok.engine.attention import attention_scale, num_heads, score_layers, split_arguments
+from vltok.engine.parts import attention_scale, num_heads, score_layers, split_arguments
 from vltok.engine.tower_call import TowerCalls, TowerHook, tokens_in
 from vltok.errors import UnsupportedInputError, UnsupportedModelError
 from vltok.views import ScoreWatcher

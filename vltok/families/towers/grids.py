@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vltok.engine.attention import tokens_of
+from vltok.engine.parts import tokens_of
 from vltok.engine.tower_call import TowerCalls, TowerHook
 from vltok.errors import UnsupportedInputError
 from vltok.recompute import is_recomputing, statistics_kept

@@ -8,8 +8,9 @@ from typing import Any
 from torch import nn
 
 from vltok.edits import Edits
-from vltok.engine.attention import TowerReader, find_attention, is_nested, read_attention
+from vltok.engine.attention import TowerReader
 from vltok.engine.guard import mark_checkpoint
+from vltok.engine.parts import find_attention, is_nested, read_attention
 from vltok.engine.tower_call import TowerCalls
 from vltok.engine.watchers import CallWatch, MapRecorder, ScoreRecorder
 from vltok.engine.weights import check_at_hand, place_of
