@@ -78,7 +78,7 @@ def inventory(model: torch.nn.Module) -> dict[str, int]:
     modules = list(model.modules())
     return {
         "objects": len(gc.get_objects()),
-        "tensors": sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects()),
+        "tensors": sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects()),
         "attributes": sum(len(vars(module)) for module in modules),
         "hooks": sum(
             len(vars(m)[name]) for m in modules for name in vars(m) if name.endswith("_hooks") and vars(m)[name]
