@@ -122,3 +122,13 @@ def test_a_full_budget_changes_nothing(family, model):
     with vltok.apply(model, vltok.StrideTokens(keep_ratio=1.0)):
         torch.testing.assert_close(logits(model, inputs)[real], expected[real], rtol=1e-4, atol=2e-5)
         assert torch.equal(generate(model, inputs), answer)
+
+
+@pytest.mark.parametrize("margin", [1e-4, -1e-4], ids=["dropped", "kept"])
+def test_without_a_cache_a_decision_stays_as_it_was_on_the_prompt(family, model, margin):
+    inputs = single(family, "image first")
+    with vltok.apply(model, vltok.ToDRE(keep_ratio=0.3, depth=0.5, tau=0.0)) as handle:
+        logits(model, inputs)
+        ((seen,),) = handle.report(file=None).relevance
+    with vltok.apply(model, vltok.ToDRE(keep_ratio=0.3, depth=0.5, tau=max(seen.alpha_tv, seen.alpha_vt) + margin)):
+        assert torch.equal(generate(model, inputs, steps=8, use_cache=False), generate(model, inputs, steps=8))
