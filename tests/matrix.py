@@ -64,6 +64,11 @@ class Pair:
         """What stands before batch and length in the shape of this family's positions."""
         return (self.family.axes,) if self.family.axes > 1 else ()
 
+    @property
+    def tower_refuses_maps(self) -> bool:
+        """Whether the tower, which this family asks for maps along with the decoder, has none under this method."""
+        return self.family.tower_shows_maps and isinstance(self.method, vltok.SOFT)
+
     def apply(self, model: torch.nn.Module, processor: Any = None) -> vltok.Handle:
         """Apply the method; weights it brings are drawn large, the same at every call; no test's generator moves."""
         with torch.random.fork_rng(devices=[]):

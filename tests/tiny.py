@@ -79,6 +79,7 @@ class TinyFamily:
         packer_scale: A scale factor of TokenPacker that divides its patch grid.
         new_image_in_turn: Whether the unpruned generate() takes an image on top of a filled cache.
         windowed: Whether some decoder layers see fewer tokens than the prompts have.
+        tower_shows_maps: Whether a call that asks for attention maps asks its vision tower for them, too.
     """
 
     name: str
@@ -96,6 +97,7 @@ class TinyFamily:
     packer_scale: int = 2
     new_image_in_turn: bool = True
     windowed: bool = False
+    tower_shows_maps: bool = False
 
     @property
     def key(self) -> str:
@@ -329,7 +331,9 @@ def _chunked_llama4() -> Any:
     return Llama4TextConfig(**TEXT, **experts, **chunks)
 
 
-LLAVA = TinyFamily("llava", _llava, _llava_processor, "<image>", (56, 56), (80, 50), True, (16, 16))
+LLAVA = TinyFamily(
+    "llava", _llava, _llava_processor, "<image>", (56, 56), (80, 50), True, (16, 16), tower_shows_maps=True
+)
 LLAVA_SIGLIP = replace(
     LLAVA,
     build=functools.partial(_llava, tower="siglip"),
