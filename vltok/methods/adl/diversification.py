@@ -121,8 +121,8 @@ def map_loss(attention: torch.Tensor, threshold: float) -> torch.Tensor:
     average = means.mean(1, keepdim=True)
     rows, average = (x * (x > threshold / count) for x in (means, average))
     # Not F.cosine_similarity, whose second derivative is NaN where a row is 0.
-    squares = (x.square().sum(-1).clamp(min=EPS**2) for x in (rows, average))
-    return ((rows * average).sum(-1) / math.prod(each.sqrt() for each in squares)).mean()
+    length, length_average = (x.square().sum(-1).clamp(min=EPS**2).sqrt() for x in (rows, average))
+    return ((rows * average).sum(-1) / (length * length_average)).mean()
 
 
 def score_loss(query: torch.Tensor, key: torch.Tensor, scale: float, threshold: float) -> torch.Tensor:
