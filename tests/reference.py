@@ -271,13 +271,15 @@ def greedy(row: Row, model: nn.Module, picks: Sequence[torch.Tensor], steps: int
 def attention_ratios(eager: nn.Module, row: Row, picks: Sequence[torch.Tensor], layer: int) -> tuple[float, float]:
     """alpha_tv and alpha_vt of ToDRE at a layer (counted from 1) from the materialised attention of an eager model."""
     where = kept(row, picks)
-    output = eager.model.language_model(
-        inputs_embeds=row.embeds[where].unsqueeze(0),
-        position_ids=row.positions[..., where].unsqueeze(-2),
-        attention_mask=torch.ones(1, len(where), dtype=torch.long),
-        output_attentions=True,
-    )
-    attention = output.attentions[layer - 1][0].mean(0)  # (P, P)
+    with hidden_keys(eager, dropped(row, picks)):
+        output = eager.model.language_model(
+            inputs_embeds=row.embeds.unsqueeze(0),
+            position_ids=row.positions.unsqueeze(-2),
+            attention_mask=torch.ones(1, len(row.embeds), dtype=torch.long),
+            output_attentions=True,
+            use_cache=False,
+        )
+    attention = output.attentions[layer - 1][0].mean(0)[where][:, where]  # (P, P)
     visual = row.visual[where]
     text = ~visual & (visual.cumsum(0) > 0)
     alpha_tv = attention[text][:, visual].sum() / attention[text].sum()
