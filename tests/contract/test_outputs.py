@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from calls import PROMPTS, TOLERANCE, batch, generate, logits, single
+from calls import PROMPTS, TOLERANCE, batch, generate, logits, plain, single
 from prompts import CACHE
 from rows import only_pruning
 from tiny import WINDOW, shared_model
@@ -162,3 +162,13 @@ def test_report_counts_the_bytes_of_a_quantised_cache(pair, model):
     heads, width = 2, 16
     values = 2 * len(PROMPTS) * heads * width * sum(report.kv_entries)
     assert values <= report.kv_bytes <= 4 * values
+
+
+def test_maps_that_the_attention_does_not_give_are_not_missed(pair, model):
+    """Fused attention has no maps: transformers warns and returns what it has."""
+    inputs = batch(pair)
+    with torch.no_grad():
+        expected = model(**plain(pair.family), output_attentions=True).attentions
+        with pair.apply(model):
+            assert model(**inputs, output_attentions=True).attentions == expected
+            assert len(model(**inputs, output_attentions=True, return_dict=False)) == 2
