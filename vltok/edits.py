@@ -308,6 +308,7 @@ class Edits:
         with self._lock:
             wrapper.owner, wrapper.name, wrapper.under = target, name, _own(target, name)
             wrapper.is_on = True
+            wrapper.__doc__ = getattr(target, name).__doc__
             setattr(target, name, wrapper)
             self._note(_Wrapped(target, name, wrapper))
 

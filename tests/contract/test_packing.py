@@ -45,7 +45,7 @@ def test_a_full_budget_trains_on_the_same_loss_with_the_same_gradients(pair, mod
     labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == model.config.image_token_id, -100)
     starts = [sum(single(pair, i)["input_ids"].shape[1] for i in range(row)) for row in range(len(PROMPTS))]
     labels[0, starts] = -100  # nobody foretells the next sample
-    trained = copy.deepcopy(model).train()
+    trained = copy.deepcopy(model).train(pair.prunes)  # norms of batches would tell the samples' batches apart
 
     def step() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         trained.zero_grad()

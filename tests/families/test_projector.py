@@ -7,13 +7,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from prompts import probe
+from prompts import probe, single
 from tiny import LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, LLAVA_SIGLIP, QWEN2_5_VL, picture, shared_model, sharpen
 from torch import nn
 from unchanged import unchanged
 
 import vltok
-from vltok.errors import EditConflictError, UnsupportedModelError
+from vltok.errors import UnsupportedModelError
 
 WORDS = ["w1 <image> w2", "<image> w3 <image>"]
 PACKER = vltok.TokenPacker(scale_factor=2)
@@ -95,15 +95,19 @@ def test_pruning_that_watches_the_old_projector_is_in_the_way():
     assert processor.patch_size == 14
 
 
-def test_a_projector_that_a_later_handle_watches_cannot_leave_before_it():
+@torch.no_grad()
+def test_a_projector_leaves_before_or_after_the_pruning_behind_it():
     model, processor = shared_model(LLAVA), LLAVA.processor()
-    with unchanged(model):
-        first = vltok.apply(model, PACKER, processor=processor)
-        second = vltok.apply(model, vltok.StrideTokens(num_keep=2))
-        with pytest.raises(EditConflictError, match="remove the later handle first"):
-            first.remove()
-        second.remove()
-        first.remove()
+    inputs, prune = single(LLAVA, "text around"), vltok.StrideTokens(num_keep=2)
+    with vltok.apply(model, prune):
+        expected = model(**inputs).logits
+    for order in ((0, 1), (1, 0)):
+        with unchanged(model):
+            handles = [vltok.apply(model, PACKER, processor=processor), vltok.apply(model, prune)]
+            handles[order[0]].remove()
+            if order[0] == 0:
+                assert torch.equal(model(**inputs).logits, expected)
+            handles[order[1]].remove()
 
 
 def larger_next() -> nn.Module:
