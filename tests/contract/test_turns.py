@@ -72,11 +72,12 @@ def test_a_prefix_is_used_again(pair, model):
             assert torch.equal(generate(model, {**talk, CACHE: copy.deepcopy(cache)}), expected)
 
 
-def continued(pair, model, cache, words: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+def continued(pair, model, cache, words: torch.Tensor, first: torch.Tensor, **options) -> torch.Tensor:
     """Logits of words (B, N) on a cache; `first` is the position of the first, (B,)."""
     at = first[:, None] + torch.arange(words.shape[1])
     with torch.no_grad():
-        return model(input_ids=words, position_ids=at.expand(*pair.axes, -1, -1), **{CACHE: cache}).logits
+        at = at.expand(*pair.axes, -1, -1)
+        return model(input_ids=words, position_ids=at, **{CACHE: cache}, **options).logits
 
 
 def behind(model, inputs) -> torch.Tensor:
@@ -105,10 +106,13 @@ def test_a_cropped_cache_equals_that_of_a_shorter_conversation(pair, model, cut)
 
 
 def test_rows_of_a_cache_are_reordered_repeated_and_selected(pair, model):
-    texts = ["w1 <image> w2 w3", "w5 <image> w6 w7"]
+    texts = ["w1 <image> w2 w3", "w5 w6 <image> w6 w7 w8 w9"]  # the first is padded
     singles = [prompt(pair, text, (seed,)) for seed, text in enumerate(texts)]
-    both = pair.inputs(texts, [picture(seed, pair.family.size) for seed in range(2)])
+    both = dict(pair.inputs(texts, [picture(seed, pair.family.size) for seed in range(2)]))
     at = torch.cat([behind(model, each) for each in singles])
+    if not pair.axes:
+        both["position_ids"] = (both["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    mask = torch.nn.functional.pad(both["attention_mask"], (0, 3), value=1)
     with pair.apply(model), torch.no_grad():
         expected = []
         for each, first in zip(singles, at, strict=True):
@@ -124,7 +128,8 @@ def test_rows_of_a_cache_are_reordered_repeated_and_selected(pair, model):
             cache = model(**both, use_cache=True)[CACHE]
             getattr(cache, name)(value)
             order = torch.tensor([0, 0, 1, 1]) if isinstance(value, int) else value
-            got = continued(pair, model, cache, NEW.expand(len(order), -1), at[order])
+            words = NEW.expand(len(order), -1)
+            got = continued(pair, model, cache, words, at[order], attention_mask=mask[order])
             torch.testing.assert_close(got, expected[order], **TOLERANCE)
 
 
