@@ -166,6 +166,8 @@ def test_report_counts_the_bytes_of_a_quantised_cache(pair, model):
 
 def test_maps_that_the_attention_does_not_give_are_not_missed(pair, model):
     """Fused attention has no maps: transformers warns and returns what it has."""
+    if pair.tower_refuses_maps:
+        pytest.skip("the tower is asked for maps as well, and refuses")
     inputs = batch(pair)
     with torch.no_grad():
         expected = model(**plain(pair.family), output_attentions=True)
