@@ -8,6 +8,7 @@ import pytest
 import torch
 from calls import TOLERANCE, batch, generate, logits
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
+from rows import few
 
 import vltok
 from vltok.errors import UnsupportedModelError
@@ -28,6 +29,7 @@ def adapted(model: torch.nn.Module, **options) -> torch.nn.Module:
     return model
 
 
+@few
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 def test_an_adapter_counts_whether_it_comes_before_the_method_or_after(pair, model, dora):
     inputs = batch(pair)
@@ -52,6 +54,7 @@ def test_an_adapter_counts_whether_it_comes_before_the_method_or_after(pair, mod
     assert second.is_attached
 
 
+@few
 def test_an_adapter_that_is_switched_off_or_unloaded_counts_no_more(pair, model):
     inputs, host = batch(pair), copy.deepcopy(model)
     handle = pair.apply(host)
@@ -63,6 +66,7 @@ def test_an_adapter_that_is_switched_off_or_unloaded_counts_no_more(pair, model)
     assert handle.is_attached
 
 
+@few
 @pytest.mark.parametrize("order", ["method first", "adapter first"])
 def test_modules_that_are_saved_with_an_adapter_change_nothing(pair, model, order):
     inputs, host = batch(pair), copy.deepcopy(model)
@@ -79,6 +83,7 @@ def test_modules_that_are_saved_with_an_adapter_change_nothing(pair, model, orde
     torch.testing.assert_close(logits(host, inputs), expected, **TOLERANCE)
 
 
+@few
 def test_a_learned_prefix_stands_before_the_prompt(pair, model):
     """Where nothing is left out the answer is the unpruned model's."""
     host, inputs = copy.deepcopy(model), pair.family.inputs(["w1 w2 w3"])

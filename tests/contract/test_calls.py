@@ -76,6 +76,7 @@ def at_point(number: int, action) -> torch.utils.hooks.RemovableHandle:
     return register_module_forward_pre_hook(hook)
 
 
+@few
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 def test_a_call_in_the_middle_of_another_changes_neither(pair, model, share):
     outer, inner = single(pair, 1), single(pair, 0)
@@ -95,6 +96,7 @@ def test_a_call_in_the_middle_of_another_changes_neither(pair, model, share):
     assert torch.equal(got, expected)
 
 
+@few
 def test_an_interrupt_at_any_point_leaves_nothing_behind(pair, model):
     inputs, text = batch(pair), model.model.language_model
     generator = torch.Generator().manual_seed(0)

@@ -50,6 +50,7 @@ def test_a_copied_handle_acts_on_the_copy(pair, model):
     assert torch.equal(logits(original, batch(pair)), expected)
 
 
+@few
 @pytest.mark.parametrize("how", ["pickle", "torch.save"])
 def test_a_model_is_saved_whole_with_the_method_on(pair, how):
     model = pair.family.model()  # a fresh one: asked for hidden states, transformers leaves hooks that can't be pickled

@@ -8,6 +8,7 @@ import pytest
 import torch
 from calls import TOLERANCE, generate, logits, plain, positions, prompt, same_picks, single
 from prompts import CACHE_WORDS
+from rows import few
 from tiny import picture
 from versions import takes_encoded_images
 
@@ -28,6 +29,7 @@ def without_pixels(inputs: dict) -> dict:
     return {name: value for name, value in inputs.items() if name not in ("pixel_values", "image_sizes")}
 
 
+@few
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float64, torch.bfloat16], ids=str)
 def test_pixels_of_another_type_count_as_the_same_values(pair, model, dtype):
     inputs = dict(single(pair, 1))

@@ -88,6 +88,7 @@ def test_answers_do_not_sway_the_decision(pair, model):
             torch.testing.assert_close(trained.logits[:, length:], rest, **TOLERANCE)
 
 
+@few
 def test_two_checkpointed_forwards_are_recomputed_in_another_thread(pair, model):
     """As autograd does on accelerators; and the backward passes run in the order of the forwards."""
     inputs = [single(pair, row) for row in (0, 1)]
