@@ -74,11 +74,11 @@ def test_attention_maps_come_back_at_the_length_of_the_prompt(pair):
     real = inputs["attention_mask"].bool()
     visual = inputs["input_ids"] == model.config.image_token_id
     with pair.apply(model) as handle, torch.no_grad():
-        if pair.tower_refuses_maps:
-            with pytest.raises(UnsupportedInputError, match="attention maps are not to be had"):
-                model(**inputs, output_attentions=True)
+        try:
+            output = model(**inputs, output_attentions=True, output_hidden_states=True)
+        except UnsupportedInputError as error:  # not every version of transformers asks the tower, too
+            assert pair.tower_refuses_maps and "attention maps are not to be had" in str(error)
             return
-        output = model(**inputs, output_attentions=True, output_hidden_states=True)
         report = handle.report(file=None)
     length = real.shape[1]
     assert len(output.attentions) == model.config.get_text_config().num_hidden_layers
