@@ -33,7 +33,7 @@ class DiversitySelector(nn.Module):
 
     Args:
         keep_ratio: Share of the tokens to keep, in (0, 1]. Exactly one of keep_ratio and num_keep.
-        num_keep: Number of tokens to keep, at least 1.
+        num_keep: Number of tokens to keep, at least 1; all where there are fewer.
         strategy: "max_sum" or "k_center", see `vltok.methods.pruning.todre.select_diverse`.
         pivot: Where to start if `forward` isn't told: "cls" (needs attention), "center", "farthest", or "auto", which
             is "cls" if attention is given, else "center".
@@ -70,7 +70,7 @@ class DiversitySelector(nn.Module):
             The kept tokens, (B, K, D), in their order, and their positions, (B, K), ascending, int64.
 
         Raises:
-            ValueError: If the budget or `first` doesn't fit the tokens, or a token is NaN or infinite.
+            ValueError: If `first` doesn't fit the tokens, or a token is NaN or infinite.
         """
         num_keep = keep_count(tokens.shape[1], self.keep_ratio, self.num_keep)
         if first is None:

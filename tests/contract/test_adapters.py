@@ -11,6 +11,7 @@ from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from rows import few
 
 import vltok
+from vltok.errors import UnsupportedModelError
 
 LORA = {"r": 4, "target_modules": r".*\.(q_proj|v_proj|qkv)"}
 PREFIX_FIELDS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
@@ -35,10 +36,14 @@ def test_an_adapter_counts_whether_it_comes_before_the_method_or_after(pair, mod
     early, late = copy.deepcopy(model), copy.deepcopy(model)
     plain = logits(model, pair.family.inputs(["w1 w2"]))
     early = adapted(early, use_dora=dora)
-    first = pair.apply(early)
+    try:
+        prunes = not pair.apply(early).added_modules
+    except UnsupportedModelError:  # weights of attention that an adapter sits on can't be started from
+        assert not pair.prunes
+        prunes = False
     second = pair.apply(late)
     late = adapted(late, use_dora=dora)
-    if not first.added_modules:  # PEFT finds the layers of weights that a method brought as well
+    if prunes:  # PEFT finds the layers of weights that a method brought as well
         real = inputs["attention_mask"].bool()
         torch.testing.assert_close(logits(late, inputs)[real], logits(early, inputs)[real], **TOLERANCE)
         assert torch.equal(generate(late, inputs), generate(early, inputs))

@@ -9,6 +9,7 @@ import torch
 from calls import PROMPTS, batch, generate, prompt, same_picks, single
 from rows import only_pruning
 from tiny import TinyFamily
+from versions import orders_repeated_images
 
 from vltok.errors import UnsupportedInputError
 
@@ -19,7 +20,15 @@ def draft_model(family: TinyFamily) -> torch.nn.Module:
     return family.model(seed=3)
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        pytest.param({"num_beams": 3}, marks=orders_repeated_images),
+        pytest.param({"num_beams": 2, "num_return_sequences": 2}, marks=orders_repeated_images),
+    ],
+    ids=str,
+)
 def test_generation_with_and_without_a_cache_agrees(pair, model, options):
     with pair.apply(model):
         cached = generate(model, batch(pair), use_cache=True, **options)

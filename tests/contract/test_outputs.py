@@ -74,11 +74,11 @@ def test_attention_maps_come_back_at_the_length_of_the_prompt(pair):
     real = inputs["attention_mask"].bool()
     visual = inputs["input_ids"] == model.config.image_token_id
     with pair.apply(model) as handle, torch.no_grad():
-        if pair.tower_refuses_maps:
-            with pytest.raises(UnsupportedInputError, match="attention maps are not to be had"):
-                model(**inputs, output_attentions=True)
+        try:
+            output = model(**inputs, output_attentions=True, output_hidden_states=True)
+        except UnsupportedInputError as error:  # not every version of transformers asks the tower, too
+            assert pair.tower_refuses_maps and "attention maps are not to be had" in str(error)
             return
-        output = model(**inputs, output_attentions=True, output_hidden_states=True)
         report = handle.report(file=None)
     length = real.shape[1]
     assert len(output.attentions) == model.config.get_text_config().num_hidden_layers
@@ -166,6 +166,8 @@ def test_report_counts_the_bytes_of_a_quantised_cache(pair, model):
 
 def test_maps_that_the_attention_does_not_give_are_not_missed(pair, model):
     """Fused attention has no maps: transformers warns and returns what it has."""
+    if pair.tower_refuses_maps:
+        pytest.skip("the tower is asked for maps as well, and refuses")
     inputs = batch(pair)
     with torch.no_grad():
         expected = model(**plain(pair.family), output_attentions=True)

@@ -10,6 +10,7 @@ from calls import TOLERANCE, generate, logits, plain, positions, prompt, same_pi
 from prompts import CACHE_WORDS
 from rows import few
 from tiny import picture
+from versions import takes_encoded_images
 
 import vltok
 
@@ -51,6 +52,7 @@ def test_pixels_of_another_type_count_as_the_same_values(pair, model, dtype):
         assert generate(model, given).shape == (1, 5)
 
 
+@takes_encoded_images
 def test_images_encoded_once_serve_several_prompts(pair, model):
     texts = ["w1 w2 <image> w3 w4", "w1 w2 <image> w3 w4 w9 w8 w7 w6", "<image> w5"]
     with pair.apply(model) as handle:
@@ -65,6 +67,7 @@ def test_images_encoded_once_serve_several_prompts(pair, model):
             assert handle.report(file=None).relevance == right.relevance
 
 
+@takes_encoded_images
 def test_images_encoded_before_others_keep_their_own_picks(pair, model):
     """Between encoding and call the model encodes other pictures; or the caller hands out encodings of its own."""
     inputs, other = prompt(pair, "w1 <image> w2", (1,)), prompt(pair, "w1 <image> w2", (0,))
@@ -92,6 +95,7 @@ def test_images_encoded_before_others_keep_their_own_picks(pair, model):
     torch.testing.assert_close(got, expected, **TOLERANCE)
 
 
+@takes_encoded_images
 def test_encodings_from_before_the_method_are_used_rightly_or_refused(pair, model):
     inputs = prompt(pair, "w1 <image> w2", (1,))
     encoded = {"image": encode(model, pair.family.inputs(["w1 <image> w2"], [picture(1, pair.family.size)]))}

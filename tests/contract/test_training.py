@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from calls import TOLERANCE, batch, positions, same_picks, single
+from checkpointing import recompute
 from prompts import CACHE, turn
 from rows import few, only_pruning
 
@@ -47,7 +48,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(pair, model):
     for reentrant in (None, False, True):
         trained = copy.deepcopy(model).train()
         if reentrant is not None:
-            trained.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
+            recompute(trained, reentrant)
             trained.enable_input_require_grads()
         with pair.apply(trained):
             trained(**inputs, labels=inputs["input_ids"], use_cache=False).loss.backward()
@@ -95,7 +96,7 @@ def test_two_checkpointed_forwards_are_recomputed_in_another_thread(pair, model)
     for reentrant in (None, False, True):
         trained = copy.deepcopy(model).train()
         if reentrant is not None:
-            trained.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
+            recompute(trained, reentrant)
             trained.enable_input_require_grads()
         with pair.apply(trained):
             losses = [trained(**each, labels=each["input_ids"], use_cache=False).loss for each in inputs]

@@ -11,6 +11,7 @@ from prompts import CACHE, batch, generate, row, rows, single
 from reference import assert_close
 from tiny import TinyFamily
 from transformers import StaticCache
+from versions import chunks_prompts_with_images
 
 import vltok
 from vltok.errors import UnsupportedInputError
@@ -133,6 +134,7 @@ def handle(model):
         yield handle
 
 
+@chunks_prompts_with_images
 @pytest.mark.parametrize("size", [2, 8, 16])
 def test_a_prefill_in_chunks_is_right_or_refused_by_its_name(family, model, handle, size):
     inputs = single(family, "text around")

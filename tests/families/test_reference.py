@@ -12,6 +12,7 @@ import torch
 from prompts import CACHE, PROMPTS, batch, generate, row, rows, single
 from reference import assert_close
 from tiny import TinyFamily, shared_model
+from versions import orders_repeated_images
 
 import vltok
 
@@ -179,6 +180,7 @@ def test_greedy_generation_equals_recomputing_every_word_by_hand(family, model):
             assert words[index].tolist() == reference.greedy(whole, model, picks[index], 5, **own)
 
 
+@orders_repeated_images
 @pytest.mark.parametrize(
     "options",
     [{"num_beams": 3, "num_return_sequences": 2}, {"do_sample": True, "num_return_sequences": 3, "temperature": 2.0}],

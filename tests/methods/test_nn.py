@@ -51,8 +51,7 @@ def test_bad_input_is_refused(tokens):
         vltok.nn.DiversitySelector(keep_ratio=0.1, strategy="k-center")
     with pytest.raises(ValueError, match="pass them to forward"):
         vltok.nn.DiversitySelector(keep_ratio=0.1, pivot="random")
-    with pytest.raises(ValueError, match="num_keep=41 is more than the 40 visual tokens"):
-        vltok.nn.DiversitySelector(num_keep=41)(tokens)
+    assert vltok.nn.DiversitySelector(num_keep=41)(tokens)[1].shape == (len(tokens), 40)  # an upper bound
     tokens[2, 3, 1] = torch.nan
     with pytest.raises(ValueError, match=r"image \[2\]"):
         vltok.nn.DiversitySelector(num_keep=4)(tokens)

@@ -232,6 +232,17 @@ def attention_layers(cache: Cache) -> dict[int, CacheLayerMixin]:
     return {number: layer for number, layer in enumerate(cache.layers) if isinstance(layer, CacheLayerMixin)}
 
 
+def left_out_before(cache: Any, mask: torch.Tensor | None, base: int) -> torch.Tensor:
+    """How many of the attended tokens fed in before have no entry in the first attention layer, (B, 1)."""
+    first = next(iter(attention_layers(cache).values()))
+    labels = first.labels()
+    if mask is None:
+        return base - (labels >= 0).sum(1, keepdim=True)
+    mask = mask[:, :base].to(labels.device).bool()
+    held = (labels >= 0) & mask.gather(1, labels.clamp(min=0))
+    return mask.sum(1, keepdim=True) - held.sum(1, keepdim=True)
+
+
 def bytes_held(cache: object | None) -> int:
     """Bytes of all tensors that a cache holds as keys and values, packed ones included."""
     layers = getattr(cache, "layers", None) or ()

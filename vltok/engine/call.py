@@ -1,7 +1,6 @@
 """The state of one call: made when the model is entered, handed down to the decoder as a keyword, gone with the call.
 
-A call is a plain object: whatever rebuilds dataclasses, dictionaries or tuples on the way leaves it alone. It holds no
-tensor with a graph behind it once the call is over.
+A call is a plain object, which nothing on the way rebuilds. It holds no tensor with a graph once the call is over.
 """
 
 from __future__ import annotations
@@ -10,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vltok.engine.cache import PrunedLayer, attention_layers
+from vltok.engine.cache import PrunedLayer, left_out_before
 from vltok.engine.features import Encoding, Picture
-from vltok.engine.layout import Layout
+from vltok.engine.layout import Layout, since_begin
 from vltok.engine.masks import Keys, gather_mask, make_mask, windows_of
 from vltok.errors import UnsupportedInputError
 
@@ -209,19 +208,8 @@ class Continuation(Call):
         return position_ids - self.left_out().to(position_ids.device) if self.first.reindex else position_ids
 
     def left_out(self) -> torch.Tensor:
-        """Tokens fed in before that the caller counts in positions and the cache doesn't hold, (B, 1)."""
+        """Tokens that the caller counts in positions and the cache doesn't hold, (B, 1)."""
         return left_out_before(self.cache, self.mask, self.base)
-
-
-def left_out_before(cache: Any, mask: torch.Tensor | None, base: int) -> torch.Tensor:
-    """How many of the attended tokens fed in before have no entry in the first attention layer, (B, 1)."""
-    first = next(iter(attention_layers(cache).values()))
-    labels = first.labels()
-    if mask is None:
-        return base - (labels >= 0).sum(1, keepdim=True)
-    mask = mask[:, :base].to(labels.device).bool()
-    held = (labels >= 0) & mask.gather(1, labels.clamp(min=0))
-    return mask.sum(1, keepdim=True) - held.sum(1, keepdim=True)
 
 
 class Prompt(Call):
@@ -403,12 +391,6 @@ class Prompt(Call):
         self.keep = self.keep & ~gone
         self.add_layout(self.keep, self.keep & self.attended)
         self.groups[index + 1 :] = [len(self.layouts) - 1] * (len(self.groups) - index - 1)
-
-
-def since_begin(samples: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """The value at the first place of each place's sample, for values that never fall along a row, (B, T) both."""
-    begins = torch.diff(samples, dim=1, prepend=samples[:, :1] - 1) != 0
-    return torch.where(begins, values, 0).cummax(1).values
 
 
 def _maps(mask: Any) -> dict[str | None, torch.Tensor]:

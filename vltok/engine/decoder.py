@@ -163,6 +163,8 @@ def after_decoder(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> 
     if not isinstance(call, Call):
         return None
     attentions = getattr(output, "attentions", None)
+    if attentions is not None and len(attentions) != len(call.groups):  # fused attention gives none
+        attentions = None
     if attentions is not None:
         attentions = [each if each is None else call.spread(index, each) for index, each in enumerate(attentions)]
     if isinstance(call, Prompt):

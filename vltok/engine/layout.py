@@ -98,3 +98,9 @@ def take(x: torch.Tensor, index: torch.Tensor, dim: int = 1) -> torch.Tensor:
     x = x.expand(index.shape[0], *x.shape[1:])
     index = index.reshape(*index.shape, *[1] * (x.dim() - 2))
     return x.gather(1, index.expand(*index.shape[:2], *x.shape[2:]))
+
+
+def since_begin(samples: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """The value at the first place of each place's sample, for values that never fall along a row, (B, T) both."""
+    begins = torch.diff(samples, dim=1, prepend=samples[:, :1] - 1) != 0
+    return torch.where(begins, values, 0).cummax(1).values

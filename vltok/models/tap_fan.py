@@ -283,7 +283,7 @@ class TapFan(TapBackbone):
         for block in self.blocks:
             x = self._run(block, x, grid)
             yield x, grid
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
         for block in self.cls_attn_blocks:
             x = block(x)
         yield x, grid
