@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -19,14 +20,17 @@ def runs_eagerly() -> bool:
     return not (torch.compiler.is_compiling() or is_forward_mode or torch._C._are_functorch_transforms_active())
 
 
-def recomputed(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
+def is_recorded() -> bool:
+    """Whether autograd records operations that run eagerly."""
+    return torch.is_grad_enabled() and runs_eagerly()
+
+
+def recomputed(function: Callable[..., torch.Tensor], *inputs: Any) -> torch.Tensor:
     """function(*inputs), of which autograd holds the inputs alone. A backward pass computes the rest again.
 
     Its last operation is not computed again if the derivative needs only what that read, as for a matrix product.
     """
-    if not (torch.is_grad_enabled() and runs_eagerly()):
-        return function(*inputs)
-    return checkpoint(function, *inputs, use_reentrant=False)
+    return checkpoint(function, *inputs, use_reentrant=False) if is_recorded() else function(*inputs)
 
 
 def gradients_to_differentiate(

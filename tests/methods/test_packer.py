@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import zlib
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from eval.measure import cpu_allocations
 from vltok.errors import CheckpointError
 from vltok.methods.condensing.token_packer import projector as packer
 from vltok.nn import TokenPackerProjector
@@ -213,6 +215,15 @@ def test_autograd_holds_half_of_what_it_would_without_recomputation(monkeypatch)
     lean = held_bytes(projector, x)
     monkeypatch.setattr(packer, "recomputed", lambda function, *inputs: function(*inputs))
     assert lean <= held_bytes(projector, x) / 2
+
+
+def test_without_autograd_nothing_is_held_that_is_done_with():
+    projector = make(grid=12, dim=32, hidden=64, embed_dim=64)
+    x = features(projector, 8)
+    with torch.no_grad():
+        allocated = [size for _, size in cpu_allocations(lambda: projector(x))]
+    rows = x.shape[0] * x.shape[1] * 64 * 4  # bytes of all patches, as keys are
+    assert max(itertools.accumulate(allocated)) < 3 * rows
 
 
 class Bent(nn.Linear):

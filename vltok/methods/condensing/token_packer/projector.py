@@ -9,18 +9,19 @@ s^2 times fewer; and autograd holds the outputs of the large matrix products alo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from vltok.autograd import recomputed
+from vltok.autograd import is_recorded, recomputed
 from vltok.checks import check_integer
 from vltok.methods.weights import load_weights, weights_around
 from vltok.tokens import Grid
 
 NORM_EPS = 1e-6
+Norm = Callable[[torch.Tensor], torch.Tensor]
 
 
 class GeluMlp(nn.Sequential):
@@ -30,6 +31,8 @@ class GeluMlp(nn.Sequential):
         super().__init__(nn.Linear(in_features, hidden_features), nn.GELU(), nn.Linear(hidden_features, out_features))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not is_recorded():
+            return super().forward(x)
         first, gelu, second = self
         return recomputed(lambda hidden: second(gelu(hidden)), first(x))
 
@@ -40,7 +43,8 @@ class RegionAttention(nn.Module):
     Computes the same as projecting all keys and values: q . (W k) = (W^T q) . k, the bias of the keys shifts all scores
     of a region alike, and the weights of a region sum to one. Comes in parts, so that the keys are gone before there
     are values; `out_proj` is left to the caller. Parts take `in_proj_weight` cut by the caller, once for all of them:
-    every cut pads a gradient to the size of the whole.
+    every cut pads a gradient to the size of the whole. They norm keys and values themselves, so that a backward pass
+    may compute norm and product again.
 
     Args:
         dim: Width of queries, keys, values and output, E.
@@ -60,16 +64,18 @@ class RegionAttention(nn.Module):
         query = query.unflatten(-1, (self.num_heads, -1)).transpose(0, 1)
         return query * query.shape[-1] ** -0.5
 
-    def weigh(self, weight: torch.Tensor, query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    def weigh(self, weight: torch.Tensor, query: torch.Tensor, keys: torch.Tensor, norm: Norm) -> torch.Tensor:
         """How much of each key (R, S, E) to take; second third of the weights, query (heads, R, d) -> (R, heads, S).
 
         S heads at a time, so that what lies between is never larger than the keys.
         """
+        keys = norm(keys).to(keys.dtype)
         pairs = zip(query.split(keys.shape[1]), self._heads(weight).split(keys.shape[1]), strict=True)
         return torch.cat([(q @ w).transpose(0, 1) @ keys.mT for q, w in pairs], 1).softmax(-1)
 
-    def gather(self, weight: torch.Tensor, shares: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    def gather(self, weight: torch.Tensor, shares: torch.Tensor, values: torch.Tensor, norm: Norm) -> torch.Tensor:
         """Take so much of each value (R, S, E); last third of the weights, shares (R, heads, S) -> (R, E)."""
+        values = norm(values).to(values.dtype)
         pairs = zip(shares.split(values.shape[1], 1), self._heads(weight).split(values.shape[1]), strict=True)
         out = torch.cat([(p @ values).transpose(0, 1) @ w.mT for p, w in pairs])  # (heads, R, d)
         return out.transpose(0, 1).flatten(1) + self.in_proj_bias.chunk(3)[2].to(out.dtype)
@@ -180,8 +186,12 @@ class TokenPackerProjector(nn.Module):
         attention = self.clip_attn
         to_query, to_key, to_value = attention.in_proj_weight.chunk(3)
         query = recomputed(self._queries, to_query, coarse)
-        shares = recomputed(self._shares, to_key, query, self._regions(self.k_proj_1(features)))
-        out = recomputed(self._means, to_value, shares, self._regions(self.v_proj_1(features)))
+        keys = self._regions(self.k_proj_1(features), self.ln_k_1)
+        shares = recomputed(attention.weigh, to_key, query, *keys)
+        del keys
+        values = self._regions(self.v_proj_1(features), self.ln_v_1)
+        out = recomputed(attention.gather, to_value, shares, *values)
+        del values
         return self.mlp(attention.out_proj(out).unflatten(0, (batch, self.num_tokens)))
 
     def _queries(self, weight: torch.Tensor, coarse: torch.Tensor) -> torch.Tensor:
@@ -192,18 +202,17 @@ class TokenPackerProjector(nn.Module):
         points = F.interpolate(image, size=size, mode="bilinear", align_corners=False).flatten(2).mT  # (B, M, C)
         return self.clip_attn.ask(weight, self.ln_q_1(self.q_proj_1(points.to(coarse.dtype))).flatten(0, 1))
 
-    def _regions(self, x: torch.Tensor) -> torch.Tensor:
-        """Gather the patches of each region, row by row inside it: (B, N, E) -> (B * M, s * s, E)."""
+    def _regions(self, x: torch.Tensor, norm: Norm) -> tuple[torch.Tensor, Norm]:
+        """Gather the patches of each region, row by row inside it: (B, N, E) -> (B * M, s * s, E).
+
+        Returns:
+            Them, and the norm that is left to do. Where autograd doesn't record, it is done, so that they are gone.
+        """
         from einops import rearrange  # here, so that `import vltok` loads torch alone
 
         s = self.scale_factor
-        return rearrange(x, "b (h i w j) e -> (b h w) (i j) e", i=s, j=s, w=self.grid[1] // s)
-
-    def _shares(self, weight: torch.Tensor, query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        return self.clip_attn.weigh(weight, query, self.ln_k_1(keys).to(keys.dtype))
-
-    def _means(self, weight: torch.Tensor, shares: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        return self.clip_attn.gather(weight, shares, self.ln_v_1(values).to(values.dtype))
+        x = rearrange(x, "b (h i w j) e -> (b h w) (i j) e", i=s, j=s, w=self.grid[1] // s)
+        return (x, norm) if is_recorded() else (norm(x).to(x.dtype), lambda rows: rows)
 
     def extra_repr(self) -> str:
         return (
