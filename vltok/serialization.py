@@ -19,6 +19,7 @@ from torch import nn
 from vltok.api import Handle, apply
 from vltok.checks import check_finite, fits, is_integer
 from vltok.engine.guard import CONFIG_FIELD, marked_configs, read_note, restore_fields
+from vltok.engine.parts import live
 from vltok.errors import CheckpointError, VltokError
 from vltok.files import check_kinds, check_settings, copy_weights, read_json, read_weights, weight_files
 from vltok.method import Method
@@ -185,8 +186,23 @@ def added_state_dict(handle: Handle) -> dict[str, torch.Tensor]:
 def _added_tensors(handle: Handle) -> Iterator[tuple[str, torch.Tensor]]:
     names = {module: name for name, module in handle.host.named_modules()}
     for module in handle.added_modules:
-        for key, tensor in module.state_dict(keep_vars=True).items():
-            yield f"{names[module]}.{key}", tensor
+        name, running = _running(handle.host, names[module])
+        for key, tensor in running.state_dict(keep_vars=True).items():
+            yield f"{name}.{key}", tensor
+
+
+def _running(host: nn.Module, name: str) -> tuple[str, nn.Module]:
+    """What runs in the place of an added module, and its name, where PEFT keeps several copies (`modules_to_save`)."""
+    module, plain, parts = host, [], iter(name.split("."))
+    for part in parts:
+        if (copy := live(module)) is module:
+            plain.append(part)
+            module = getattr(module, part)
+        else:
+            module = copy
+            if part == "modules_to_save":
+                next(parts)  # the adapter's name
+    return ".".join(plain), module
 
 
 def _methods(content: Any, place: str) -> list[Method]:

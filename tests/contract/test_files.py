@@ -6,7 +6,8 @@ import copy
 
 import pytest
 import torch
-from calls import PROMPTS, batch, logits, pictures, saved_files
+from calls import PROMPTS, TOLERANCE, batch, logits, pictures, saved_files
+from peft import LoraConfig, get_peft_model
 from rows import only_pruning, only_trained
 
 import vltok
@@ -55,3 +56,24 @@ def test_new_weights_take_dtype_and_mode_of_their_place(pair, model):
         for module in handle.added_modules:
             assert {parameter.dtype for parameter in module.parameters()} == {torch.bfloat16}
             assert module.training
+
+
+@only_trained
+def test_weights_that_an_adapter_trained_in_a_copy_are_the_ones_saved(pair, model, tmp_path):
+    host, inputs = copy.deepcopy(model), batch(pair)
+    handle = pair.apply(host)
+    names = [name for name, module in host.model.named_modules() if module in handle.added_modules]
+    part = names[0].split(".")[0]
+    config = LoraConfig(target_modules=r".*language_model.*q_proj", modules_to_save=[part])
+    adapted = get_peft_model(host, config).eval()
+    with torch.no_grad():
+        for name in names:
+            trained = host.model.get_submodule(".".join([part, "modules_to_save", "default", *name.split(".")[1:]]))
+            for weight in trained.parameters():
+                weight.mul_(1.2)
+    expected = logits(adapted, inputs)
+    vltok.save(handle, tmp_path)
+    with pair.apply(model):
+        assert not torch.equal(logits(model, inputs), expected)
+    with vltok.load(model, tmp_path, processor=pair.family.processor()):
+        torch.testing.assert_close(logits(model, inputs), expected, **TOLERANCE)
