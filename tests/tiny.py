@@ -43,6 +43,12 @@ def picture(seed: int, size: tuple[int, int] = (56, 56)) -> Image.Image:
     return Image.fromarray(pixels.numpy())
 
 
+def clip(seed: int, size: tuple[int, int] = (56, 56), frames: int = 4) -> torch.Tensor:
+    """A colourful noise video, (frames, height, width, 3), uint8."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (frames, size[1], size[0], 3), generator=generator, dtype=torch.uint8)
+
+
 def sharpen(model: nn.Module, seed: int = 0) -> nn.Module:
     """Draw weights large enough that attention is peaked and each token matters; flat weights hide mistakes."""
     generator = torch.Generator().manual_seed(seed)
@@ -57,6 +63,13 @@ def sharpen(model: nn.Module, seed: int = 0) -> nn.Module:
                 is_table = id(parameter) in tables or parameter.shape[0] == 1  # embeddings, also of positions
                 parameter.copy_(noise * 1.5 / (1 if is_table else parameter[0].numel() ** 0.5))
     return model.eval()
+
+
+def marks(model: nn.Module) -> dict[str, int]:
+    """The ids that stand for visual tokens in prompts, by what they stand for."""
+    names = [(kind, f"{kind}_token_{word}") for kind in ("image", "video") for word in ("index", "id")]
+    found = {kind: getattr(model.config, name) for kind, name in names if hasattr(model.config, name)}
+    return {kind: mark for kind, mark in found.items() if mark is not None}
 
 
 @dataclass(frozen=True)
@@ -80,6 +93,12 @@ class TinyFamily:
         new_image_in_turn: Whether the unpruned generate() takes an image on top of a filled cache.
         windowed: Whether some decoder layers see fewer tokens than the prompts have.
         tower_shows_maps: Whether a call that asks for attention maps asks its vision tower for them, too.
+        video: What a prompt writes for a video, "" if the family takes none.
+        frames: Frames of a video, which are of `size`.
+        clip_tokens: Visual tokens of such a video.
+        mixes: Whether a prompt may have images and videos.
+        decoder: The attribute of the model that holds its decoder.
+        real: Whether the processor is transformers' own.
     """
 
     name: str
@@ -98,6 +117,12 @@ class TinyFamily:
     new_image_in_turn: bool = True
     windowed: bool = False
     tower_shows_maps: bool = False
+    video: str = ""
+    frames: int = 4
+    clip_tokens: int = 0
+    mixes: bool = True
+    decoder: str = "language_model"
+    real: bool = True
 
     @property
     def key(self) -> str:
@@ -112,8 +137,7 @@ class TinyFamily:
         with torch.random.fork_rng(devices=[]):
             model = sharpen(self.build(attention), seed).to(dtype)
         # Trained models don't write placeholders; a random one would, and transformers would look for the image.
-        placeholders = {getattr(model.config, f"{kind}_token_id", 0) for kind in ("image", "video")}
-        model.generation_config.suppress_tokens = sorted({0, 1, 3} | placeholders)
+        model.generation_config.suppress_tokens = sorted({0, 1, 3, *marks(model).values()})
         return model
 
     def inputs(
@@ -122,12 +146,18 @@ class TinyFamily:
         images: Sequence[Image.Image] = (),
         padding_side: str = "left",
         processor: Any = None,
+        videos: Sequence[torch.Tensor] = (),
     ) -> Any:
-        """Process prompts in which "<image>" stands for an image of `images`."""
+        """Process prompts in which "<image>" stands for an image of `images`, "<video>" for a video of `videos`."""
         processor = processor or self.processor()
-        text = [prompt.replace("<image>", self.image) for prompt in prompts]
+        text = [prompt.replace("<image>", "\0").replace("<video>", self.video) for prompt in prompts]
+        given = {"images": list(images) or None} | ({"videos": list(videos)} if len(videos) else {})
         return processor(
-            text=text, images=list(images) or None, padding=True, padding_side=padding_side, return_tensors="pt"
+            text=[each.replace("\0", self.image) for each in text],
+            **given,
+            padding=True,
+            padding_side=padding_side,
+            return_tensors="pt",
         )
 
 

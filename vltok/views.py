@@ -44,12 +44,18 @@ class VisualTokens:
         attention: The requested attention, (B, N), float32, -inf where a token stands for no patch (such as the newline
             tokens of AnyRes layouts). None if nothing was requested.
         is_overview: True for tokens of the whole picture, (B, N), bool; False for those of AnyRes crops.
+        grid: Frames, rows and columns (T, H, W) that the first T * H * W tokens form, row by row; None where they form
+            none that is known.
+        coordinates: Frame, row and column of each token, (B, N, 3), int64, -1 for tokens behind the grid; None without
+            a grid.
     """
 
     embeddings: torch.Tensor
     image_keys: torch.Tensor
     attention: torch.Tensor | None
     is_overview: torch.Tensor
+    grid: tuple[int, int, int] | None = None
+    coordinates: torch.Tensor | None = None
 
 
 class TokenSelector(Protocol):
@@ -58,6 +64,7 @@ class TokenSelector(Protocol):
     keep_ratio: float | None
     num_keep: int | None
     positions: Literal["keep", "reindex"]
+    per: Literal["image", "tile", "frame"]
 
     def attention_request(self, has_cls: bool) -> AttentionRequest | None: ...
 

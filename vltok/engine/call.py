@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vltok.engine.cache import PrunedLayer, left_out_before
-from vltok.engine.features import Encoding, Picture
+from vltok.engine.features import Encoding
 from vltok.engine.layout import Layout, since_begin
-from vltok.engine.masks import Keys, gather_mask, make_mask, windows_of
+from vltok.engine.masks import Keys, gather_mask, make_mask, stores_of, windows_of
 from vltok.errors import UnsupportedInputError
 
 if TYPE_CHECKING:
+    from vltok.engine.pictures import Picture, Source
     from vltok.views import TokenRule, TokenSelector
 
 
@@ -42,6 +43,7 @@ class Call:
         mask: The caller's attention mask: (B, base + T), ready-made maps by kind of layer, or None.
         device: Where the tokens are.
         groups: For each decoder layer, the number of the layout it works on.
+        stores: For each decoder layer, the one whose keys it attends to: itself, or an earlier one that shares them.
         has_entered: Whether the language model has met this call.
     """
 
@@ -61,6 +63,7 @@ class Call:
         "maps",
         "mask",
         "states",
+        "stores",
         "windows",
     )
 
@@ -89,13 +92,19 @@ class Call:
         self.device = device
         self.groups = [0] * layers
         self.windows = windows_of(config, layers)
+        self.stores = stores_of(config, layers)
         self.mask = None if self.mask is None else self.mask.to(device).bool()
         self._open = self.mask is None or bool(self.mask.all())
 
+    @property
+    def attending(self) -> list[int]:
+        """The decoder layers that have attention maps."""
+        return [index for index, window in enumerate(self.windows) if not window.is_recurrent]
+
     def past(self, index: int) -> PrunedLayer | None:
         """The cache layer of a decoder layer, if it holds entries of earlier calls."""
-        layers = getattr(self.cache, "layers", None) or ()
-        layer = layers[index] if index < len(layers) else None
+        layers, store = getattr(self.cache, "layers", None) or (), self.stores[index]
+        layer = layers[store] if store < len(layers) else None
         return layer if isinstance(layer, PrunedLayer) else None
 
     def new_labels(self, group: int) -> tuple[torch.Tensor, torch.Tensor, bool]:
@@ -120,9 +129,12 @@ class Call:
     def mask_of(self, index: int, hidden: torch.Tensor) -> Any:
         """The mask of a decoder layer that is about to run, for hidden states (B, P, D)."""
         window, past, group = self.windows[index], self.past(index), self.groups[index]
-        mark = (group, None if past is None else (past.group, past.entries))
+        if window.is_recurrent:
+            return self._padding(group)
+        store = self.groups[self.stores[index]]
+        mark = (group, store, None if past is None else (past.group, past.entries))
         if mark not in self._known:
-            self._known[mark] = self._look(past, group)
+            self._known[mark] = self._look(past, group, store)
         keys, is_plain = self._known[mark]
         self._keys[index] = keys, is_plain
         if (mark, window) not in self._masks:
@@ -134,9 +146,18 @@ class Call:
             self._masks[mark, window] = mask
         return self._masks[mark, window]
 
-    def _look(self, past: PrunedLayer | None, group: int) -> tuple[Keys, bool]:
+    def _padding(self, group: int) -> torch.Tensor | None:
+        """For layers that hold a state: which slots are no padding, (B, P), bool; None if none is."""
+        labels = self.new_labels(group)[1]
+        if not self._open:
+            seen = self.mask.expand(len(labels), -1).gather(1, labels.clamp(min=0))
+            labels = labels.masked_fill(~seen, -1)
+        return None if bool((labels >= 0).all()) else labels >= 0
+
+    def _look(self, past: PrunedLayer | None, group: int, store: int) -> tuple[Keys, bool]:
         """What queries and keys of a layer stand for, and whether nothing is hidden by anything but order."""
-        queries, labels, is_full = self.new_labels(group)
+        queries, _, _ = self.new_labels(group)
+        _, labels, is_full = self.new_labels(store)
         gone = 0  # entries that a window let go of
         if past is not None:
             gone = past.index.shape[1] + past.tail - past.entries
@@ -154,7 +175,7 @@ class Call:
             ranks = ranks[:, gone:]
         starts = self.starts()
         starts = starts.expand(len(labels), starts.shape[1])
-        is_plain = is_full and self._open and (past is None or past.is_full) and samples is None
+        is_plain = is_full and self._open and (past is None or past.is_full) and samples is None and group == store
         return Keys(queries, labels[:, gone:], samples, starts, ranks), is_plain
 
     def spread(self, index: int, attention: torch.Tensor) -> torch.Tensor:
@@ -220,11 +241,14 @@ class Prompt(Call):
     Attributes:
         model: The model that was entered.
         ids: The prompts, (B, T), or None if embeddings were passed.
+        kinds: What each placeholder stands for, (B, T), int8, on the CPU: 0 for none, else 1 + its number in `KINDS`.
         visual: Where the placeholders are, (B, T), bool, on the CPU.
         attended: What is no padding, (B, T), bool, on the CPU.
-        encoded: The encoded images, where the caller passed them in.
-        encoding: What is known of them.
-        pictures: The images of the prompts, repeated prompts once.
+        encoded: The encoded pictures of each kind that the caller passed in.
+        awaited: Kinds of pictures that are encoded while the prompt runs.
+        encodings: What is known of pictures encoded meanwhile, by kind.
+        sources: All encoded pictures, where they were found in merged embeddings; else empty.
+        pictures: The images and videos of the prompts, repeated prompts once.
         repeat: How often each prompt is repeated.
         picks: Kept positions within each image, for each picture.
         keep: Positions that are kept, (B, T), bool.
@@ -241,15 +265,17 @@ class Prompt(Call):
         "_rank",
         "_samples",
         "attended",
+        "awaited",
         "counts",
         "decisions",
         "delta",
         "encoded",
-        "encoding",
+        "encodings",
         "engine",
         "hints",
         "ids",
         "keep",
+        "kinds",
         "layouts",
         "model",
         "outer",
@@ -261,6 +287,7 @@ class Prompt(Call):
         "repeat",
         "rule",
         "selector",
+        "sources",
         "visual",
     )
 
@@ -272,19 +299,22 @@ class Prompt(Call):
         base: int,
         mask: Any,
         ids: torch.Tensor | None,
-        visual: torch.Tensor,
+        kinds: torch.Tensor,
         attended: torch.Tensor,
         hints: Hints,
     ) -> None:
-        super().__init__(cache, base, visual.shape[1], mask)
+        super().__init__(cache, base, kinds.shape[1], mask)
         self.engine = engine
         self.model = model
         self.ids = ids
-        self.visual = visual
+        self.kinds = kinds
+        self.visual = kinds > 0
         self.attended = attended
         self.hints = hints
-        self.encoded: Any = None
-        self.encoding: Encoding | None = None
+        self.encoded: dict[str, Any] = {}
+        self.awaited: list[str] = []
+        self.encodings: dict[str, Encoding | None] = {}
+        self.sources: list[Source] = []
         self.outer: Any = None
         self.selector: TokenSelector | None = None
         self.rule: TokenRule | None = None
@@ -318,6 +348,13 @@ class Prompt(Call):
     def split_samples(self, samples: torch.Tensor | None) -> None:
         """Say which packed sample each token belongs to, (B, T), or that rows hold one sample each."""
         self._samples = samples
+
+    def meet(self, kind: str, encoding: Encoding | None) -> None:
+        """Pictures were encoded while this prompt ran. Some models encode videos by their encoder of images."""
+        for other in [name for name, known in self.encodings.items() if known is encoding]:
+            del self.encodings[other]
+        missing = [name for name in self.awaited if name not in self.encodings]
+        self.encodings[kind if kind in missing or not missing else missing[0]] = encoding
 
     def rows_of_pictures(self) -> list[list[int]]:
         """The pictures of each row, by number."""

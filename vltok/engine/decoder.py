@@ -17,7 +17,9 @@ from vltok.engine.features import KEYWORD
 from vltok.engine.layout import Layout, take
 from vltok.engine.masks import packed_samples
 from vltok.engine.names import CACHE
+from vltok.engine.parts import layers_read
 from vltok.engine.picking import pick_tokens
+from vltok.engine.pictures import find_pictures
 from vltok.engine.rules import State, recall, remember
 from vltok.report import RelevanceRecord, Report
 
@@ -35,6 +37,8 @@ def before_decoder(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple,
         call.states = [] if wants_states and torch.is_grad_enabled() else None
     # A ready-made map keeps transformers from making masks by itself; every layer gets its own.
     kwargs["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=embeds.device)
+    if "logits_to_keep" in kwargs:  # some run their last layers on these tokens alone
+        kwargs["logits_to_keep"] = 0
     return args, {**kwargs, "inputs_embeds": kwargs.get("inputs_embeds", embeds)}
 
 
@@ -42,7 +46,7 @@ def _enter_prompt(prompt: Prompt, module: nn.Module, embeds: torch.Tensor, kwarg
     """Pick, pack and place the tokens of a prompt; the arguments that change."""
     prompt.engine.tape.waiting = prompt.outer
     positions = kwargs.get("position_ids")
-    prompt.engine.find_pictures(prompt)
+    find_pictures(prompt, embeds, prompt.engine.family, prompt.engine.recent)
     prompt.split_samples(_samples(prompt, module, positions, kwargs))
     visual = pick_tokens(prompt, embeds, prompt.engine.family)
     attended = (prompt.attended & ~prompt.visual) | visual
@@ -57,7 +61,7 @@ def _enter_prompt(prompt: Prompt, module: nn.Module, embeds: torch.Tensor, kwarg
         if name not in ("inputs_embeds", "position_ids", "attention_mask", "input_ids")
     }
     if prompt.rule is not None:
-        prompt.read = frozenset(layer - 1 for layer in prompt.rule.layers(len(module.layers)))
+        prompt.read = layers_read(prompt.rule, module)
         prompt.remembered = recall(prompt)
     if prompt.base:
         _wrap(prompt)
@@ -162,11 +166,12 @@ def after_decoder(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> 
     call = kwargs.get(KEYWORD)
     if not isinstance(call, Call):
         return None
-    attentions = getattr(output, "attentions", None)
-    if attentions is not None and len(attentions) != len(call.groups):  # fused attention gives none
+    attentions, attending = getattr(output, "attentions", None), call.attending
+    if attentions is not None and len(attentions) != len(attending):  # fused attention gives none
         attentions = None
     if attentions is not None:
-        attentions = [each if each is None else call.spread(index, each) for index, each in enumerate(attentions)]
+        pairs = zip(attending, attentions, strict=True)
+        attentions = [each if each is None else call.spread(index, each) for index, each in pairs]
     if isinstance(call, Prompt):
         if missing := call.read - call.decisions.keys():
             raise unreadable(module.layers[min(missing)])
@@ -177,7 +182,7 @@ def after_decoder(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> 
         if attentions is not None:
             attentions = [
                 each if each is None or layout.is_whole else layout.unpack(each.transpose(1, 2)).transpose(1, 2)
-                for layout, each in zip(layouts[1:], attentions, strict=True)
+                for layout, each in zip([layouts[1 + index] for index in attending], attentions, strict=True)
             ]
         cache = getattr(output, CACHE, None)
         if cache is not None:

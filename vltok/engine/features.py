@@ -1,8 +1,8 @@
-"""Overhears how a model encodes its pictures, and says which entries of the features make up which picture.
+"""Overhears how a model encodes its pictures.
 
 A record of what a selector may want to know travels with the encoded pictures themselves: it is an attribute of the
-output of `get_image_features`, and of the tensors in it. So it is found however the output reaches the language model:
-from the model's own forward, from `generate`, from a cache of features, from another thread.
+output of `get_image_features` and `get_video_features`, and of the tensors in it. So it is found however the output
+reaches the language model: from the model's forward, from `generate`, from a cache of features, from another thread.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ import inspect
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import accumulate, groupby
 from typing import Any
 
 import torch
@@ -21,7 +20,10 @@ import torch
 from vltok.edits import MethodWrapper
 from vltok.views import AttentionRequest
 
+KINDS = ("image", "video")
+ENCODERS = {kind: f"get_{kind}_features" for kind in KINDS}  # what encodes them, in every model
 KEYWORD = "vltok_call"  # by which the state of a call travels; no name that transformers gives a meaning
+PIXELS = "pixel_values"  # how the arguments begin that hold pictures
 RECORD = "vltok_record"
 REMEMBERED = 64  # encodings whose rows are known again when callers merge them into embeddings themselves
 
@@ -31,8 +33,10 @@ class Encoding:
     """What is known of pictures that were encoded together.
 
     Attributes:
+        kind: "image" or "video".
         lengths: Visual tokens of each entry of the features.
-        keys: A number made from the pixels of each entry, (entries,), int64.
+        keys: Numbers made from the pixels, (n,), int64: of each entry, or of each crop where entries hold several.
+        spans: Visual tokens that each of these numbers is about.
         pixels_shape: Shape of the pixels.
         arguments: The other arguments they were encoded with.
         request: Which attention was asked for while they were encoded.
@@ -42,34 +46,23 @@ class Encoding:
         decisions: What decoder rules decided on prompts about these pictures, for `generate` without a cache.
     """
 
+    kind: str
     arguments: dict[str, Any]
     request: AttentionRequest | None = None
     pixels_shape: tuple[int, ...] = ()
     lengths: list[int] = field(default_factory=list)
     keys: torch.Tensor | None = None
+    spans: list[int] = field(default_factory=list)
     attention: torch.Tensor | None = None
     rows: torch.Tensor | None = None
     notes: dict[str, Any] = field(default_factory=dict)
     decisions: dict[Any, Any] = field(default_factory=dict)
 
-
-@dataclass(frozen=True)
-class Picture:
-    """One image as the language model sees it.
-
-    Attributes:
-        row: The prompt it belongs to, repetitions for beams not counted.
-        start: Its first token among all visual tokens of these prompts.
-        length: Its visual tokens, N.
-        encoding: What is known of it, or None.
-        entries: The entries of its encoding that it is made of.
-    """
-
-    row: int
-    start: int
-    length: int
-    encoding: Encoding | None
-    entries: range
+    @property
+    def grids(self) -> list[list[int]] | None:
+        """Frames, rows and columns of the patches of each picture, where these were passed in."""
+        given = [value for name, value in self.arguments.items() if name.endswith("grid_thw")]
+        return given[0].tolist() if given and isinstance(given[0], torch.Tensor) else None
 
 
 def pixel_keys(pixels: torch.Tensor) -> torch.Tensor:
@@ -91,11 +84,11 @@ def row_keys(tokens: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Found:
-    """An encoded entry, met again among other tokens of a row."""
+    """An encoded entry, met again among other tokens of a row, at these places."""
 
     encoding: Encoding
     entry: int
-    position: int
+    places: list[int]
 
     @property
     def length(self) -> int:
@@ -104,7 +97,7 @@ class Found:
 
 
 class Tape(threading.local):
-    """What the calling thread is doing: the encoding under way, and the forward that waits for it."""
+    """What the calling thread is doing: the encoding under way, and the prompt that waits for it."""
 
     def __init__(self) -> None:
         self.encoding: Encoding | None = None
@@ -133,8 +126,8 @@ class Recent:
         """Remember an encoding."""
         self._encodings.append(encoding)
 
-    def find(self, tokens: torch.Tensor) -> list[list[Found]]:
-        """Find encoded entries in tokens (B, T, D), for each row in order."""
+    def find(self, tokens: torch.Tensor, gap: int = 0) -> list[list[Found]]:
+        """Find encoded entries in tokens (B, T, D), for each row in order, with at most `gap` others between theirs."""
         begins: dict[int, list[tuple[Encoding, int, list[int]]]] = {}
         for encoding in list(self._encodings)[::-1]:
             for entry, rows in enumerate(encoding.rows.split(encoding.lengths)):
@@ -144,11 +137,12 @@ class Recent:
         for row, keys in enumerate(row_keys(tokens).tolist() if begins else ()):
             position = 0
             while position < len(keys):
-                known = begins.get(keys[position], ())
-                hit = next((each for each in known if keys[position : position + len(each[2])] == each[2]), None)
-                if hit is not None:
-                    found[row].append(Found(hit[0], hit[1], position))
-                position += 1 if hit is None else len(hit[2])
+                for encoding, entry, rows in begins.get(keys[position], ()):
+                    if places := _places(rows, keys, position, gap):
+                        found[row].append(Found(encoding, entry, places))
+                        position = places[-1]
+                        break
+                position += 1
         return found
 
     def knows_any(self, tokens: torch.Tensor) -> bool:
@@ -157,23 +151,38 @@ class Recent:
         return not known.isdisjoint(row_keys(tokens).tolist())
 
 
+def _places(rows: list[int], keys: list[int], start: int, gap: int) -> list[int]:
+    """Where these rows stand among keys from `start` on, with at most `gap` others between two; empty if they don't."""
+    places = [start]
+    for row in rows[1:]:
+        stop = min(len(keys), places[-1] + gap + 2)
+        place = next((each for each in range(places[-1] + 1, stop) if keys[each] == row), None)
+        if place is None:
+            return []
+        places.append(place)
+    return places
+
+
 class Encoder(MethodWrapper):
-    """Stands in the place of a model's `get_image_features`, does what that does, and leaves a record with the result.
+    """Stands in the place of a model's encoder of pictures, does what that does, and leaves a record with the result.
 
     Args:
+        kind: What it encodes, "image" or "video".
         tape: The engine's.
         recent: The engine's.
         begin: Called before: it says which attention is wanted, and sees to it that the tower is watched.
-        describe: Called after, with the record and the pixels: it gives each entry its key.
+        describe: Called after, with the record and the pixels: it gives the keys.
     """
 
     def __init__(
         self,
+        kind: str,
         tape: Tape,
         recent: Recent,
         begin: Callable[[], AttentionRequest | None],
-        describe: Callable[[Encoding, torch.Tensor], torch.Tensor],
+        describe: Callable[[Encoding, torch.Tensor], tuple[torch.Tensor, list[int]]],
     ) -> None:
+        self.kind = kind
         self.tape = tape
         self.recent = recent
         self._begin = begin
@@ -185,32 +194,35 @@ class Encoder(MethodWrapper):
 
     def around(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         kwargs.pop(KEYWORD, None)  # some models hand it to their encoders
-        signature = self.__signature__
-        arguments = dict(signature.bind(*args, **kwargs).arguments)
-        pixels = arguments.pop(next(iter(signature.parameters)), None)
-        encoding = Encoding(arguments, self._begin())
+        arguments = dict(self.__signature__.bind(*args, **kwargs).arguments)
+        arguments |= arguments.pop("kwargs", {})
+        given = [name for name, value in arguments.items() if name.startswith(PIXELS) and value is not None]
+        pixels = arguments.pop(given[0]) if given else None
+        encoding = Encoding(self.kind, arguments, self._begin())
         outer, self.tape.encoding = self.tape.encoding, encoding
         try:
             output = call(*args, **kwargs)
         finally:
             self.tape.encoding = outer
         encoding = self._finish(encoding, pixels, output)
+        if encoding is not None:
+            encoding.kind = self.kind
         prompt = None if self.tape.waiting is None else self.tape.waiting()
         if prompt is not None:
-            prompt.encoding = encoding
+            prompt.meet(self.kind, encoding)
         return output
 
     @torch.no_grad()
     def _finish(self, encoding: Encoding, pixels: Any, output: Any) -> Encoding | None:
         known = getattr(output, RECORD, None)
-        if known is not None:  # features computed before, which somebody's method gave back
+        if known is not None:  # features computed before, or by the other encoder, to which this one handed them
             return known
         entries = entries_of(output)
         if entries is None or not isinstance(pixels, torch.Tensor):
             return None
         encoding.pixels_shape = pixels.shape
         encoding.lengths = [len(entry) for entry in entries]
-        encoding.keys = self._describe(encoding, pixels).cpu()
+        encoding.keys, encoding.spans = self._describe(encoding, pixels)
         encoding.rows = torch.cat([row_keys(entry) for entry in entries]) if entries else torch.zeros(0).long()
         setattr(output, RECORD, encoding)
         if isinstance(output.pooler_output, list | tuple):
@@ -235,39 +247,3 @@ def record_of(output: Any) -> Encoding | None:
     if record is None and isinstance(pooled, list | tuple) and len(pooled):
         record = getattr(pooled[0], RECORD, None)
     return record
-
-
-def find_pictures(
-    unit: str, encoding: Encoding | None, lengths: Sequence[int], visual: torch.Tensor
-) -> list[Picture] | None:
-    """Say which entries make up which picture.
-
-    Args:
-        unit: What a picture is: an "entry" of the features, or an unbroken "run" of placeholders, of whole entries.
-        encoding: The record of the entries, if there is one.
-        lengths: Visual tokens of each entry.
-        visual: Where the placeholders are, (B, T), bool, on the CPU, without repeated prompts.
-
-    Returns:
-        The pictures, in the order of the prompts, or None if the entries don't fit the placeholders.
-    """
-    begins = {begin: entry for entry, begin in reversed(list(enumerate(accumulate(lengths, initial=0))))}
-    room = visual.sum(1).tolist()
-    if unit == "entry":
-        pieces = [length for length in lengths if length]
-    else:
-        pieces = [len(list(run)) for row in visual.tolist() for is_visual, run in groupby(row) if is_visual]
-    if sum(room) != sum(lengths) or sum(pieces) != sum(room):
-        return None
-    pictures: list[Picture] = []
-    row = start = 0
-    for length in pieces:
-        while room[row] == 0:
-            row += 1
-        stop = start + length
-        if length > room[row] or start not in begins or stop not in begins:
-            return None
-        pictures.append(Picture(row, start, length, encoding, range(begins[start], begins[stop])))
-        room[row] -= length
-        start = stop
-    return pictures

@@ -11,10 +11,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING,
+    create_recurrent_attention_mask,
+)
 
 from vltok.engine.layout import take
 from vltok.errors import UnsupportedInputError
+
+RECURRENT = frozenset(
+    kind for kind, make in LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING.items() if make is create_recurrent_attention_mask
+)
 
 
 @dataclass(frozen=True)
@@ -22,12 +30,18 @@ class Window:
     """What a decoder layer sees of the past.
 
     Attributes:
-        kind: "full_attention", "sliding_attention" or "chunked_attention", as configs write it.
+        kind: "full_attention", "sliding_attention" or "chunked_attention", as configs write it; any other word where
+            the layer holds a state of all that came before, as linear attention and convolutions do.
         size: Tokens of the window, or of a chunk; 0 for full attention.
     """
 
     kind: str = "full_attention"
     size: int = 0
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether the layer holds a state instead of keys and values."""
+        return self.kind in RECURRENT
 
 
 def windows_of(config: Any, layers: int) -> list[Window]:
@@ -39,8 +53,21 @@ def windows_of(config: Any, layers: int) -> list[Window]:
     }
     if not types:
         types = [next((kind for kind, size in sizes.items() if size), "full_attention")] * layers
-    windows = {kind: Window(kind, sizes[kind]) if sizes.get(kind) else Window() for kind in set(types)}
+    windows = {
+        kind: Window(kind, sizes.get(kind) or 0) if sizes.get(kind) or kind in RECURRENT else Window() for kind in types
+    }
     return [windows[kind] for kind in types]
+
+
+def stores_of(config: Any, layers: int) -> list[int]:
+    """For each of so many decoder layers, the one whose keys and values it attends to: itself, unless they share."""
+    modes, types = getattr(config, "kv_sharing_modes", None), getattr(config, "layer_types", None)
+    if not modes or "reuse" not in modes:
+        return list(range(layers))
+    kept = {kind: number for number, (mode, kind) in enumerate(zip(modes, types, strict=True)) if mode != "reuse"}
+    return [
+        kept[kind] if mode == "reuse" else number for number, (mode, kind) in enumerate(zip(modes, types, strict=True))
+    ]
 
 
 @dataclass(frozen=True)
@@ -71,7 +98,9 @@ class Keys:
             seen = seen & (self.samples[row, q.clamp(min=0)] == self.samples[row, k.clamp(min=0)])
         if window.size:
             if self.ranks is not None:
-                own = self.ranks[:, self.ranks.shape[1] - self.queries.shape[1] :]
+                # A query's own rank is that of the last key at or before it: its own, unless it is no key itself.
+                own = torch.searchsorted(self.keys.where(self.keys >= 0, -1).cummax(1).values, self.queries, right=True)
+                own = self.ranks.gather(1, (own - 1).clamp(min=0))
                 q, k = own[row, query], self.ranks[row, key]
             if window.kind == "sliding_attention":
                 seen = seen & (k > q - window.size)

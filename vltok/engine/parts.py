@@ -10,7 +10,7 @@ from torch import nn
 
 from vltok.engine.weights import check_at_hand
 from vltok.errors import UnsupportedModelError
-from vltok.views import Projection, SelfAttention
+from vltok.views import Projection, SelfAttention, TokenRule
 
 _ATTENTION = ("self_attn", "attention", "attn")
 _ROLES = {
@@ -39,6 +39,15 @@ def attention_of(layer: nn.Module) -> nn.Module | None:
     """The attention module of a decoder layer or of a block of a vision tower, or None if no name is known."""
     return next(
         (getattr(layer, name) for name in _ATTENTION if isinstance(getattr(layer, name, None), nn.Module)), None
+    )
+
+
+def layers_read(rule: TokenRule, decoder: nn.Module) -> frozenset[int]:
+    """The decoder layers that a rule looks at, from 0: where one has no attention, the next that has, or the last."""
+    attending = [index for index, layer in enumerate(decoder.layers) if attention_of(layer) is not None]
+    wanted = [number - 1 for number in rule.layers(len(decoder.layers))]
+    return frozenset(
+        next((each for each in attending if each >= index), max(attending, default=index)) for index in wanted
     )
 
 

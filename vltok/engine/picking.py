@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vltok.engine.features import Picture, pixel_keys
+from vltok.engine.features import Encoding, pixel_keys
+from vltok.engine.pictures import Picture
 from vltok.errors import UnsupportedInputError
 from vltok.tokens import keep_count
 from vltok.views import TokenSelector, VisualTokens
 
 if TYPE_CHECKING:
     from vltok.engine.call import Prompt
+
+
+@dataclass(frozen=True)
+class Part:
+    """Visual tokens that share a budget: a picture, or a tile or frame of one.
+
+    Attributes:
+        picture: Its number among the pictures of the prompt.
+        begin: Its first token among those of the picture.
+        length: Its tokens, N.
+        grid: Frames, rows and columns that its tokens form, or None.
+    """
+
+    picture: int
+    begin: int
+    length: int
+    grid: tuple[int, int, int] | None
 
 
 def pick_tokens(prompt: Prompt, embeds: torch.Tensor, family: Any) -> torch.Tensor:
@@ -30,62 +51,91 @@ def pick_tokens(prompt: Prompt, embeds: torch.Tensor, family: Any) -> torch.Tens
     flat = embeds.detach()[:: prompt.repeat].flatten(0, 1)
     place = visual.flatten().nonzero().squeeze(1)  # of each visual token in the flattened batch, on the CPU
     keep = torch.zeros_like(visual)
-    prompt.picks = [torch.empty(0)] * len(prompt.pictures)
-    for members in _alike(prompt):
-        pictures = [prompt.pictures[number] for number in members]
-        starts = torch.tensor([picture.start for picture in pictures]).unsqueeze(1)
-        where = place[starts + torch.arange(pictures[0].length)]  # (G, N)
-        kept = _pick(prompt, flat[where.to(flat.device)], pictures, prompt.selector, family)
+    picks: list[list[torch.Tensor]] = [[] for _ in prompt.pictures]
+    for parts in _alike(prompt, family):
+        starts = torch.tensor([prompt.pictures[part.picture].start + part.begin for part in parts]).unsqueeze(1)
+        where = place[starts + torch.arange(parts[0].length)]  # (G, N)
+        kept = _pick(prompt, flat[where.to(flat.device)], parts, family)
         keep.view(-1)[where.gather(1, kept.cpu()).flatten()] = True
-        for number, indices in zip(members, kept, strict=True):
-            prompt.picks[number] = indices
+        for part, indices in zip(parts, kept, strict=True):
+            picks[part.picture].append(indices + part.begin)
+    prompt.picks = [torch.cat(own).sort().values if len(own) > 1 else own[0] for own in picks]
     return keep.repeat_interleave(prompt.repeat, 0)
 
 
-def _alike(prompt: Prompt) -> list[list[int]]:
-    """Pictures of equal length about which the same is known, by number."""
-    groups: dict[Any, list[int]] = {}
+def _alike(prompt: Prompt, family: Any) -> list[list[Part]]:
+    """Parts of equal length and grid about which the same is known."""
+    groups: dict[Any, list[Part]] = {}
+    per = "image" if prompt.selector is None else prompt.selector.per
     for number, picture in enumerate(prompt.pictures):
         has_attention = picture.encoding is not None and picture.encoding.attention is not None
-        groups.setdefault((picture.length, has_attention), []).append(number)
+        for part in _parts(prompt.model, number, picture, per, family):
+            groups.setdefault((part.length, part.grid, has_attention), []).append(part)
     return list(groups.values())
 
 
-def _pick(
-    prompt: Prompt, embeddings: torch.Tensor, pictures: list[Picture], selector: TokenSelector | None, family: Any
-) -> torch.Tensor:
-    """Ask the selector about pictures of equal length, (G, N, D) -> (G, K)."""
+def _parts(model: torch.nn.Module, number: int, picture: Picture, per: str, family: Any) -> Iterator[Part]:
+    """A picture, or its tiles or frames where these have budgets of their own and are known."""
+    encoding, lengths = picture.encoding, [picture.length]
+    whole = None if encoding is None else family.grid(model, encoding, picture.offset, picture.length)
+    grids = [whole]
+    if per == "frame" and whole is not None and encoding.kind == "video":
+        frames, rows, columns = whole
+        lengths = [rows * columns] * (frames - 1) + [picture.length - (frames - 1) * rows * columns]
+        grids = [(1, rows, columns)] * frames
+    elif per == "tile" and encoding is not None and encoding.kind == "image":
+        begin, end = picture.offset, picture.offset + picture.length
+        inside = {each for each in (*accumulate(encoding.lengths), *accumulate(encoding.spans)) if begin < each < end}
+        lengths = [b - a for a, b in pairwise([begin, *sorted(inside), end])]
+        begins = accumulate(lengths, initial=begin)
+        grids = [family.grid(model, encoding, a, n) for a, n in zip(begins, lengths, strict=False)]
+    begins = list(accumulate(lengths, initial=0))[:-1]
+    for begin, length, grid in zip(begins, lengths, grids, strict=True):
+        yield Part(number, begin, length, grid)
+
+
+def _pick(prompt: Prompt, embeddings: torch.Tensor, parts: list[Part], family: Any) -> torch.Tensor:
+    """Ask the selector about parts of equal length, (G, N, D) -> (G, K)."""
+    selector = prompt.selector
     count, length, _ = embeddings.shape
     device = embeddings.device
-    if selector is None:
-        return torch.arange(length, device=device).expand(count, length)
-    num_keep = keep_count(length, selector.keep_ratio, selector.num_keep)
+    num_keep = length if selector is None else keep_count(length, selector.keep_ratio, selector.num_keep)
     if num_keep == length:
         return torch.arange(length, device=device).expand(count, length)
     if not embeddings.isfinite().all():
         raise UnsupportedInputError("the visual tokens contain NaN or infinity; check the image and the model's dtype")
-    known = [_known(prompt, picture, selector, family) for picture in pictures]
+    known = [_known(prompt, part, selector, family) for part in parts]
     keys = [
         pixel_keys(own.unsqueeze(0))[0] if key is None else key
         for own, (key, _, _) in zip(embeddings, known, strict=True)
     ]
     everything = torch.ones(length, dtype=torch.bool)
     attention = [scores for _, scores, _ in known]
+    grid = parts[0].grid
     visual = VisualTokens(
         embeddings=embeddings,
         image_keys=torch.stack([key.to(device) for key in keys]),
         attention=None if attention[0] is None else torch.stack([scores.to(device) for scores in attention]),
         is_overview=torch.stack([(everything if own is None else own).to(device) for _, _, own in known]),
+        grid=grid,
+        coordinates=None if grid is None else _coordinates(grid, length).to(device).expand(count, length, 3),
     )
     with torch.no_grad():
         return selector.select(visual, num_keep)
 
 
+def _coordinates(grid: tuple[int, int, int], length: int) -> torch.Tensor:
+    """Frame, row and column of each token, (N, 3), int64; -1 for those behind the grid."""
+    places = torch.cartesian_prod(*(torch.arange(side) for side in grid)).view(-1, 3)
+    return torch.nn.functional.pad(places, (0, 0, 0, length - len(places)), value=-1)
+
+
 def _known(
-    prompt: Prompt, picture: Picture, selector: TokenSelector, family: Any
+    prompt: Prompt, part: Part, selector: TokenSelector, family: Any
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Key, attention and overview of a picture, None where they are not known or stand for nothing special."""
+    """Key, attention and overview of a part, None where they are not known or stand for nothing special."""
     wanted = prompt.engine.request_of(selector)
+    picture = prompt.pictures[part.picture]
     encoding = picture.encoding
     if wanted is not None and (encoding is None or encoding.request != wanted or encoding.attention is None):
         raise UnsupportedInputError(
@@ -95,11 +145,18 @@ def _known(
         )
     if encoding is None:
         return None, None, None
-    first = sum(encoding.lengths[: picture.entries.start])
-    own = slice(first, first + picture.length)
+    own = slice(picture.offset + part.begin, picture.offset + part.begin + part.length)
     scores = family.token_attention(prompt.model, encoding) if wanted is not None else None
+    overview = family.overview(prompt.model, encoding, picture)
     return (
-        encoding.keys[picture.entries.start : picture.entries.stop].sum(),
+        _key(encoding, own.start, part.length),
         None if scores is None else scores[own],
-        family.overview(prompt.model, encoding, picture),
+        None if overview is None else overview[part.begin : part.begin + part.length],
     )
+
+
+def _key(encoding: Encoding, offset: int, length: int) -> torch.Tensor:
+    """A number made from the pixels behind some tokens of an encoding, int64; parts of one span differ by place."""
+    begins = list(accumulate(encoding.spans, initial=0))
+    own = [n for n, (a, b) in enumerate(pairwise(begins)) if a < offset + length and offset < b]
+    return encoding.keys[own].sum() + (offset - begins[own[0]])

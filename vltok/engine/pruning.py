@@ -13,7 +13,6 @@ from __future__ import annotations
 import inspect
 import threading
 import weakref
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -25,27 +24,15 @@ from vltok.engine.attention import TowerReader, unreadable
 from vltok.engine.cache import check_cache, is_pruned
 from vltok.engine.call import Call, Continuation, Hints, Prompt
 from vltok.engine.decoder import after_attention, after_decoder, before_decoder, before_layer
-from vltok.engine.features import (
-    KEYWORD,
-    Encoder,
-    Encoding,
-    Found,
-    Picture,
-    Recent,
-    Tape,
-    entries_of,
-    find_pictures,
-    record_of,
-)
+from vltok.engine.features import ENCODERS, KEYWORD, KINDS, PIXELS, Encoder, Encoding, Recent, Tape
 from vltok.engine.masks import seen_by_any
 from vltok.engine.names import cache_in
-from vltok.engine.parts import attention_of
+from vltok.engine.parts import attention_of, layers_read
+from vltok.engine.pictures import sources_in
 from vltok.errors import UnsupportedInputError, UnsupportedModelError
 from vltok.report import Report
 from vltok.run import Run
 from vltok.views import AttentionRequest, TokenRule, TokenSelector
-
-ENCODE = "get_image_features"
 
 
 class PruningEngine:
@@ -90,16 +77,16 @@ class PruningEngine:
         """Let `rule` drop visual tokens inside the decoder."""
         if self.rule is not None:
             raise ValueError(f"{type(self.rule).__name__} already drops visual tokens in this decoder; give one")
-        layers = self.family.decoder(self.model).layers
-        for layer in rule.layers(len(layers)):
-            attention = attention_of(layers[layer - 1])
+        decoder = self.family.decoder(self.model)
+        for index in layers_read(rule, decoder):
+            attention = attention_of(decoder.layers[index])
             if attention is None or not hasattr(attention, "config"):
-                raise unreadable(layers[layer - 1] if attention is None else attention)
+                raise unreadable(decoder.layers[index] if attention is None else attention)
         self.rule = rule
         self.follow()
 
     def _check_positions(self, selector: TokenSelector) -> None:
-        if selector.positions == "reindex" and self.family.multi_axis_positions:
+        if selector.positions == "reindex" and self.family.has_axes(self.model):
             raise ValueError(
                 f"{self.family.title} gives visual tokens positions on several axes, which can't be counted anew; "
                 'use positions="keep"'
@@ -113,17 +100,20 @@ class PruningEngine:
 
     def follow(self) -> None:
         """Hook the decoder, its layers and what encodes pictures, where that has not been done."""
-        if not isinstance(encode := vars(self.model).get(ENCODE), Encoder) or encode.tape is not self.tape:
-            with self._lock:
-                encoder = Encoder(self.tape, self.recent, self.begin_encoding, self.describe)
-                self.edits.wrap_method(self.model, ENCODE, encoder)
+        for kind, name in ENCODERS.items():
+            encode = vars(self.model).get(name)
+            is_ours = isinstance(encode, Encoder) and encode.tape is self.tape
+            if not is_ours and hasattr(type(self.model), name):
+                with self._lock:
+                    encoder = Encoder(kind, self.tape, self.recent, self.begin_encoding, self.describe)
+                    self.edits.wrap_method(self.model, name, encoder)
         decoder = self.family.decoder(self.model)
         self._hook("decoder", decoder, (before_decoder, after_decoder))
         rule = self.rule
-        watched = () if rule is None else self.run.current(rule).layers(len(decoder.layers))
+        watched = () if rule is None else layers_read(self.run.current(rule), decoder)
         for index, layer in enumerate(decoder.layers):
             self._hook(f"layer {index}", layer, (partial(before_layer, index), None))
-            if index + 1 in watched:
+            if index in watched:
                 attention = attention_of(layer)
                 if attention is None:
                     raise unreadable(layer)
@@ -163,9 +153,15 @@ class PruningEngine:
         self._watch_tower(request)
         return request
 
-    def describe(self, encoding: Encoding, pixels: torch.Tensor) -> torch.Tensor:
-        """A number from the pixels of each entry of the features, (entries,)."""
-        return self.family.pixel_keys(self.model, encoding, pixels)
+    def describe(self, encoding: Encoding, pixels: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
+        """Numbers made from the pixels, (n,) on the CPU, and how many visual tokens each is about."""
+        keys = self.family.pixel_keys(self.model, encoding, pixels).cpu()
+        total = sum(encoding.lengths)
+        if len(keys) == len(encoding.lengths):
+            return keys, encoding.lengths
+        if len(keys) and total % len(keys) == 0:
+            return keys, [total // len(keys)] * len(keys)
+        return keys.sum(0, keepdim=True), [total]
 
     # The call
 
@@ -179,14 +175,15 @@ class PruningEngine:
                 "nn.DataParallel copies the model for every call without its methods; use DistributedDataParallel"
             )
         hints = kwargs.pop(KEYWORD, None)
-        encoded = kwargs.get("mm_encoder_outputs") or {}
-        if kwargs.get("pixel_values_videos") is not None or encoded.get("video") is not None:
-            raise UnsupportedInputError("visual tokens of videos can't be pruned yet; remove the handle to run videos")
+        encoded = {kind: output for kind, output in (kwargs.get("mm_encoder_outputs") or {}).items() if kind in KINDS}
+        encoded = {kind: output for kind, output in encoded.items() if output is not None}
+        pixels = [name for name, value in kwargs.items() if PIXELS in name and value is not None]
+        awaited = [kind for kind in KINDS if any(name.endswith("_videos") == (kind == "video") for name in pixels)]
         cache = cache_in(kwargs)
         pruned = is_pruned(cache)
         ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
-        if kwargs.get("pixel_values") is not None or encoded.get("image") is not None:
-            call = self._open_prompt(kwargs, hints, encoded.get("image"))
+        if awaited or encoded:
+            call = self._open_prompt(kwargs, hints, encoded, awaited)
         elif pruned:
             tokens = ids if ids is not None else embeds
             call = Continuation(cache, tokens, kwargs.get("attention_mask"))
@@ -212,122 +209,46 @@ class PruningEngine:
                 "what was pruned; remove the handle"
             )
 
-    def _open_prompt(self, kwargs: dict, hints: Hints | None, encoded: Any) -> Prompt:
+    def _open_prompt(self, kwargs: dict, hints: Hints | None, encoded: dict[str, Any], awaited: list[str]) -> Prompt:
+        """A prompt whose pictures the model encodes, or merges as they were encoded before."""
         ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
-        if ids is not None:
-            visual = torch.isin(ids, torch.tensor(self.family.marks(self.model), device=ids.device))
-        else:
-            table = self.model.get_input_embeddings()
-            rows = table(torch.tensor(self.family.marks(self.model), device=embeds.device))
-            visual = (embeds.unsqueeze(-2) == rows).all(-1).any(-1)
-        prompt = self._prompt(kwargs, hints, visual)
-        prompt.encoded = encoded
+        tokens = ids if ids is not None else embeds
+        kinds = torch.zeros(tokens.shape[:2], dtype=torch.int8, device=tokens.device)
+        for kind, mark in reversed(self.family.marks(self.model).items()):
+            if ids is not None:
+                found = ids == mark
+            else:
+                row = self.model.get_input_embeddings()(torch.tensor(mark, device=embeds.device))
+                found = (embeds == row).all(-1)
+            kinds[found] = 1 + KINDS.index(kind)
+        prompt = self._prompt(kwargs, hints, kinds)
+        prompt.encoded, prompt.awaited = encoded, awaited
         return prompt
 
     def _open_merged(self, kwargs: dict, hints: Hints | None, embeds: torch.Tensor) -> Prompt | None:
         """A prompt whose pictures the caller encoded and merged into the embeddings, or None if it has none."""
-        found = self.recent.find(embeds)
-        if not any(found):
+        sources, kinds = sources_in(embeds, self.recent)
+        if not sources:
             return None
-        visual = torch.zeros(embeds.shape[:2], dtype=torch.bool)
-        pictures: list[Picture] = []
-        start = 0
-        for row, entries in enumerate(found):
-            end = None  # of the last picture of this row, which a further tile may go on
-            for each in entries:
-                length = each.length
-                visual[row, each.position : each.position + length] = True
-                last = pictures[-1] if pictures else None
-                goes_on = self.family.unit == "run" and end == each.position and last.encoding is each.encoding
-                if goes_on and last.entries.stop == each.entry:
-                    tiles = range(last.entries.start, each.entry + 1)
-                    pictures[-1] = Picture(row, last.start, last.length + length, each.encoding, tiles)
-                else:
-                    pictures.append(Picture(row, start, length, each.encoding, range(each.entry, each.entry + 1)))
-                start, end = start + length, each.position + length
-        prompt = self._prompt(kwargs, hints, visual)
-        prompt.pictures = pictures
+        prompt = self._prompt(kwargs, hints, kinds.to(embeds.device))
+        prompt.sources = sources
         return prompt
 
-    def _prompt(self, kwargs: dict, hints: Hints | None, visual: torch.Tensor) -> Prompt:
+    def _prompt(self, kwargs: dict, hints: Hints | None, kinds: torch.Tensor) -> Prompt:
         mask, cache = kwargs.get("attention_mask"), cache_in(kwargs)
         check_cache(cache)
         base = 0 if cache is None else cache.get_seq_length()
-        attended = call_attends(mask, visual, base)
-        visual, attended = torch.stack([visual, attended]).cpu()
-        if (visual & ~attended).any():
+        attended = call_attends(mask, kinds, base)
+        kinds, attended = torch.stack([kinds, attended.to(kinds.dtype)]).cpu()
+        if ((kinds > 0) & (attended == 0)).any():
             raise UnsupportedInputError("attention_mask hides image placeholders; it may hide padding only")
-        prompt = Prompt(
-            self, self.model, cache, base, mask, kwargs.get("input_ids"), visual, attended, hints or Hints()
-        )
+        ids = kwargs.get("input_ids")
+        prompt = Prompt(self, self.model, cache, base, mask, ids, kinds, attended.bool(), hints or Hints())
         prompt.selector = None if self.selector is None else self.run.current(self.selector)
         prompt.rule = None if self.rule is None else self.run.current(self.rule)
         if prompt.selector is not None:
             self._check_positions(prompt.selector)
         return prompt
-
-    def find_pictures(self, prompt: Prompt) -> None:
-        """Say which encoded entries are the pictures of a prompt; leaves them in the prompt.
-
-        Raises:
-            UnsupportedInputError: If they don't fit its placeholders, or nothing is known of them.
-        """
-        if prompt.pictures:
-            return
-        entries, sources = None, None
-        if prompt.encoded is not None:
-            prompt.encoding = record_of(prompt.encoded)
-            entries = entries_of(prompt.encoded)
-            if prompt.encoding is not None and entries is not None:
-                given, known = sum(map(len, entries)), sum(prompt.encoding.lengths)
-                if known == 0 or given % known:  # somebody cut them since
-                    prompt.encoding = None
-        encoding = prompt.encoding
-        if encoding is None:
-            sources = self._recognise(entries)
-        if sources is not None:
-            lengths = [each.length for each in sources]
-        else:
-            lengths = [len(entry) for entry in entries] if encoding is None else encoding.lengths
-        for repeat in (n for n in range(1, len(prompt.visual) + 1) if len(prompt.visual) % n == 0):
-            rows = prompt.visual[::repeat]
-            if torch.equal(rows.repeat_interleave(repeat, 0), prompt.visual):
-                pictures = find_pictures(self.family.unit, encoding, lengths, rows)
-                if pictures is not None:
-                    prompt.pictures = [_trace(each, sources) if sources else each for each in pictures]
-                    prompt.repeat = repeat
-                    return
-        raise UnsupportedInputError(
-            f"the prompts have {prompt.visual.sum(1).tolist()} image placeholders, which don't fit the encoded images, "
-            f"of {lengths} tokens; pass the images of these very prompts. With prefill_chunk_size, a chunk may not cut "
-            "an image: use a larger one, or None"
-        )
-
-    def _recognise(self, entries: list[torch.Tensor] | None) -> list[Found] | None:
-        """Where features that lost their record come from, seen by their rows; None if they were never seen."""
-        if not entries:
-            raise UnsupportedInputError(
-                "the images of this prompt were not encoded by the model while the method was on it, and their "
-                "features are not to be seen; pass pixel_values"
-            )
-        features = torch.cat(entries)
-        found = self.recent.find(features.unsqueeze(0))[0]
-        if not found and not self.recent.knows_any(features):
-            return None
-        if sum(each.length for each in found) != len(features):
-            raise UnsupportedInputError(
-                "the encoded images of this prompt were cut, so that some are there in part only. prefill_chunk_size "
-                "does that: use a chunk size with which no image is cut, or None"
-            )
-        return found
-
-
-def _trace(picture: Picture, sources: list[Found]) -> Picture:
-    """A picture made of features that were found again, with what is known of these."""
-    own = sources[picture.entries.start : picture.entries.stop]
-    entries = range(own[0].entry, own[0].entry + len(own))
-    is_one = all(each.encoding is own[0].encoding for each in own) and [each.entry for each in own] == list(entries)
-    return replace(picture, encoding=own[0].encoding if is_one else None, entries=entries)
 
 
 def before_head(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

@@ -136,5 +136,7 @@ def _keys(prompt: Prompt, length: int) -> list[tuple[dict | None, Any]]:
             keys.append((None, None))
         else:
             words = tuple(prompt.ids[row, :length].tolist())
-            keys.append((encoding.decisions, (prompt.rule, tuple(each.entries for each in pictures), words)))
+            keys.append(
+                (encoding.decisions, (prompt.rule, tuple((each.offset, each.length) for each in pictures), words))
+            )
     return keys

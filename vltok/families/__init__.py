@@ -1,6 +1,7 @@
 """The model families: where the parts of a model are. Imported only when a model of theirs is met.
 
-A family is one file and one line in the table of `families/vlm/__init__.py` or `families/towers/__init__.py`.
+A family is one line in the table of `families/vlm/__init__.py` or `families/towers/__init__.py`, with a file where it
+has something of its own to say.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import nn
 from vltok.engine.parts import live
 from vltok.errors import UnsupportedModelError
 from vltok.families import towers, vlm
+from vltok.families.table import Entry
 
 if TYPE_CHECKING:
     from vltok.families.towers.view import TowerView
@@ -49,7 +51,7 @@ def register_family(kind: Kind, name: str, defined_in: str, module: str, class_n
         raise ValueError(f"kind must be one of {', '.join(map(repr, _TABLES))}, got {kind!r}")
     if any(name in table for table in _TABLES.values()):
         raise ValueError(f"a family named {name!r} is already registered; choose another name")
-    _TABLES[kind][name] = (defined_in, module, class_name)
+    _TABLES[kind][name] = Entry(defined_in, module, class_name)
 
 
 def view(model: nn.Module, processor: Any = None) -> VlmView | TowerView:
@@ -112,7 +114,7 @@ class _Found:
     name: str
 
 
-def _find(model: nn.Module, package: ModuleType, table: dict[str, tuple[str, str, str]]) -> _Found | None:
+def _find(model: nn.Module, package: ModuleType, table: dict[str, Entry]) -> _Found | None:
     """The part of a model whose family is in a table. Parts inside it, or its head, don't count.
 
     Raises:
@@ -144,12 +146,13 @@ def _belongs(one: _Found, other: _Found) -> bool:
     return one.part in set(other.whole.modules()) and other.part not in set(one.whole.modules())
 
 
-def _family_of(part: nn.Module, package: ModuleType, table: dict[str, tuple[str, str, str]]) -> Any | None:
+def _family_of(part: nn.Module, package: ModuleType, table: dict[str, Entry]) -> Any | None:
     for base in type(part).__mro__:
-        for origin, file, name in table.values():
-            if base.__module__ == origin or base.__module__.startswith(f"{origin}."):
-                own = f"{package.__name__}.{file}"
-                family = getattr(import_module(own if "." not in file and find_spec(own) else file), name)()
+        for entry in table.values():
+            if base.__module__ == entry.defined_in or base.__module__.startswith(f"{entry.defined_in}."):
+                own = f"{package.__name__}.{entry.module}"
+                file = import_module(own if "." not in entry.module and find_spec(own) else entry.module)
+                family = getattr(file, entry.class_name)(**entry.facts)
                 if base.__name__ in family.model_classes:
                     return family
     return None

@@ -1,7 +1,12 @@
-"""VlmFamily, the base of the vision-language families: where the parts of such a model are."""
+"""VlmFamily, the base of the vision-language families: where the parts of such a model are.
+
+What a model shows by itself is read from it. A family says only what can't be seen.
+"""
 
 from __future__ import annotations
 
+import math
+from itertools import accumulate
 from typing import Any, ClassVar
 
 import torch
@@ -9,8 +14,9 @@ from torch import nn
 
 from vltok.edits import Edits
 from vltok.engine.attention import rows_of_tower
-from vltok.engine.features import Encoding, Picture, pixel_keys
+from vltok.engine.features import KINDS, Encoding, pixel_keys
 from vltok.engine.parts import attention_of, live
+from vltok.engine.pictures import Picture
 from vltok.engine.projector import CoarserPatches, swap_projector
 from vltok.errors import UnsupportedModelError
 from vltok.method import Run
@@ -23,8 +29,11 @@ class VlmFamily:
     name: ClassVar[str]
     title: ClassVar[str]
     model_classes: ClassVar[tuple[str, ...]]
-    unit: ClassVar[str] = "entry"  # of the features: what a picture is made of, see `engine.features.find_pictures`
-    multi_axis_positions: ClassVar[bool] = False
+    # What an image is: an "entry" of the features; a "run" of placeholders, of whole entries; or a run of one of the
+    # entries that hold all images of a "row". Runs with at most `gap` words between them are tiles of one image.
+    unit: ClassVar[str] = "entry"
+    gap: ClassVar[int] = 0
+    reads_attention: ClassVar[bool] = True  # whether the family knows which patches a visual token stands for
     attention_parts: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj")  # what attention in the tower is read from
     patch_counters: ClassVar[tuple[str, ...]] = ()  # methods of the model that count a picture's patches by its config
 
@@ -33,26 +42,89 @@ class VlmFamily:
         return live(model.vision_tower)
 
     def has_cls(self, model: nn.Module) -> bool:
-        """Whether the vision tower has a [CLS] token."""
+        """Whether the vision tower has a [CLS] token whose attention can be read."""
+        if not self.reads_attention:
+            return False
         names = (name.rpartition(".")[2] for name, _ in self.tower(model).named_parameters())
         return any(name in ("class_embedding", "cls_token") for name in names)
 
     def check(self, model: nn.Module) -> None:
         """Raise UnsupportedModelError if this member of the family can't be handled."""
 
-    def check_pruning(self, model: nn.Module) -> None:
-        """Raise UnsupportedModelError if the visual tokens of this member can't be pruned."""
-
     def decoder(self, model: nn.Module) -> nn.Module:
         """The decoder that visual tokens enter, with its `layers`."""
-        return model.language_model
+        return model.language_model if hasattr(model, "language_model") else model.text_model
 
-    def marks(self, model: nn.Module) -> list[int]:
-        """The ids that stand for visual tokens in prompts."""
-        return [model.config.image_token_id]
+    def has_axes(self, model: nn.Module) -> bool:
+        """Whether visual tokens have positions on several axes."""
+        return hasattr(model, "get_rope_index")
+
+    def marks(self, model: nn.Module) -> dict[str, int]:
+        """The ids that stand for visual tokens in prompts, by what they stand for: "image", "video"."""
+        names = [(kind, f"{kind}_token_{word}") for kind in KINDS for word in ("index", "id")]
+        found = {kind: getattr(model.config, name, None) for kind, name in names if hasattr(model.config, name)}
+        return {kind: mark for kind, mark in found.items() if mark is not None}
+
+    def joins(self, words: list[int], end: int, begin: int) -> bool:
+        """Whether two runs of placeholders are tiles of one image.
+
+        Args:
+            words: The prompt.
+            end: Where the first run ends.
+            begin: Where the second one begins.
+        """
+        return begin - end <= self.gap
+
+    def picture_lengths(self, encoding: Encoding) -> list[int]:
+        """Visual tokens of each image or video, where entries are no tiles."""
+        return encoding.lengths
+
+    def grid(self, model: nn.Module, encoding: Encoding, offset: int, length: int) -> tuple[int, int, int] | None:
+        """Frames, rows and columns that some tokens of an encoding form, without what stands behind them; or None.
+
+        Args:
+            model: The model.
+            encoding: The encoding.
+            offset: The first of these tokens.
+            length: How many there are.
+        """
+        begins = list(accumulate(encoding.lengths, initial=0))
+        if offset not in begins or offset + length not in begins:
+            return None
+        first, last = begins.index(offset), begins.index(offset + length)
+        if encoding.grids is not None and len(encoding.grids) == len(encoding.lengths):
+            return _merged(encoding.grids[first], length, self.merge(model)) if last == first + 1 else None
+        frames, (height, width) = 1, encoding.pixels_shape[-2:]
+        if encoding.kind == "video":
+            frames = encoding.pixels_shape[1] if len(encoding.pixels_shape) == 5 else last - first
+        elif last != first + 1:
+            return None
+        elif (sizes := encoding.arguments.get("image_sizes")) is not None and len(sizes) == len(encoding.lengths):
+            height, width = map(int, sizes[first])
+        rows = round(math.sqrt(length // frames * height / width))
+        columns = length // frames // max(1, rows)
+        fits = rows * columns and length - frames * rows * columns in (0, frames == 1 or 1)
+        return (frames, rows, columns) if fits and abs(rows * width - columns * height) < max(height, width) else None
+
+    def merge(self, model: nn.Module) -> int:
+        """Patches along the side of what one visual token stands for, where grids of patches are passed in."""
+        vision = model.config.vision_config
+        return getattr(vision, "spatial_merge_size", None) or getattr(vision, "merge_size", None) or 1
 
     def pixel_keys(self, model: nn.Module, encoding: Encoding, pixels: torch.Tensor) -> torch.Tensor:
-        """A number from the pixels of each entry of the features, (entries,), int64."""
+        """Numbers made from the pixels, int64: of each picture, tile or frame, in the order of their tokens."""
+        sizes = encoding.arguments.get("image_sizes")
+        if encoding.grids is not None:
+            patches = [math.prod(grid) for grid in encoding.grids]
+            if sum(patches) == len(pixels):
+                return torch.cat([pixel_keys(own.unsqueeze(0)) for own in pixels.split(patches)])
+        if sizes is not None and len(sizes) == len(pixels) and pixels.dim() == 4:  # padded to the largest
+            cut = [own[None, :, : int(h), : int(w)] for own, (h, w) in zip(pixels, sizes, strict=True)]
+            return torch.cat([pixel_keys(own) for own in cut])
+        if pixels.dim() == 5:
+            pixels = pixels.flatten(0, 1)
+            if self.unit == "row":  # padded with black tiles
+                pixels = pixels[pixels.flatten(1).any(1)]
         return pixel_keys(pixels)
 
     def read_attention(
@@ -79,6 +151,12 @@ class VlmFamily:
             UnsupportedModelError: If the tower has no [CLS] token to ask for.
             ValueError: If there is no such layer.
         """
+        if not self.reads_attention:
+            raise UnsupportedModelError(
+                f"vltok can't tell which patches the visual tokens of {self.title} stand for, so it can't rank them by "
+                "attention in the vision tower; choose a method that needs none, such as DivPrune, or ToDRE with "
+                "pivot='center'"
+            )
         tower = self.tower(model)
         if request.kind == "cls" and not self.has_cls(model):
             raise UnsupportedModelError(
@@ -142,3 +220,10 @@ class VlmFamily:
         side = self.patch_size(model)
         patches = (encoding.pixels_shape[-2] // side) * (encoding.pixels_shape[-1] // side)
         return encoding.attention[:, -patches:]
+
+
+def _merged(grid: list[int], length: int, merge: int) -> tuple[int, int, int] | None:
+    """A grid of patches as one of visual tokens, where it has `length` of these; frames may be pooled into one."""
+    rows, columns = grid[1] // merge, grid[2] // merge
+    frames = length // (rows * columns) if rows * columns else 0
+    return (frames, rows, columns) if frames in (1, grid[0]) and frames * rows * columns == length else None

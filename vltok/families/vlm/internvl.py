@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from vltok.engine.features import Encoding, Picture
+from vltok.engine.features import Encoding
+from vltok.engine.pictures import Picture
 from vltok.families.vlm.base import VlmFamily
 
 

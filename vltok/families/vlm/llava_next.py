@@ -6,7 +6,8 @@ import torch
 from torch import nn
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-from vltok.engine.features import Encoding, Picture, pixel_keys
+from vltok.engine.features import Encoding, pixel_keys
+from vltok.engine.pictures import Picture
 from vltok.families.vlm.llava import Llava
 
 
@@ -31,6 +32,9 @@ class LlavaNext(Llava):
         first = sum(self._crops(model, encoding)[: picture.entries.start])
         own = numbers[picture.entries.start]
         return (own >= first * length) & (own < (first + 1) * length)
+
+    def grid(self, model: nn.Module, encoding: Encoding, offset: int, length: int) -> None:
+        """None: rows of several crops follow each other, each with a newline."""
 
     def pixel_keys(self, model: nn.Module, encoding: Encoding, pixels: torch.Tensor) -> torch.Tensor:
         if pixels.dim() == 5:  # padded to the same number of crops

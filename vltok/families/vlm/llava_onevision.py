@@ -6,25 +6,23 @@ from typing import Any
 
 from torch import nn
 
+from vltok.engine.features import Encoding
 from vltok.engine.projector import projector_site
-from vltok.errors import UnsupportedModelError
 from vltok.families.vlm.base import VlmFamily
 from vltok.views import ProjectorSite
 
 
 class LlavaOnevision(VlmFamily):
-    """How LLaVA-OneVision is put together. Its projector can be replaced; its visual tokens can't be pruned."""
+    """How LLaVA-OneVision is put together. It interpolates between the tokens of many crops, so they show no patch."""
 
     name = "llava_onevision"
     title = "LLaVA-OneVision"
     model_classes = ("LlavaOnevisionModel",)
+    reads_attention = False
     patch_counters = ("pack_image_features", "apply_pooling")
 
-    def check_pruning(self, model: nn.Module) -> None:
-        raise UnsupportedModelError(
-            "LLaVA-OneVision interpolates between the visual tokens of many crops, so its tokens stand for no one "
-            "patch and can't be pruned; families that can: llava, llava_next, qwen2_5_vl, internvl"
-        )
+    def grid(self, model: nn.Module, encoding: Encoding, offset: int, length: int) -> tuple[int, int, int] | None:
+        return super().grid(model, encoding, offset, length) if encoding.kind == "video" else None
 
     def projector_site(self, model: nn.Module) -> ProjectorSite:
         return projector_site(model)

@@ -12,7 +12,7 @@ from torch import nn
 from transformers.vision_utils import get_vision_window_index
 
 from vltok.engine.attention import received_attention
-from vltok.engine.features import Encoding, pixel_keys
+from vltok.engine.features import Encoding
 from vltok.engine.parts import live
 from vltok.families.vlm.base import VlmFamily
 from vltok.views import AttentionKind
@@ -24,15 +24,10 @@ class Qwen2_5_VL(VlmFamily):
     name = "qwen2_5_vl"
     title = "Qwen2.5-VL"
     model_classes = ("Qwen2_5_VLModel",)
-    multi_axis_positions = True
     attention_parts = ("qkv",)
 
     def tower(self, model: nn.Module) -> nn.Module:
         return live(model.visual)
-
-    def pixel_keys(self, model: nn.Module, encoding: Encoding, pixels: torch.Tensor) -> torch.Tensor:
-        patches = encoding.arguments["image_grid_thw"].prod(-1).tolist()
-        return torch.cat([pixel_keys(own.unsqueeze(0)) for own in pixels.split(patches)])
 
     def read_attention(
         self, attention: nn.Module, args: tuple, kwargs: dict[str, Any], kind: AttentionKind
@@ -57,7 +52,7 @@ class Qwen2_5_VL(VlmFamily):
         """Attention received by each visual token, (V,): the mean over its patches, out of the window order."""
         if encoding.attention is None:
             return None
-        visual, grid = self.tower(model), encoding.arguments["image_grid_thw"]
+        visual, grid = self.tower(model), torch.tensor(encoding.grids)
         order, _ = get_vision_window_index(
             grid,
             spatial_merge_size=visual.spatial_merge_size,

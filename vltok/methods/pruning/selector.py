@@ -1,8 +1,8 @@
-"""Selector, the base of the training-free methods that keep some of the visual tokens of every image."""
+"""Selector, the base of the training-free methods that keep some of the visual tokens of every image and video."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
@@ -15,7 +15,7 @@ from vltok.views import AttentionRequest, LanguageView, VisualTokens
 
 @dataclass(frozen=True)
 class Selector(Method):
-    """Keep some visual tokens of every image before the language model and drop the rest.
+    """Keep some visual tokens of every image and video before the language model and drop the rest.
 
     A selector defines `select`, a pure function of the visual tokens; embeddings, masks, positions, cache and labels
     are the family's work.
@@ -24,6 +24,8 @@ class Selector(Method):
         keep_ratio: Share of each image's visual tokens to keep, in (0, 1]. Exactly one of keep_ratio and num_keep.
         num_keep: Number of visual tokens to keep per image, at least 1.
         positions: "keep" leaves the kept tokens their rotary positions, "reindex" counts them anew without gaps.
+        per: What has a budget of its own: an "image", with all its tiles, or a whole video; each "tile" of an image;
+            each "frame" of a video. Tokens that tell no tiles or frames apart have a common budget.
     """
 
     fixed: ClassVar[tuple[str, ...]] = ()
@@ -31,6 +33,7 @@ class Selector(Method):
     keep_ratio: float | None = None
     num_keep: int | None = None
     positions: Literal["keep", "reindex"] = "keep"
+    per: Literal["image", "tile", "frame"] = field(default="image", kw_only=True)
 
     def __post_init__(self) -> None:
         if (self.keep_ratio is None) == (self.num_keep is None):
@@ -40,6 +43,7 @@ class Selector(Method):
             raise ValueError(f"{type(self).__name__} takes exactly one of keep_ratio and num_keep, got {given}")
         check_budget(self.keep_ratio, self.num_keep)
         check_choice("positions", self.positions, ("keep", "reindex"))
+        check_choice("per", self.per, ("image", "tile", "frame"))
 
     def attention_request(self, has_cls: bool) -> AttentionRequest | None:
         """Say which attention of the vision tower `select` needs; none by default.

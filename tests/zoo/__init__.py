@@ -1,0 +1,1 @@
+"""Tiny models of further families, with their real processors where these can be built offline."""

@@ -1,0 +1,52 @@
+"""Families that show all that vltok needs, but for a fact or two. Each is a line in the table of this package."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import nn
+
+from vltok.engine.features import Encoding
+from vltok.families.vlm.base import VlmFamily
+
+
+class Generic(VlmFamily):
+    """A family that is read off its models.
+
+    Args:
+        name: The model type.
+        title: What people call it.
+        model_classes: Names of the classes, without the head.
+        unit: What an image is, see `VlmFamily`.
+        gap: How many words may stand between tiles of one image.
+    """
+
+    reads_attention: ClassVar[bool] = False
+
+    def __init__(
+        self, name: str, title: str, model_classes: tuple[str, ...], unit: str = "entry", gap: int = 0
+    ) -> None:
+        self.name, self.title, self.model_classes = name, title, model_classes
+        self.unit, self.gap = unit, gap
+
+    def tower(self, model: nn.Module) -> nn.Module:
+        names = ("vision_tower", "vision_model", "visual", "vision_encoder", "image_tower")
+        return next(getattr(model, name) for name in names if hasattr(model, name))
+
+
+class Idefics3(Generic):
+    """Idefics3 and its kin: a token before each tile, and a last one behind the image."""
+
+    def joins(self, words: list[int], end: int, begin: int) -> bool:
+        around = words[begin - 2]  # before a tile stand this one and the tile's number
+        return words[end:begin].count(around) == 1
+
+
+class VideoLlava(Generic):
+    """Video-LLaVA: each frame of a video is an entry."""
+
+    def picture_lengths(self, encoding: Encoding) -> list[int]:
+        if encoding.kind == "image":
+            return encoding.lengths
+        frames = encoding.pixels_shape[1]
+        return [sum(encoding.lengths[n : n + frames]) for n in range(0, len(encoding.lengths), frames)]
