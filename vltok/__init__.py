@@ -14,6 +14,7 @@ from vltok.handle import Handle, handles, remove
 from vltok.method import Method, register
 from vltok.methods import (
     ADL,
+    EVS,
     SOFT,
     TAP,
     DecoderRule,
@@ -21,6 +22,7 @@ from vltok.methods import (
     FasterVLM,
     RandomTokens,
     Selector,
+    StrideFrames,
     StrideTokens,
     ToDRE,
     TokenPacker,
@@ -31,6 +33,7 @@ from vltok.version import __version__
 
 __all__ = [
     "ADL",
+    "EVS",
     "SOFT",
     "TAP",
     "DecoderRule",
@@ -41,6 +44,7 @@ __all__ = [
     "RandomTokens",
     "Report",
     "Selector",
+    "StrideFrames",
     "StrideTokens",
     "ToDRE",
     "TokenPacker",

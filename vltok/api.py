@@ -15,13 +15,25 @@ from vltok.method import Method
 from vltok.run import Run
 
 
-def apply(model: nn.Module, method: Method | str | Iterable[Method | str], *, processor: Any = None) -> Handle:
+def apply(
+    model: nn.Module,
+    method: Method | str | Iterable[Method | str],
+    *,
+    processor: Any = None,
+    family: str | None = None,
+    image_token_id: int | None = None,
+    video_token_id: int | None = None,
+) -> Handle:
     """Put one or several methods on a model, in place.
 
     Args:
         model: A Hugging Face vision-language model of a supported family: bare, with its head, or wrapped.
         method: The method, or several, applied in order; each may be text such as "todre,keep_ratio=0.1".
         processor: The model's processor, for methods that change how many placeholders an image gets.
+        family: "generic" tries a model that belongs to no supported family: one with a `get_image_features` and a
+            decoder with `layers`, called by keyword. Its first call tells whether features and placeholders agree.
+        image_token_id: With family="generic": the id that stands for visual tokens of images; by default the config's.
+        video_token_id: The same for videos.
 
     Returns:
         The handle that reports and removes. If anything fails, the model is left as it was.
@@ -29,10 +41,17 @@ def apply(model: nn.Module, method: Method | str | Iterable[Method | str], *, pr
     Raises:
         TypeError: If `model` is not a module or `method` not a Method.
         UnsupportedModelError: If the model, or a part the method needs, is not one vltok knows, or there are two.
-        ValueError: If the method doesn't fit the model, or another one is in the way, or a text names none.
+        ValueError: If the method doesn't fit the model, or another one is in the way, or a text names none; or if
+            `family` is another word, or ids are given without it.
     """
     methods = _read(method)
-    view = families.view(model, processor)
+    marks = {"image": image_token_id, "video": video_token_id}
+    marks = {kind: mark for kind, mark in marks.items() if mark is not None}
+    if family not in (None, "generic") or (family is None and marks):
+        raise ValueError(
+            f'family must be "generic" or left out, and ids of placeholders need it, got family={family!r} with {marks}'
+        )
+    view = families.view(model, processor) if family is None else families.generic_view(model, marks, processor)
     edits, run, calls = Edits(view.host), Run(), Calls(view.host)
     try:
         edits.before(view.host, calls.before_call)  # first, so that it is the last to go

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 Grid = tuple[int, int]  # rows and columns, (H, W), of tokens laid out on a picture
+Grid3 = tuple[int, int, int]  # frames, rows and columns, (T, H, W), of those of a video; an image has one frame
 
 
 def keep_count(num_tokens: int, keep_ratio: float | None = None, num_keep: int | None = None) -> int:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import torch
 from torch import nn
 
+from vltok.tokens import Grid3
+
 if TYPE_CHECKING:
     from vltok.edits import Edits
     from vltok.method import Run
@@ -54,7 +56,7 @@ class VisualTokens:
     image_keys: torch.Tensor
     attention: torch.Tensor | None
     is_overview: torch.Tensor
-    grid: tuple[int, int, int] | None = None
+    grid: Grid3 | None = None
     coordinates: torch.Tensor | None = None
 
 
@@ -67,6 +69,8 @@ class TokenSelector(Protocol):
     per: Literal["image", "tile", "frame"]
 
     def attention_request(self, has_cls: bool) -> AttentionRequest | None: ...
+
+    def budget(self, num_tokens: int, grid: Grid3 | None, kind: Literal["image", "video"]) -> int: ...
 
     def select(self, visual: VisualTokens, num_keep: int) -> torch.Tensor: ...
 

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import reference
 import torch
+from oracle import check_prefill_and_words
 from prompts import CACHE, batch, generate, pictures, probe, row, rows, single
 from tiny import QWEN2_5_VL, picture, shared_model
 
 import vltok
-from vltok.errors import UnsupportedInputError, UnsupportedModelError
+from vltok.errors import UnsupportedModelError
 from vltok.families.vlm import qwen2_5_vl
 
 WINDOW = 2  # visual tokens along a window
@@ -187,26 +188,23 @@ def test_pictures_of_any_size_in_one_batch():
             assert handle.report(file=None).keep_indices[0][0].tolist() == expected
 
 
-def test_videos_are_refused_and_run_again_without_the_handle():
-    model, processor = shared_model(QWEN2_5_VL), QWEN2_5_VL.processor()
+def test_videos_are_pruned_alone_and_beside_images():
+    model, processor = QWEN2_5_VL.model("eager"), QWEN2_5_VL.processor()
     frames = np.random.default_rng(0).integers(0, 256, (4, 24, 32, 3), dtype=np.uint8)
     text = "<|vision_start|><|video_pad|><|vision_end|>"
     options = {"videos_kwargs": {"do_sample_frames": False}, "return_tensors": "pt"}
     alone = processor(text=[f"w1 {text} w2"], videos=[frames], **options)
     mixed = processor(
-        text=[f"w1 {QWEN2_5_VL.image} {text} w2"],
+        text=[f"w1 {text} w2 {QWEN2_5_VL.image} w3"],
         images=pictures(QWEN2_5_VL, "text around"),
         videos=[frames],
         **options,
     )
-    for inputs in (alone, mixed):
-        expected = model(**inputs).logits
-        with vltok.apply(model, PRUNE):
-            for run in (lambda inputs=inputs: model(**inputs), lambda inputs=inputs: generate(model, inputs)):
-                with pytest.raises(UnsupportedInputError, match="videos can't be pruned yet; remove the handle"):
-                    run()
-            assert generate(model, single(QWEN2_5_VL, "two images")).shape == (1, 5)
-        assert torch.equal(model(**inputs).logits, expected)
+    for inputs, tokens in ((alone, [24]), (mixed, [24, 12])):
+        check_prefill_and_words(model, QWEN2_5_VL, inputs, PRUNE)
+        with vltok.apply(model, PRUNE) as handle:
+            model(**inputs)
+            assert handle.report(file=None).visual_tokens == [tokens]
 
 
 def test_what_this_family_cannot_do_is_refused():

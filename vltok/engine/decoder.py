@@ -21,6 +21,7 @@ from vltok.engine.parts import layers_read
 from vltok.engine.picking import pick_tokens
 from vltok.engine.pictures import find_pictures
 from vltok.engine.rules import State, recall, remember
+from vltok.errors import UnsupportedInputError
 from vltok.report import RelevanceRecord, Report
 
 
@@ -63,6 +64,12 @@ def _enter_prompt(prompt: Prompt, module: nn.Module, embeds: torch.Tensor, kwarg
     if prompt.rule is not None:
         prompt.read = layers_read(prompt.rule, module)
         prompt.remembered = recall(prompt)
+        deep = max((len(each) for name, each in kwargs.items() if "deepstack" in name and each is not None), default=0)
+        if prompt.read and min(prompt.read) + 1 < deep:
+            raise UnsupportedInputError(
+                f"this model adds features of its vision tower to visual tokens in its first {deep} decoder layers, so "
+                f"none can be dropped after layer {min(prompt.read) + 1}; drop them later (for ToDRE a larger depth)"
+            )
     if prompt.base:
         _wrap(prompt)
     return {**changed, "inputs_embeds": layout.pack(embeds), "position_ids": prompt.place(positions)}

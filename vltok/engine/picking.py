@@ -12,7 +12,7 @@ import torch
 from vltok.engine.features import Encoding, pixel_keys
 from vltok.engine.pictures import Picture
 from vltok.errors import UnsupportedInputError
-from vltok.tokens import keep_count
+from vltok.tokens import Grid3
 from vltok.views import TokenSelector, VisualTokens
 
 if TYPE_CHECKING:
@@ -28,12 +28,14 @@ class Part:
         begin: Its first token among those of the picture.
         length: Its tokens, N.
         grid: Frames, rows and columns that its tokens form, or None.
+        kind: "image" or "video".
     """
 
     picture: int
     begin: int
     length: int
-    grid: tuple[int, int, int] | None
+    grid: Grid3 | None
+    kind: str
 
 
 def pick_tokens(prompt: Prompt, embeds: torch.Tensor, family: Any) -> torch.Tensor:
@@ -70,7 +72,7 @@ def _alike(prompt: Prompt, family: Any) -> list[list[Part]]:
     for number, picture in enumerate(prompt.pictures):
         has_attention = picture.encoding is not None and picture.encoding.attention is not None
         for part in _parts(prompt.model, number, picture, per, family):
-            groups.setdefault((part.length, part.grid, has_attention), []).append(part)
+            groups.setdefault((part.length, part.grid, part.kind, has_attention), []).append(part)
     return list(groups.values())
 
 
@@ -79,11 +81,11 @@ def _parts(model: torch.nn.Module, number: int, picture: Picture, per: str, fami
     encoding, lengths = picture.encoding, [picture.length]
     whole = None if encoding is None else family.grid(model, encoding, picture.offset, picture.length)
     grids = [whole]
-    if per == "frame" and whole is not None and encoding.kind == "video":
+    if per == "frame" and whole is not None and picture.kind == "video":
         frames, rows, columns = whole
         lengths = [rows * columns] * (frames - 1) + [picture.length - (frames - 1) * rows * columns]
         grids = [(1, rows, columns)] * frames
-    elif per == "tile" and encoding is not None and encoding.kind == "image":
+    elif per == "tile" and encoding is not None and picture.kind == "image":
         begin, end = picture.offset, picture.offset + picture.length
         inside = {each for each in (*accumulate(encoding.lengths), *accumulate(encoding.spans)) if begin < each < end}
         lengths = [b - a for a, b in pairwise([begin, *sorted(inside), end])]
@@ -91,7 +93,7 @@ def _parts(model: torch.nn.Module, number: int, picture: Picture, per: str, fami
         grids = [family.grid(model, encoding, a, n) for a, n in zip(begins, lengths, strict=False)]
     begins = list(accumulate(lengths, initial=0))[:-1]
     for begin, length, grid in zip(begins, lengths, grids, strict=True):
-        yield Part(number, begin, length, grid)
+        yield Part(number, begin, length, grid, picture.kind)
 
 
 def _pick(prompt: Prompt, embeddings: torch.Tensor, parts: list[Part], family: Any) -> torch.Tensor:
@@ -99,7 +101,7 @@ def _pick(prompt: Prompt, embeddings: torch.Tensor, parts: list[Part], family: A
     selector = prompt.selector
     count, length, _ = embeddings.shape
     device = embeddings.device
-    num_keep = length if selector is None else keep_count(length, selector.keep_ratio, selector.num_keep)
+    num_keep = length if selector is None else selector.budget(length, parts[0].grid, parts[0].kind)
     if num_keep == length:
         return torch.arange(length, device=device).expand(count, length)
     if not embeddings.isfinite().all():
@@ -124,7 +126,7 @@ def _pick(prompt: Prompt, embeddings: torch.Tensor, parts: list[Part], family: A
         return selector.select(visual, num_keep)
 
 
-def _coordinates(grid: tuple[int, int, int], length: int) -> torch.Tensor:
+def _coordinates(grid: Grid3, length: int) -> torch.Tensor:
     """Frame, row and column of each token, (N, 3), int64; -1 for those behind the grid."""
     places = torch.cartesian_prod(*(torch.arange(side) for side in grid)).view(-1, 3)
     return torch.nn.functional.pad(places, (0, 0, 0, length - len(places)), value=-1)

@@ -34,6 +34,7 @@ class Picture:
     """One image or video as the language model sees it.
 
     Attributes:
+        kind: "image" or "video".
         row: The prompt it belongs to, repetitions for beams not counted.
         start: Its first token among all visual tokens of these prompts.
         length: Its visual tokens, N.
@@ -41,6 +42,7 @@ class Picture:
         offset: Its first token among those of its encoding.
     """
 
+    kind: str
     row: int
     start: int
     length: int
@@ -187,7 +189,7 @@ def _match(sources: list[Source], kinds: torch.Tensor, words: list[list[int]], f
             start = int(numbers[row, own[0]])
             if int(numbers[row, own[-1]]) - start != length - 1:
                 return None
-            pictures.append(_known(Picture(row, start, length, source.encoding, offset), source))
+            pictures.append(_known(Picture(source.kind, row, start, length, source.encoding, offset), source))
             offset, used[row] = offset + length, used[row] + length
         seen += offset
     if seen != int((kinds > 0).sum()):

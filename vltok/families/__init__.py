@@ -78,6 +78,41 @@ def view(model: nn.Module, processor: Any = None) -> VlmView | TowerView:
     raise unsupported(model)
 
 
+def generic_view(model: nn.Module, marks: dict[str, int], processor: Any = None) -> VlmView:
+    """A model of no known family, as its parts are called in most models of transformers.
+
+    Args:
+        model: The model, or what wraps it.
+        marks: The ids that stand for visual tokens, by kind; what is not there is read from the config.
+        processor: Its processor.
+
+    Raises:
+        TypeError: If `model` is not an nn.Module.
+        UnsupportedModelError: If no part of it has what a family needs, or no id is known.
+    """
+    from vltok.families.vlm.generic import Generic
+    from vltok.families.vlm.view import VlmView
+
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"apply() takes a model (torch.nn.Module), got {type(model).__name__}")
+    path = {part: (name, parent) for name, part, parent in _live_parts(model)}
+    fitting = [
+        part
+        for part in path
+        if hasattr(part, "get_image_features")
+        and hasattr(getattr(part, "language_model", getattr(part, "text_model", None)), "layers")
+    ]
+    if not fitting:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} can't be pruned as a generic model: no part of it has both get_image_features() "
+            "and a decoder with `layers`, called language_model or text_model; describe it with vltok.register_family()"
+        )
+    part = fitting[-1]  # a head may show the parts of the model in it as its own
+    family = Generic("generic", type(part).__name__, (type(part).__name__,), marks=marks)
+    family.check(part)
+    return VlmView(family, part, _with_head(part, path), processor)
+
+
 def find_tower(model: nn.Module) -> TowerView | None:
     """The vision tower in a model, or None if it has none of a known family."""
     if found := _find(model, towers, towers.TOWERS):

@@ -2,12 +2,23 @@
 
 from vltok.methods.adl import ADL
 from vltok.methods.condensing import TokenPacker
-from vltok.methods.pruning import DecoderRule, DivPrune, FasterVLM, RandomTokens, Selector, StrideTokens, ToDRE
+from vltok.methods.pruning import (
+    EVS,
+    DecoderRule,
+    DivPrune,
+    FasterVLM,
+    RandomTokens,
+    Selector,
+    StrideFrames,
+    StrideTokens,
+    ToDRE,
+)
 from vltok.methods.soft import SOFT
 from vltok.methods.tap import TAP
 
 __all__ = [
     "ADL",
+    "EVS",
     "SOFT",
     "TAP",
     "DecoderRule",
@@ -15,6 +26,7 @@ __all__ = [
     "FasterVLM",
     "RandomTokens",
     "Selector",
+    "StrideFrames",
     "StrideTokens",
     "ToDRE",
     "TokenPacker",

@@ -7,6 +7,7 @@ from typing import ClassVar
 from torch import nn
 
 from vltok.engine.features import Encoding
+from vltok.errors import UnsupportedModelError
 from vltok.families.vlm.base import VlmFamily
 
 
@@ -19,15 +20,32 @@ class Generic(VlmFamily):
         model_classes: Names of the classes, without the head.
         unit: What an image is, see `VlmFamily`.
         gap: How many words may stand between tiles of one image.
+        marks: The ids that stand for visual tokens, where these are not to be read from the config.
     """
 
     reads_attention: ClassVar[bool] = False
 
     def __init__(
-        self, name: str, title: str, model_classes: tuple[str, ...], unit: str = "entry", gap: int = 0
+        self,
+        name: str,
+        title: str,
+        model_classes: tuple[str, ...],
+        unit: str = "entry",
+        gap: int = 0,
+        marks: dict[str, int] | None = None,
     ) -> None:
         self.name, self.title, self.model_classes = name, title, model_classes
-        self.unit, self.gap = unit, gap
+        self.unit, self.gap, self._marks = unit, gap, marks or {}
+
+    def check(self, model: nn.Module) -> None:
+        if not self.marks(model):
+            raise UnsupportedModelError(
+                f"the config of {type(model).__name__} names no image_token_id; say which id stands for visual tokens: "
+                'vltok.apply(model, method, family="generic", image_token_id=...)'
+            )
+
+    def marks(self, model: nn.Module) -> dict[str, int]:
+        return super().marks(model) | self._marks
 
     def tower(self, model: nn.Module) -> nn.Module:
         names = ("vision_tower", "vision_model", "visual", "vision_encoder", "image_tower")

@@ -10,6 +10,7 @@ import torch
 from vltok.checks import check_budget, check_choice
 from vltok.edits import Edits
 from vltok.method import Method, Run
+from vltok.tokens import Grid3, keep_count
 from vltok.views import AttentionRequest, LanguageView, VisualTokens
 
 
@@ -52,6 +53,19 @@ class Selector(Method):
             has_cls: Whether the vision tower has a [CLS] token.
         """
         return None
+
+    def budget(self, num_tokens: int, grid: Grid3 | None, kind: Literal["image", "video"]) -> int:
+        """Say how many visual tokens of an image or video are kept.
+
+        Args:
+            num_tokens: How many it has, N.
+            grid: Frames, rows and columns of these, if they form a grid.
+            kind: What it is.
+
+        Returns:
+            The count, in 1..N.
+        """
+        return keep_count(num_tokens, self.keep_ratio, self.num_keep)
 
     def select(self, visual: VisualTokens, num_keep: int) -> torch.Tensor:
         """Pick tokens, a pure function.
