@@ -259,6 +259,8 @@ def measure(bench: Bench, rounds: int, console: Console) -> list[Result]:
             return clock() - start
 
     compared = sides(bench)
+    gc.collect()
+    gc.freeze()  # what is here already stays, and needs no look before every measurement
     times: dict[str, list[float]] = {name: [] for name in compared}
     for number in track(range(rounds + 1), description="rounds", console=console, transient=True):
         order = list(times)
@@ -267,6 +269,7 @@ def measure(bench: Bench, rounds: int, console: Console) -> list[Result]:
             seconds = timed(compared[name])
             if number > 0:  # the first round warms up
                 times[name].append(seconds)
+    gc.unfreeze()
     results = []
     for name, side in compared.items():
         if side.base is not None:
