@@ -221,7 +221,7 @@ def _pieces(
     room = [len(row) for row in spots]
     ends = {0, *accumulate(source.lengths)}
     if family.unit == "entry":
-        lengths = source.lengths if source.encoding is None else family.picture_lengths(source.encoding)
+        lengths = _lengths(source, family)
         rows = iter(range(len(spots)))
         row, left, pieces = -1, 0, []
         for length in filter(None, lengths):
@@ -240,6 +240,22 @@ def _pieces(
         return None
     borders = accumulate(room if family.unit == "row" else [length for _, length in pieces])
     return pieces if ends.issuperset(borders) else None
+
+
+def _lengths(source: Source, family: Any) -> list[int]:
+    """Visual tokens of each picture, where entries are pictures, or tiles or frames that came together."""
+    if source.encoding is not None or source.found is None:
+        return source.lengths if source.encoding is None else family.picture_lengths(source.encoding)
+    lengths, found = [], source.found
+    while found:
+        encoding, first = found[0].encoding, found[0].entry
+        count = len(encoding.lengths) // len(family.picture_lengths(encoding))
+        own = found[:count]
+        if [each.entry for each in own if each.encoding is encoding] != list(range(first, first + count)):
+            own = own[:1]
+        lengths.append(sum(each.length for each in own))
+        found = found[len(own) :]
+    return lengths
 
 
 def _runs(spots: list[int], words: list[int], joins: Joins) -> list[int]:
