@@ -22,6 +22,8 @@ METHODS = {
     "stride": vltok.StrideTokens(keep_ratio=0.4),
     "todre": vltok.ToDRE(keep_ratio=0.4, relevance=False),
 }
+EACH_FRAME = vltok.StrideTokens(num_keep=3, per="frame")
+EACH_TILE = vltok.StrideTokens(num_keep=3, per="tile")
 # The text; for each image whether it has the family's size (0) or its other size (1); how many videos.
 IMAGE = ("w1 w2 <image> w3 w4", [0], 0)
 TWO = ("w4 <image> w5 w6 w7 w8 <image> w9", [1, 0], 0)
@@ -210,6 +212,59 @@ def test_an_image_has_one_budget_whatever_it_is_made_of(family, method):
     expected = [lengths(family, prompt) for prompt in prompts]
     assert report.visual_tokens == expected
     assert report.kept_tokens == [[keep_count(length, 0.4) for length in row] for row in expected]
+
+
+def encode(model: nn.Module, inputs: Any) -> Any:
+    """What the encoder of images returns for the pictures of some prompts."""
+    text = ("input_ids", "attention_mask")
+    pixels = {name.removesuffix("_images"): value for name, value in inputs.items() if name not in text}
+    return model.model.get_image_features(**pixels, return_dict=True)
+
+
+def budgets(family: TinyFamily, method: vltok.Method, prompt: Prompt) -> list[torch.Tensor]:
+    """The tokens that are kept of each picture of a prompt."""
+    model = shared_model(family)
+    with torch.no_grad(), vltok.apply(model, method) as handle:
+        model(**process(family, [prompt]))
+    return handle.report(file=None).keep_indices[0]
+
+
+def test_each_frame_has_a_budget_if_asked_for(family):
+    if not family.video:
+        pytest.skip("takes no videos")
+    kept = torch.cat([own + 1000 * n for n, own in enumerate(budgets(family, EACH_FRAME, VIDEO))])
+    length = family.clip_tokens // family.frames
+    whole = "video" in marks(shared_model(family))  # or each frame is an image
+    frames = kept // length if whole else kept // 1000
+    # What stands behind the last frame is part of it.
+    assert frames.clamp(max=family.frames - 1).bincount().tolist() == [3] * family.frames
+
+
+def test_each_tile_has_a_budget_if_asked_for(family):
+    model, inputs = shared_model(family), process(family, [IMAGE])
+    with torch.no_grad():
+        entries = [len(each.flatten(0, -2)) for each in encode(model, inputs).pooler_output]
+    (kept,) = budgets(family, EACH_TILE, IMAGE)
+    tiles = torch.repeat_interleave(torch.tensor(entries))[kept]
+    assert sum(entries) == family.tokens[0]
+    assert tiles.bincount().tolist() == [3] * len(entries)
+
+
+def test_pictures_merged_into_the_embeddings_are_pruned_alike(family, method):
+    model, inputs, met = shared_model(family), process(family, everything(family)), []
+    decoder = oracle.decoder_of(model, family)
+    hook = decoder.register_forward_pre_hook(lambda _, args, kwargs: met.append(kwargs), with_kwargs=True)
+    with torch.no_grad(), vltok.apply(model, method) as handle:
+        expected = model(**inputs).logits
+        hook.remove()
+        right = handle.report(file=None)
+        merged = {"inputs_embeds": met[0]["inputs_embeds"], "attention_mask": inputs["attention_mask"]}
+        got = model(**merged).logits
+        report = handle.report(file=None)
+    assert report.visual_tokens == right.visual_tokens
+    pairs = zip(sum(report.keep_indices, []), sum(right.keep_indices, []), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert_close(got, expected)
 
 
 def test_removing_the_handle_leaves_the_model_as_it_was(family, method):

@@ -231,8 +231,17 @@ def _lfm2_vl(attention: str) -> nn.Module:
 def _lfm2_vl_processor() -> Any:
     from transformers import Lfm2VlImageProcessor, Lfm2VlProcessor
 
+    class ByPrompt(Lfm2VlProcessor):
+        """Takes the images of all prompts in a row, as most processors do."""
+
+        def __call__(self, images: Any = None, text: Any = None, **options: Any) -> Any:
+            if images is not None:
+                rest = iter(images)
+                images = [[next(rest) for _ in range(each.count(self.image_token))] for each in text]
+            return super().__call__(images=images, text=text, **options)
+
     sizes = {"encoder_patch_size": 4, "tile_size": 16, "min_image_tokens": 4, "max_image_tokens": 8, "max_tiles": 4}
-    return Lfm2VlProcessor(image_processor=Lfm2VlImageProcessor(**sizes), tokenizer=tokenizer(LFM_SPECIALS))
+    return ByPrompt(image_processor=Lfm2VlImageProcessor(**sizes), tokenizer=tokenizer(LFM_SPECIALS))
 
 
 QIANFAN_SPECIALS = [*SPECIALS[:4], "<IMG_CONTEXT>", "<img>", "</img>", "<image>"]
