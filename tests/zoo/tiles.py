@@ -1,12 +1,11 @@
-"""Tiny models of families that cut pictures into tiles or crops, and of kin of LLaVA; all with their real processors."""
+"""Tiny models of families that cut pictures into tiles, and of kin of LLaVA, all with their real processors."""
 
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
 from typing import Any
 
-from tiny import IDS, INTERNVL, LLAVA_ONEVISION, SPECIALS, TEXT, TOWER, WINDOW, TinyFamily, tokenizer
+from tiny import INTERNVL, LLAVA_ONEVISION, SPECIALS, TEXT, TOWER, WINDOW, TinyFamily, tokenizer
 from torch import nn
 
 VIDEO_SPECIALS = [*SPECIALS, "<video>"]
@@ -202,9 +201,7 @@ def _perception_lm_processor() -> Any:
     return PerceptionLMProcessor(
         video_processor=PerceptionLMVideoProcessor(size=SQUARE),
         image_processor=PerceptionLMImageProcessor(tile_size=56, max_num_tiles=4),
-        tokenizer=tokenizer(
-            VIDEO_SPECIALS, extra_special_tokens={"image_token": "<image>", "video_token": "<video>"}
-        ),
+        tokenizer=tokenizer(VIDEO_SPECIALS, extra_special_tokens={"image_token": "<image>", "video_token": "<video>"}),
         patch_size=7,
         pooling_ratio=2,
     )
@@ -319,7 +316,6 @@ ROWS = [
     # 48 x 32: four tiles of four tokens and a thumbnail of six. 32 x 24: a single tile of six.
     _row("lfm2_vl", _lfm2_vl, _lfm2_vl_processor, "<image>", (48, 32), (32, 24), tokens=(22, 6)),
     _tiled("qianfan_ocr", _qianfan_ocr, _qianfan_ocr_processor, "<image>"),
-    # Each frame of a video is an image.
-    replace(INTERNVL, variant="video", video="<video>", clip_tokens=64),
-    replace(LLAVA_ONEVISION, variant="video", prunable=True, video="<video>", clip_tokens=17),
+    INTERNVL,
+    LLAVA_ONEVISION,
 ]
