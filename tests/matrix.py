@@ -81,11 +81,17 @@ class Pair:
             return self.family.inputs(*args, **kwargs, processor=processor)
 
 
+def _works(family: tiny.TinyFamily, method: vltok.Method) -> bool:
+    """Whether a pruning method can ask the family for what it ranks tokens by."""
+    return family.shows_patches or method.attention_request(family.has_cls) is None
+
+
 def _pairs() -> dict[str, Pair]:
     pairs = {}
     for key, family in FAMILIES.items():
         names = WINDOWED if family in tiny.WINDOWED else PRUNING
-        pairs |= {f"{key}-{name}": Pair(family, PRUNING[name](), True, family.prunable) for name in names}
+        methods = {name: PRUNING[name]() for name in names}
+        pairs |= {f"{key}-{name}": Pair(family, each, True, _works(family, each)) for name, each in methods.items()}
         if family in tiny.ALL:
             pairs |= {f"{key}-{name}": Pair(family, TRAINED[name](family), False, family.projects) for name in TRAINED}
     return pairs

@@ -87,7 +87,7 @@ class TinyFamily:
         tokens: Visual tokens of a picture of `size` and of one of `other_size`.
         variant: What tells it from the other rows of its family, "" for the plain one.
         axes: How many rotary positions a token has.
-        prunable: Whether its visual tokens can be pruned.
+        shows_patches: Whether vltok knows which patches a visual token stands for, and so ranks them by attention.
         projects: Whether its projector can be replaced and its vision tower changed.
         packer_scale: A scale factor of TokenPacker that divides its patch grid.
         new_image_in_turn: Whether the unpruned generate() takes an image on top of a filled cache.
@@ -111,7 +111,7 @@ class TinyFamily:
     tokens: tuple[int, int]
     variant: str = ""
     axes: int = 1
-    prunable: bool = True
+    shows_patches: bool = True
     projects: bool = True
     packer_scale: int = 2
     new_image_in_turn: bool = True
@@ -137,7 +137,8 @@ class TinyFamily:
         with torch.random.fork_rng(devices=[]):
             model = sharpen(self.build(attention), seed).to(dtype)
         # Trained models don't write placeholders; a random one would, and transformers would look for the image.
-        model.generation_config.suppress_tokens = sorted({0, 1, 3, *marks(model).values()})
+        indicators = getattr(model.config, "visual_indicator_token_ids", ())
+        model.generation_config.suppress_tokens = sorted({0, 1, 3, *marks(model).values(), *indicators})
         return model
 
     def inputs(
@@ -375,6 +376,7 @@ LLAVA_NEXT = TinyFamily(
     "llava_next", _llava_next, _llava_next_processor, "<image>", (84, 50), (42, 84), True, (37, 33), packer_scale=3
 )
 # 112 x 100: a thumbnail, four crops of which two rows are cut off, and a newline in every row; 168 x 150 is shrunk.
+# A video: four tokens of each frame, and a newline.
 LLAVA_ONEVISION = TinyFamily(
     "llava_onevision",
     _llava_onevision,
@@ -384,7 +386,9 @@ LLAVA_ONEVISION = TinyFamily(
     (168, 150),
     False,
     (88, 79),
-    prunable=False,
+    shows_patches=False,
+    video="<video>",
+    clip_tokens=17,
 )
 QWEN2_5_VL = TinyFamily(
     "qwen2_5_vl",
@@ -399,9 +403,19 @@ QWEN2_5_VL = TinyFamily(
     projects=False,
     new_image_in_turn=False,
 )
-# 112 x 56: two tiles and a thumbnail of 16 tokens each. 56 x 56: a single tile.
+# 112 x 56: two tiles and a thumbnail of 16 tokens each. 56 x 56: a single tile. Each frame of a video is an image.
 INTERNVL = TinyFamily(
-    "internvl", _internvl, _internvl_processor, "<IMG_CONTEXT>", (112, 56), (56, 56), True, (48, 16), projects=False
+    "internvl",
+    _internvl,
+    _internvl_processor,
+    "<IMG_CONTEXT>",
+    (112, 56),
+    (56, 56),
+    True,
+    (48, 16),
+    projects=False,
+    video="<video>",
+    clip_tokens=64,
 )
 LLAVA_SLIDING = replace(LLAVA, build=functools.partial(_llava, text=_mistral), variant="sliding", windowed=True)
 LLAVA_CHUNKED = replace(LLAVA, build=functools.partial(_llava, text=_chunked_llama4), variant="chunked", windowed=True)

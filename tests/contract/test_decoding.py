@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from rows import only_pruning
 from tiny import TinyFamily
 from versions import orders_repeated_images
 
+import vltok
 from vltok.errors import UnsupportedInputError
 
 
@@ -45,6 +47,17 @@ def test_sampling_follows_the_seed(pair, model):
     assert first.shape == (2 * len(PROMPTS), 5)
 
 
+def assert_same_relevance(report: vltok.Report, expected: vltok.Report) -> None:
+    """Compare what was measured inside the decoder, up to rounding, and what was decided."""
+    for row, wanted in zip(report.relevance, expected.relevance, strict=True):
+        assert row == [
+            replace(
+                each, alpha_tv=pytest.approx(each.alpha_tv, abs=1e-6), alpha_vt=pytest.approx(each.alpha_vt, abs=1e-6)
+            )
+            for each in wanted
+        ]
+
+
 @only_pruning
 def test_guesses_of_a_prompt_or_a_draft_model_do_not_change_the_answer(pair, model):
     draft = draft_model(pair.family)
@@ -56,7 +69,8 @@ def test_guesses_of_a_prompt_or_a_draft_model_do_not_change_the_answer(pair, mod
             for guesses in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": draft}):
                 assert torch.equal(generate(model, inputs, steps=10, **guesses), expected)
                 assert same_picks(handle.report(file=None).keep_indices, decided.keep_indices)
-                assert handle.report(file=None).relevance == decided.relevance
+                # More tokens come at once, and sums over them are rounded in another way.
+                assert_same_relevance(handle.report(file=None), decided)
 
 
 @only_pruning

@@ -97,6 +97,14 @@ def test_autocast_does_not_reach_the_similarity():
         assert torch.equal(choose_pivot(tokens, "center"), expected)
 
 
+@pytest.mark.parametrize("rule", ["center", "farthest"])
+@pytest.mark.parametrize("count", [5, 9, 17, 79])
+def test_equal_tokens_tie_wherever_they_stand(rule, count):
+    """As the newline tokens of a picture do, the last of which a matrix product may round in another way."""
+    one = torch.randn(20, 1, 64, generator=torch.Generator().manual_seed(3))
+    assert choose_pivot(one.repeat(1, count, 1), rule).tolist() == [0] * 20
+
+
 def test_zero_rows_and_ties_go_to_the_lowest_index():
     assert choose_pivot(torch.zeros(2, 5, 3), "center").tolist() == [0, 0]
     assert choose_pivot(torch.ones(1, 5, 3), "farthest").tolist() == [0]

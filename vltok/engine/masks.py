@@ -99,7 +99,8 @@ class Keys:
         if window.size:
             if self.ranks is not None:
                 # A query's own rank is that of the last key at or before it: its own, unless it is no key itself.
-                own = torch.searchsorted(self.keys.where(self.keys >= 0, -1).cummax(1).values, self.queries, right=True)
+                last = self.keys.where(self.keys >= 0, -1).cummax(1).values
+                own = torch.searchsorted(last, self.queries.contiguous(), right=True)
                 own = self.ranks.gather(1, (own - 1).clamp(min=0))
                 q, k = own[row, query], self.ranks[row, key]
             if window.kind == "sliding_attention":

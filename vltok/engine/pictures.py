@@ -98,7 +98,7 @@ def find_pictures(prompt: Prompt, embeds: torch.Tensor, family: Any, recent: Rec
     for repeat in (n for n in range(1, len(prompt.visual) + 1) if len(prompt.visual) % n == 0):
         rows = prompt.kinds[::repeat]
         if torch.equal(rows.repeat_interleave(repeat, 0), prompt.kinds):
-            pictures = _match(sources, rows, words[::repeat].tolist(), family)
+            pictures = _match(sources, rows, words[::repeat].tolist(), family, repeat)
             if pictures is not None:
                 prompt.pictures, prompt.repeat = pictures, repeat
                 return
@@ -164,7 +164,9 @@ def _recognise(entries: list[torch.Tensor] | None, recent: Recent) -> list[Found
     return found
 
 
-def _match(sources: list[Source], kinds: torch.Tensor, words: list[list[int]], family: Any) -> list[Picture] | None:
+def _match(
+    sources: list[Source], kinds: torch.Tensor, words: list[list[int]], family: Any, repeat: int
+) -> list[Picture] | None:
     """The pictures of some prompts, in their order, or None if the entries don't fit the placeholders.
 
     Args:
@@ -172,6 +174,7 @@ def _match(sources: list[Source], kinds: torch.Tensor, words: list[list[int]], f
         kinds: What the placeholders stand for: 0 for none, 1 + the number of a kind, (R, T).
         words: The prompts, by row.
         family: The family of the model.
+        repeat: How often each prompt is repeated. Each kind of pictures may be repeated alike, or not.
     """
     numbers = torch.cumsum(kinds.flatten() > 0, 0).view(kinds.shape) - 1  # of each visual token among all of them
     pictures: list[Picture] = []
@@ -180,18 +183,25 @@ def _match(sources: list[Source], kinds: torch.Tensor, words: list[list[int]], f
         # Where videos stand at the placeholders of images, there is one kind of them.
         places = kinds > 0 if len(sources) == 1 else kinds == 1 + KINDS.index(source.kind)
         spots = [row.nonzero().squeeze(1).tolist() for row in places]
-        pieces = _pieces(source, spots, words, family)
+        pieces, times = _pieces(source, spots, words, family), 1
+        if pieces is None:
+            times = repeat
+            pieces = _pieces(source, _each(spots, times), _each(words, times), family)
         if pieces is None:
             return None
         offset, used = 0, [0] * len(spots)
-        for row, length in pieces:
+        for number, length in pieces:
+            row, copy = divmod(number, times)
+            if copy:
+                offset += length
+                continue
             own = spots[row][used[row] : used[row] + length]
             start = int(numbers[row, own[0]])
             if int(numbers[row, own[-1]]) - start != length - 1:
                 return None
             pictures.append(_known(Picture(source.kind, row, start, length, source.encoding, offset), source))
             offset, used[row] = offset + length, used[row] + length
-        seen += offset
+        seen += sum(used)
     if seen != int((kinds > 0).sum()):
         return None
     return sorted(pictures, key=lambda picture: picture.start)
@@ -211,7 +221,7 @@ def _pieces(
     room = [len(row) for row in spots]
     ends = {0, *accumulate(source.lengths)}
     if family.unit == "entry":
-        lengths = source.lengths if source.encoding is None else family.picture_lengths(source.encoding)
+        lengths = _lengths(source, family)
         rows = iter(range(len(spots)))
         row, left, pieces = -1, 0, []
         for length in filter(None, lengths):
@@ -230,6 +240,22 @@ def _pieces(
         return None
     borders = accumulate(room if family.unit == "row" else [length for _, length in pieces])
     return pieces if ends.issuperset(borders) else None
+
+
+def _lengths(source: Source, family: Any) -> list[int]:
+    """Visual tokens of each picture, where entries are pictures, or tiles or frames that came together."""
+    if source.encoding is not None or source.found is None:
+        return source.lengths if source.encoding is None else family.picture_lengths(source.encoding)
+    lengths, found = [], source.found
+    while found:
+        encoding, first = found[0].encoding, found[0].entry
+        count = len(encoding.lengths) // len(family.picture_lengths(encoding))
+        own = found[:count]
+        if [each.entry for each in own if each.encoding is encoding] != list(range(first, first + count)):
+            own = own[:1]
+        lengths.append(sum(each.length for each in own))
+        found = found[len(own) :]
+    return lengths
 
 
 def _runs(spots: list[int], words: list[int], joins: Joins) -> list[int]:
@@ -251,6 +277,11 @@ def _known(picture: Picture, source: Source) -> Picture:
     if not is_one or entries != list(range(entries[0], entries[0] + len(own))):
         return replace(picture, encoding=None)
     return replace(picture, encoding=own[0].encoding, offset=sum(own[0].encoding.lengths[: entries[0]]))
+
+
+def _each(values: list[Any], times: int) -> list[Any]:
+    """Each value so many times."""
+    return [value for value in values for _ in range(times)]
 
 
 def _slice(numbers: range) -> slice:

@@ -40,7 +40,7 @@ _GENERIC = [
     _generic("ovis2", "Ovis2", "Ovis2Model", unit="run", gap=1),
     _generic("paddleocr_vl", "PaddleOCR-VL", "PaddleOCRVLModel"),
     _generic("paligemma", "PaliGemma", "PaliGemmaModel"),
-    _generic("perception_lm", "PerceptionLM", "PerceptionLMModel", unit="run"),
+    _generic("perception_lm", "PerceptionLM", "PerceptionLMModel"),
     _generic("qianfan_ocr", "Qianfan-OCR", "QianfanOCRModel", unit="run"),
     _generic("qwen2_vl", "Qwen2-VL", "Qwen2VLModel"),
     _generic("qwen3_5", "Qwen3.5", "Qwen3_5Model"),
@@ -49,7 +49,7 @@ _GENERIC = [
     _generic("qwen3_vl_moe", "Qwen3-VL-MoE", "Qwen3VLMoeModel"),
     _generic("smolvlm", "SmolVLM", "SmolVLMModel", unit="row", family="Idefics3"),
     _generic("video_llama_3", "VideoLLaMA 3", "VideoLlama3Model"),
-    _generic("video_llava", "Video-LLaVA", "VideoLlavaModel", family="VideoLlava"),
+    _generic("video_llava", "Video-LLaVA", "VideoLlavaModel"),
     _generic("vipllava", "VipLLaVA", "VipLlavaModel"),
 ]
 

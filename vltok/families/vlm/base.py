@@ -29,8 +29,9 @@ class VlmFamily:
     name: ClassVar[str]
     title: ClassVar[str]
     model_classes: ClassVar[tuple[str, ...]]
-    # What an image is: an "entry" of the features; a "run" of placeholders, of whole entries; or a run of one of the
-    # entries that hold all images of a "row". Runs with at most `gap` words between them are tiles of one image.
+    # What an image is: an "entry" of the features, or as many as its pixels have tiles; a "run" of placeholders, of
+    # whole entries; or a run of one of the entries that hold all images of a "row". Runs with at most `gap` words
+    # between them are tiles of one image.
     unit: ClassVar[str] = "entry"
     gap: ClassVar[int] = 0
     reads_attention: ClassVar[bool] = True  # whether the family knows which patches a visual token stands for
@@ -76,8 +77,13 @@ class VlmFamily:
         return begin - end <= self.gap
 
     def picture_lengths(self, encoding: Encoding) -> list[int]:
-        """Visual tokens of each image or video, where entries are no tiles."""
-        return encoding.lengths
+        """Visual tokens of each image or video: of an entry, or of all its tiles or frames, as many as come together.
+
+        No words tell tiles of one image from those of the next where the pixels say it: (images, tiles, 3, H, W).
+        """
+        lengths, shape = encoding.lengths, encoding.pixels_shape
+        count = shape[1] if len(shape) == 5 and len(lengths) == shape[0] * shape[1] else 1
+        return [sum(lengths[n : n + count]) for n in range(0, len(lengths), count)]
 
     def grid(self, model: nn.Module, encoding: Encoding, offset: int, length: int) -> tuple[int, int, int] | None:
         """Frames, rows and columns that some tokens of an encoding form, without what stands behind them; or None.
@@ -94,16 +100,20 @@ class VlmFamily:
         first, last = begins.index(offset), begins.index(offset + length)
         if encoding.grids is not None and len(encoding.grids) == len(encoding.lengths):
             return _merged(encoding.grids[first], length, self.merge(model)) if last == first + 1 else None
-        frames, (height, width) = 1, encoding.pixels_shape[-2:]
+        frames, behind, shape = 1, 0, encoding.pixels_shape
+        if len(shape) < 4:  # patches
+            return None
+        height, width = shape[-2:]
         if encoding.kind == "video":
-            frames = encoding.pixels_shape[1] if len(encoding.pixels_shape) == 5 else last - first
+            is_entry = len(shape) == 5 and len(encoding.lengths) == shape[0]  # or its frames are
+            frames, behind = (shape[1], 1) if is_entry else (last - first, 0)
         elif last != first + 1:
             return None
         elif (sizes := encoding.arguments.get("image_sizes")) is not None and len(sizes) == len(encoding.lengths):
             height, width = map(int, sizes[first])
         rows = round(math.sqrt(length // frames * height / width))
         columns = length // frames // max(1, rows)
-        fits = rows * columns and length - frames * rows * columns in (0, frames == 1 or 1)
+        fits = rows * columns and length - frames * rows * columns in (0, behind)
         return (frames, rows, columns) if fits and abs(rows * width - columns * height) < max(height, width) else None
 
     def merge(self, model: nn.Module) -> int:
@@ -121,7 +131,7 @@ class VlmFamily:
         if sizes is not None and len(sizes) == len(pixels) and pixels.dim() == 4:  # padded to the largest
             cut = [own[None, :, : int(h), : int(w)] for own, (h, w) in zip(pixels, sizes, strict=True)]
             return torch.cat([pixel_keys(own) for own in cut])
-        if pixels.dim() == 5:
+        if pixels.dim() == 5 and (self.unit == "row" or len(pixels) != len(encoding.lengths)):
             pixels = pixels.flatten(0, 1)
             if self.unit == "row":  # padded with black tiles
                 pixels = pixels[pixels.flatten(1).any(1)]

@@ -6,7 +6,6 @@ from typing import ClassVar
 
 from torch import nn
 
-from vltok.engine.features import Encoding
 from vltok.errors import UnsupportedModelError
 from vltok.families.vlm.base import VlmFamily
 
@@ -58,13 +57,3 @@ class Idefics3(Generic):
     def joins(self, words: list[int], end: int, begin: int) -> bool:
         around = words[begin - 2]  # before a tile stand this one and the tile's number
         return words[end:begin].count(around) == 1
-
-
-class VideoLlava(Generic):
-    """Video-LLaVA: each frame of a video is an entry."""
-
-    def picture_lengths(self, encoding: Encoding) -> list[int]:
-        if encoding.kind == "image":
-            return encoding.lengths
-        frames = encoding.pixels_shape[1]
-        return [sum(encoding.lengths[n : n + frames]) for n in range(0, len(encoding.lengths), frames)]

@@ -144,7 +144,7 @@ def _rows_one_by_one(tokens: torch.Tensor) -> tuple[RowOf, torch.Tensor, None]:
         index = index + offsets
         torch.index_select(flat_tokens, 0, index, out=queries)
         for x, query, out in products:
-            _times_row(x, query, out)
+            times_row(x, query, out)
         row.mul_(inverse).mul_(flat_inverse.index_select(0, index).unsqueeze(1))
         flat_row.index_add_(0, index, infinity)
         return row
@@ -175,8 +175,8 @@ def _write_gram(x: torch.Tensor, out: torch.Tensor) -> None:
         out[high:, low:high] = out[low:high, high:].T
 
 
-def _times_row(x: torch.Tensor, column: torch.Tensor, out: torch.Tensor) -> None:
-    """Write X times one of its rows, (D, 1), into `out`, (N, 1)."""
+def times_row(x: torch.Tensor, column: torch.Tensor, out: torch.Tensor) -> None:
+    """Write X times a column, (D, 1), into `out`, (N, 1): the same number for equal rows."""
     _multiply(x, column, out)
     if x.device.type == "cpu" and len(x) % 4:
         _multiply(x[-4:], column, out[-4:])  # the rows a BLAS kernel leaves to its slower end; see _write_gram

@@ -17,7 +17,7 @@ from vltok.checks import check_choice, check_integer, is_number
 from vltok.edits import Edits
 from vltok.method import Run, register
 from vltok.methods.pruning.floors import position_hash
-from vltok.methods.pruning.greedy import float32_products, greedy_order
+from vltok.methods.pruning.greedy import float32_products, greedy_order, times_row
 from vltok.methods.pruning.selector import Selector
 from vltok.views import AttentionRequest, DecoderState, LanguageView, VisualTokens
 
@@ -122,7 +122,9 @@ def _cosine_to_mean(tokens: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
             x = x.float()
             inverse = torch.linalg.vector_norm(x, dim=1).clamp_min(1e-12).reciprocal()
             mean = (inverse * chosen) @ x / chosen.sum()
-            rows.append((x @ mean) * inverse)
+            product = x.new_empty(len(x), 1)
+            times_row(x, mean.unsqueeze(1), product)
+            rows.append(product[:, 0] * inverse)
     return torch.stack(rows) if rows else tokens.new_zeros(tokens.shape[:2])
 
 
