@@ -224,12 +224,37 @@ def _pieces(
                 return None
             pieces.append((row, length))
             left -= length
-        return pieces if sum(room) == sum(source.lengths) else None
+        if sum(room) != sum(source.lengths):
+            return None
+        return _whole_videos(pieces, spots, words, family.joins) if source.kind == "video" and family.gap else pieces
     pieces = [(row, length) for row, own in enumerate(spots) for length in _runs(own, words[row], family.joins)]
     if sum(room) != sum(source.lengths):
         return None
     borders = accumulate(room if family.unit == "row" else [length for _, length in pieces])
     return pieces if ends.issuperset(borders) else None
+
+
+def _whole_videos(
+    pieces: list[tuple[int, int]], spots: list[list[int]], words: list[list[int]], joins: Joins
+) -> list[tuple[int, int]]:
+    """Put entries of a row together that belong to one video: the next one begins with the time of its first frame."""
+    whole: list[tuple[int, int]] = []
+    used, starts = [0] * len(spots), [0] * len(spots)
+    for row, length in pieces:
+        own, begin = words[row], spots[row][used[row]]
+        is_more = False
+        if used[row]:
+            end = spots[row][used[row] - 1] + 1
+            told = own[end + 1 : begin]  # without the mark at the end of the one before
+            is_again = len(told) > 1 and told == own[max(0, starts[row] - len(told)) : starts[row]]
+            is_more = joins(own, end, begin) and not is_again
+        if is_more:
+            whole[-1] = row, whole[-1][1] + length
+        else:
+            whole.append((row, length))
+            starts[row] = begin
+        used[row] += length
+    return whole
 
 
 def _runs(spots: list[int], words: list[int], joins: Joins) -> list[int]:
