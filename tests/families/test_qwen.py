@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from oracle import check_prefill_and_words, decoder_of, dropped, is_recurrent, longer, placeholders
@@ -48,21 +50,30 @@ def words(model, inputs, **options) -> torch.Tensor:
 
 
 def alone(whole: torch.nn.Module, family: TinyFamily, inputs, gone: torch.Tensor, reindex: bool) -> list[torch.Tensor]:
-    """Logits of the tokens left of each row, (T, V) each: the decoder by itself on their embeddings.
+    """Logits of the tokens left of each row, (T, V) each: the unpruned model whose decoder is given these alone.
 
     They keep their positions, or, with `reindex`, have those of a prompt without the others.
     """
-    decoder, seen = decoder_of(whole, family), []
-    spy = decoder.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
-    whole(**inputs, use_cache=False)
-    spy.remove()
-    embeds, positions = seen[0]["inputs_embeds"], seen[0].get("position_ids")
+
+    def cut(_, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        embeds, positions = kwargs["inputs_embeds"], kwargs.get("position_ids")
+        own = None if reindex else positions[..., row : row + 1, left]
+        return args, {**kwargs, "inputs_embeds": embeds[row : row + 1, left], "position_ids": own, "attention_mask": None}
+
     logits = []
     for row, left in enumerate(inputs["attention_mask"].bool() & ~gone):
-        own = None if reindex else positions[..., row : row + 1, left]
-        output = decoder(inputs_embeds=embeds[row : row + 1, left], position_ids=own, use_cache=False)
-        logits.append(whole.lm_head(output.last_hidden_state)[0])
+        hook = decoder_of(whole, family).register_forward_pre_hook(cut, with_kwargs=True)
+        logits.append(whole(**inputs, use_cache=False).logits[0])
+        hook.remove()
     return logits
+
+
+# Layers that hold a state sum up in another order word by word: the unpruned models are 3e-5 off themselves.
+ROUNDING = {True: 1e-4, False: 1e-5}
+
+
+def tolerance(model, family: TinyFamily) -> float:
+    return ROUNDING[is_recurrent(decoder_of(model, family))]
 
 
 def check_against_short(model, family: TinyFamily, inputs, method: vltok.Method) -> None:
@@ -85,8 +96,8 @@ def check_against_short(model, family: TinyFamily, inputs, method: vltok.Method)
     hidden = torch.nn.functional.pad(gone, (0, STEPS - 1))
     for row, expected in enumerate(alone(model, family, whole, hidden, reindex)):
         left = inputs["attention_mask"][row].bool() & ~gone[row]
-        assert_close(actual[row, left], expected[: 1 - STEPS])
-        assert_close(said[row], expected[-STEPS:])
+        assert_close(actual[row, left], expected[: 1 - STEPS], tolerance(model, family))
+        assert_close(said[row], expected[-STEPS:], tolerance(model, family))
 
 
 def check(model, family: TinyFamily, inputs, method: vltok.Method) -> None:
@@ -122,6 +133,22 @@ def test_each_picture_has_one_budget(family, name):
     assert report.kept_tokens == [[keep_count(n, 0.4, None) for n in row] for row in lengths(family, prompts)]
 
 
+@BY_FAMILY
+def test_videos_side_by_side_have_budgets_of_their_own(family):
+    """Also where a video comes as several entries, whose times tell where the next one begins."""
+    if not family.video:
+        pytest.skip("takes no videos")
+    times = {"video_metadata": [{"total_num_frames": 4, "fps": 24, "frames_indices": [0, 1, 2, 3]}] * 3}
+    processor = functools.partial(family.processor(), videos_kwargs=times)
+    videos = [clip(seed, family.size, family.frames) for seed in range(3)]
+    inputs = family.inputs(["w1 <video><video> w2", "w3 <video> w4"], videos=videos, processor=processor)
+    model = shared_model(family, "eager")
+    check(model, family, inputs, STRIDE)
+    with vltok.apply(model, STRIDE) as handle:
+        model(**inputs)
+        assert handle.report(file=None).visual_tokens == [[family.clip_tokens] * 2, [family.clip_tokens]]
+
+
 @BY_CASE
 def test_a_row_of_a_padded_batch_equals_the_row_alone(family, name):
     model, prompts = shared_model(family), [*PROMPTS[name], ("w3", [])]
@@ -132,7 +159,8 @@ def test_a_row_of_a_padded_batch_equals_the_row_alone(family, name):
             single = ask(family, [prompt])
             begin = together.shape[1] - single["input_ids"].shape[1]
             visual = placeholders(model, single)[0]
-            assert_close(together[row, begin:][~visual], model(**single).logits[0][~visual])
+            expected = model(**single).logits[0][~visual]
+            assert_close(together[row, begin:][~visual], expected, tolerance(model, family))
             assert torch.equal(said[row], words(model, single)[0])
 
 

@@ -188,6 +188,7 @@ def _paddleocr_vl_processor() -> Any:
 
 
 MINIMAX_SPECIALS = ["]<]image[>[", "]<]video[>[", "]<]start of image[>[", "]<]end of image[>["]
+MINIMAX_TIMES = ["]<]0.0 seconds[>[", "]<]0.1 seconds[>["]  # of frames 0 and 2
 
 
 def _minimax_m3_vl_processor() -> Any:
@@ -196,7 +197,7 @@ def _minimax_m3_vl_processor() -> Any:
     patches = {**PATCHES, "temporal_patch_size": 2}
     return MiniMaxM3VLProcessor(
         image_processor=MiniMaxM3VLImageProcessor(size=SIZE, **patches),
-        tokenizer=tokenizer([*SPECIALS[:4], *MINIMAX_SPECIALS]),
+        tokenizer=tokenizer([*SPECIALS[:4], *MINIMAX_SPECIALS, *MINIMAX_TIMES]),
         # Of a video's four frames two become one: each of the two is encoded by itself.
         video_processor=MiniMaxM3VLVideoProcessor(**patches, min_pixels=64, vision_segment_max_frames=1),
     )
@@ -204,6 +205,7 @@ def _minimax_m3_vl_processor() -> Any:
 
 KIMI_SPECIALS = ["<|media_pad|>", "<|kimi_k25_video_placeholder|>"]
 KIMI_SPECIALS += ["<|media_begin|>", "<|media_end|>", "<|media_content|>"]
+KIMI_TIMES = ["00:00:00.000", "00:00:00.083"]  # of frames 0 and 2
 
 
 def _kimi_k25_processor() -> Any:
@@ -211,7 +213,7 @@ def _kimi_k25_processor() -> Any:
 
     return Kimi_K25Processor(
         image_processor=Kimi_K25ImageProcessor(**PATCHES),
-        tokenizer=tokenizer([*SPECIALS[:4], *KIMI_SPECIALS]),
+        tokenizer=tokenizer([*SPECIALS[:4], *KIMI_SPECIALS, *KIMI_TIMES]),
         video_processor=Kimi_K25VideoProcessor(temporal_patch_size=2, do_sample_frames=False, **PATCHES),
     )
 
