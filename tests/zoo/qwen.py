@@ -16,7 +16,8 @@ PATCHES = {"patch_size": 4, "merge_size": 2}
 SIZE = {"shortest_edge": 64, "longest_edge": 4096}  # pixels of a picture, or of all frames of a video
 AXES = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
+LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16}
+LINEAR |= {"linear_value_head_dim": 16}
 IMAGE, VIDEO = ("<|vision_start|>" + pad + "<|vision_end|>" for pad in ("<|image_pad|>", "<|video_pad|>"))
 
 
@@ -45,19 +46,19 @@ def _qwen2_vl(attention: str) -> nn.Module:
     return Qwen2VLForConditionalGeneration(config)
 
 
-def _qwen3(attention: str, config_class: str, model_class: str, tower: dict[str, Any], text: dict[str, Any]) -> nn.Module:
+def _qwen3(attention: str, name: str, tower: dict[str, Any], text: dict[str, Any]) -> nn.Module:
     """A model of Qwen3-VL or a later one: its axes take turns in the frequencies."""
     import transformers
 
     rope = {**AXES, "mrope_interleaved": True}
-    config = getattr(transformers, config_class)(
+    config = getattr(transformers, f"{name}Config")(
         vision_config=_tower(num_position_embeddings=64, **tower),
         text_config={**TEXT, "head_dim": 16, "rope_parameters": rope, **text},
         attn_implementation=attention,
         **MARKS,
         **IDS,
     )
-    return getattr(transformers, model_class)(config)
+    return getattr(transformers, f"{name}ForConditionalGeneration")(config)
 
 
 def _exaone4_5(attention: str) -> nn.Module:
@@ -235,44 +236,22 @@ _later = functools.partial(_axes, processor=functools.partial(_processor, "Qwen3
 _DEEP = {"deepstack_visual_indexes": [0, 1]}
 
 QWEN2_VL = _axes(name="qwen2_vl", build=_qwen2_vl, processor=functools.partial(_processor, "Qwen2VL"))
-QWEN3_VL = _later(
-    name="qwen3_vl",
-    build=functools.partial(
-        _qwen3, config_class="Qwen3VLConfig", model_class="Qwen3VLForConditionalGeneration", tower=_DEEP, text={}
-    ),
-)
+QWEN3_VL = _later(name="qwen3_vl", build=functools.partial(_qwen3, name="Qwen3VL", tower=_DEEP, text={}))
 QWEN3_VL_MOE = _later(
-    name="qwen3_vl_moe",
-    build=functools.partial(
-        _qwen3,
-        config_class="Qwen3VLMoeConfig",
-        model_class="Qwen3VLMoeForConditionalGeneration",
-        tower=_DEEP,
-        text=EXPERTS,
-    ),
+    name="qwen3_vl_moe", build=functools.partial(_qwen3, name="Qwen3VLMoe", tower=_DEEP, text=EXPERTS)
 )
-QWEN3_5 = _later(
-    name="qwen3_5",
-    build=functools.partial(
-        _qwen3, config_class="Qwen3_5Config", model_class="Qwen3_5ForConditionalGeneration", tower={}, text=LINEAR
-    ),
-)
+QWEN3_5 = _later(name="qwen3_5", build=functools.partial(_qwen3, name="Qwen3_5", tower={}, text=LINEAR))
 QWEN3_5_MOE = _later(
     name="qwen3_5_moe",
     build=functools.partial(
-        _qwen3,
-        config_class="Qwen3_5MoeConfig",
-        model_class="Qwen3_5MoeForConditionalGeneration",
-        tower={},
-        text={**LINEAR, **EXPERTS, "shared_expert_intermediate_size": 32},
+        _qwen3, name="Qwen3_5Moe", tower={}, text={**LINEAR, **EXPERTS, "shared_expert_intermediate_size": 32}
     ),
 )
 COSMOS3_OMNI = _later(
     name="cosmos3_omni",
     build=functools.partial(
         _qwen3,
-        config_class="Cosmos3OmniConfig",
-        model_class="Cosmos3OmniForConditionalGeneration",
+        name="Cosmos3Omni",
         tower={"model_type": "qwen3_vl_vision", **_DEEP},
         text={"model_type": "qwen3_vl_text"},
     ),
@@ -285,13 +264,21 @@ HYPERCLOVAX = _kind(
 )
 # A visual token stands for 8 x 8 pixels of an image and for 16 x 16 of one frame of a video, which are of 32 x 32.
 VIDEO_LLAMA_3 = _kind(
-    name="video_llama_3", build=_video_llama_3, processor=_video_llama_3_processor, video="<|video_pad|>", clip_tokens=16
+    name="video_llama_3",
+    build=_video_llama_3,
+    processor=_video_llama_3_processor,
+    video="<|video_pad|>",
+    clip_tokens=16,
 )
 PADDLEOCR_VL = _axes(
     name="paddleocr_vl", build=_paddleocr_vl, processor=_paddleocr_vl_processor, video="", clip_tokens=0
 )
 MINIMAX_M3_VL = _kind(
-    name="minimax_m3_vl", build=_minimax_m3_vl, processor=_minimax_m3_vl_processor, image="]<]image[>[", video="]<]video[>["
+    name="minimax_m3_vl",
+    build=_minimax_m3_vl,
+    processor=_minimax_m3_vl_processor,
+    image="]<]image[>[",
+    video="]<]video[>[",
 )
 # Frames of a video are pooled two by two.
 KIMI_K25 = _kind(
