@@ -139,10 +139,23 @@ def _source(kind: str, prompt: Prompt, recent: Recent) -> Source:
             if known == 0 or given % known:  # somebody cut them since
                 encoding = None
     if encoding is not None:
+        encoding = _thinned(encoding, prompt.thinned.get(kind))
         return Source(kind, encoding, encoding.lengths)
     found = _recognise(entries, recent)
     lengths = [len(entry) for entry in entries] if found is None else [each.length for each in found]
     return Source(kind, None, lengths, found)
+
+
+def _thinned(encoding: Encoding, mask: torch.Tensor | None) -> Encoding:
+    """What is known of pictures of which the model itself takes the tokens of a mask, (V,), alone."""
+    if mask is None or bool(mask.all()):
+        return encoding
+    mask = mask.cpu().bool()
+    lengths = [int(own.sum()) for own in mask.split(encoding.lengths)]
+    keys, spans = encoding.keys, lengths
+    if encoding.spans != encoding.lengths:
+        keys, spans = keys.sum(0, keepdim=True), [sum(lengths)]
+    return replace(encoding, lengths=lengths, keys=keys, spans=spans, rows=encoding.rows[mask])
 
 
 def _recognise(entries: list[torch.Tensor] | None, recent: Recent) -> list[Found] | None:
