@@ -10,7 +10,7 @@ import torch
 from oracle import check_prefill_and_words, decoder_of, dropped, is_recurrent, longer, placeholders
 from reference import assert_close
 from tiny import QWEN2_5_VL, TinyFamily, clip, picture, shared_model
-from zoo.qwen import ROWS
+from zoo.qwen import ROWS, VIDEO_LLAMA_3
 
 import vltok
 from vltok.tokens import keep_count
@@ -151,6 +151,19 @@ def test_videos_side_by_side_have_budgets_of_their_own(family):
     with vltok.apply(model, STRIDE) as handle:
         model(**inputs)
         assert handle.report(file=None).visual_tokens == [[family.clip_tokens] * 2, [family.clip_tokens]]
+
+
+def test_video_tokens_that_the_model_itself_leaves_out_are_no_tokens():
+    """VideoLLaMA 3 leaves out what doesn't change from one frame to the next, but for a token a frame."""
+    model, family = shared_model(VIDEO_LLAMA_3, "eager"), VIDEO_LLAMA_3
+    frames = [clip(seed, family.size, family.frames) for seed in range(2)]
+    frames[0][1], frames[0][3] = frames[0][0], frames[0][2]
+    inputs = family.inputs(["w1 <video> w2 <image> w3", "w4 <video> w5"], [picture(0, family.size)], videos=frames)
+    check(model, family, inputs, STRIDE)
+    with vltok.apply(model, STRIDE) as handle:
+        model(**inputs)
+        assert handle.report(file=None).visual_tokens == [[10, 12], [16]]
+        assert torch.equal(words(model, inputs), words(model, inputs, use_cache=False))
 
 
 @BY_CASE
