@@ -60,8 +60,10 @@ def alone(whole: torch.nn.Module, family: TinyFamily, inputs, gone: torch.Tensor
     for row, left in enumerate(inputs["attention_mask"].bool() & ~gone):
         cut = functools.partial(only, row, left, reindex)
         hook = decoder_of(whole, family).register_forward_pre_hook(cut, with_kwargs=True)
-        logits.append(whole(**inputs, use_cache=False).logits[0])
-        hook.remove()
+        try:
+            logits.append(whole(**inputs, use_cache=False).logits[0])
+        finally:
+            hook.remove()
     return logits
 
 

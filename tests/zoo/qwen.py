@@ -6,6 +6,7 @@ A visual token stands for 8 x 8 pixels. All processors are transformers' own.
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 from tiny import IDS, QWEN_PATCHES, QWEN_SPECIALS, SPECIALS, TEXT, TOWER, WINDOW, TinyFamily, tokenizer
@@ -280,6 +281,11 @@ MINIMAX_M3_VL = _kind(
     image="]<]image[>[",
     video="]<]video[>[",
 )
+# Queries pick 24 blocks of four keys: all that these prompts have. Which blocks it would pick of more depends on
+# padding also where nothing is pruned.
+BLOCKS = {"layer_types": ["full_attention", *["minimax_m3_sparse"] * 3], "index_n_heads": 2, "index_head_dim": 8}
+BLOCKS |= {"index_block_size": 4, "index_topk_blocks": 24}
+MINIMAX_M3_VL_SPARSE = replace(MINIMAX_M3_VL, build=functools.partial(_minimax_m3_vl, **BLOCKS), variant="sparse")
 # Frames of a video are pooled two by two.
 KIMI_K25 = _kind(
     name="kimi_k25",
@@ -289,4 +295,4 @@ KIMI_K25 = _kind(
     video="<|kimi_k25_video_placeholder|>",
 )
 ROWS = [QWEN2_VL, QWEN3_VL, QWEN3_VL_MOE, QWEN3_5, QWEN3_5_MOE, COSMOS3_OMNI, EXAONE4_5, HYPERCLOVAX]
-ROWS += [VIDEO_LLAMA_3, PADDLEOCR_VL, MINIMAX_M3_VL, KIMI_K25]
+ROWS += [VIDEO_LLAMA_3, PADDLEOCR_VL, MINIMAX_M3_VL, MINIMAX_M3_VL_SPARSE, KIMI_K25]
