@@ -297,7 +297,7 @@ def _qwen2_5_vl_processor() -> Any:
     return Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(size=size, merge_size=2, **QWEN_PATCHES),
         tokenizer=tokenizer(QWEN_SPECIALS),
-        video_processor=Qwen2VLVideoProcessor(size=size, merge_size=2, **QWEN_PATCHES),
+        video_processor=Qwen2VLVideoProcessor(size=size, merge_size=2, do_sample_frames=False, **QWEN_PATCHES),
     )
 
 
@@ -402,6 +402,8 @@ QWEN2_5_VL = TinyFamily(
     axes=3,
     projects=False,
     new_image_in_turn=False,
+    video="<|vision_start|><|video_pad|><|vision_end|>",
+    clip_tokens=24,
 )
 # 112 x 56: two tiles and a thumbnail of 16 tokens each. 56 x 56: a single tile. Each frame of a video is an image.
 INTERNVL = TinyFamily(

@@ -247,6 +247,7 @@ class Prompt(Call):
         encoded: The encoded pictures of each kind that the caller passed in.
         awaited: Kinds of pictures that are encoded while the prompt runs.
         encodings: What is known of pictures encoded meanwhile, by kind.
+        thinned: Which features of each kind the model itself takes, bool, where it leaves some out.
         sources: All encoded pictures, where they were found in merged embeddings; else empty.
         pictures: The images and videos of the prompts, repeated prompts once.
         repeat: How often each prompt is repeated.
@@ -288,6 +289,7 @@ class Prompt(Call):
         "rule",
         "selector",
         "sources",
+        "thinned",
         "visual",
     )
 
@@ -315,6 +317,7 @@ class Prompt(Call):
         self.awaited: list[str] = []
         self.encodings: dict[str, Encoding | None] = {}
         self.sources: list[Source] = []
+        self.thinned: dict[str, torch.Tensor] = {}
         self.outer: Any = None
         self.selector: TokenSelector | None = None
         self.rule: TokenRule | None = None

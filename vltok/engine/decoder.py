@@ -117,6 +117,8 @@ def before_layer(index: int, module: nn.Module, args: tuple, kwargs: dict) -> tu
         hidden = _rows_of_layer(call, index, hidden, kwargs)
         # Rotary tables are made. Flash attention looks at positions alone, and takes gaps for the ends of samples.
         kwargs["position_ids"] = call.places_in_samples(call.groups[index])
+    elif "position_ids" in kwargs:  # layers that count keys in blocks would look for blocks that aren't there
+        kwargs["position_ids"] = None
     kwargs["attention_mask"] = call.mask_of(index, hidden)
     past = call.past(index)
     is_read = isinstance(call, Prompt) and index in call.read

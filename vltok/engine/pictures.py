@@ -139,10 +139,23 @@ def _source(kind: str, prompt: Prompt, recent: Recent) -> Source:
             if known == 0 or given % known:  # somebody cut them since
                 encoding = None
     if encoding is not None:
+        encoding = _thinned(encoding, prompt.thinned.get(kind))
         return Source(kind, encoding, encoding.lengths)
     found = _recognise(entries, recent)
     lengths = [len(entry) for entry in entries] if found is None else [each.length for each in found]
     return Source(kind, None, lengths, found)
+
+
+def _thinned(encoding: Encoding, mask: torch.Tensor | None) -> Encoding:
+    """What is known of pictures of which the model itself takes the tokens of a mask, (V,), alone."""
+    if mask is None or bool(mask.all()):
+        return encoding
+    mask = mask.cpu().bool()
+    lengths = [int(own.sum()) for own in mask.split(encoding.lengths)]
+    keys, spans = encoding.keys, lengths
+    if encoding.spans != encoding.lengths:
+        keys, spans = keys.sum(0, keepdim=True), [sum(lengths)]
+    return replace(encoding, lengths=lengths, keys=keys, spans=spans, rows=encoding.rows[mask])
 
 
 def _recognise(entries: list[torch.Tensor] | None, recent: Recent) -> list[Found] | None:
@@ -234,7 +247,9 @@ def _pieces(
                 return None
             pieces.append((row, length))
             left -= length
-        return pieces if sum(room) == sum(source.lengths) else None
+        if sum(room) != sum(source.lengths):
+            return None
+        return _whole_videos(pieces, spots, words, family.joins) if source.kind == "video" and family.gap else pieces
     pieces = [(row, length) for row, own in enumerate(spots) for length in _runs(own, words[row], family.joins)]
     if sum(room) != sum(source.lengths):
         return None
@@ -256,6 +271,29 @@ def _lengths(source: Source, family: Any) -> list[int]:
         lengths.append(sum(each.length for each in own))
         found = found[len(own) :]
     return lengths
+
+
+def _whole_videos(
+    pieces: list[tuple[int, int]], spots: list[list[int]], words: list[list[int]], joins: Joins
+) -> list[tuple[int, int]]:
+    """Put entries of a row together that belong to one video: the next one begins with the time of its first frame."""
+    whole: list[tuple[int, int]] = []
+    used, starts = [0] * len(spots), [0] * len(spots)
+    for row, length in pieces:
+        own, begin = words[row], spots[row][used[row]]
+        is_more = False
+        if used[row]:
+            end = spots[row][used[row] - 1] + 1
+            told = own[end + 1 : begin]  # without the mark at the end of the one before
+            is_again = len(told) > 1 and told == own[max(0, starts[row] - len(told)) : starts[row]]
+            is_more = joins(own, end, begin) and not is_again
+        if is_more:
+            whole[-1] = row, whole[-1][1] + length
+        else:
+            whole.append((row, length))
+            starts[row] = begin
+        used[row] += length
+    return whole
 
 
 def _runs(spots: list[int], words: list[int], joins: Joins) -> list[int]:

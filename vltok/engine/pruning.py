@@ -223,6 +223,8 @@ class PruningEngine:
             kinds[found] = 1 + KINDS.index(kind)
         prompt = self._prompt(kwargs, hints, kinds)
         prompt.encoded, prompt.awaited = encoded, awaited
+        masks = {kind: kwargs.get(f"{kind}_compression_mask") for kind in KINDS}
+        prompt.thinned = {kind: mask for kind, mask in masks.items() if mask is not None}
         return prompt
 
     def _open_merged(self, kwargs: dict, hints: Hints | None, embeds: torch.Tensor) -> Prompt | None:

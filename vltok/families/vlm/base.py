@@ -31,7 +31,8 @@ class VlmFamily:
     model_classes: ClassVar[tuple[str, ...]]
     # What an image is: an "entry" of the features, or as many as its pixels have tiles; a "run" of placeholders, of
     # whole entries; or a run of one of the entries that hold all images of a "row". Runs with at most `gap` words
-    # between them are tiles of one image.
+    # between them are tiles of one image, and where an image is an entry, entries with at most so many are what was
+    # filmed one after another in one video.
     unit: ClassVar[str] = "entry"
     gap: ClassVar[int] = 0
     reads_attention: ClassVar[bool] = True  # whether the family knows which patches a visual token stands for
@@ -99,7 +100,11 @@ class VlmFamily:
             return None
         first, last = begins.index(offset), begins.index(offset + length)
         if encoding.grids is not None and len(encoding.grids) == len(encoding.lengths):
-            return _merged(encoding.grids[first], length, self.merge(model)) if last == first + 1 else None
+            own = zip(encoding.grids[first:last], encoding.lengths[first:last], strict=True)
+            parts = [_merged(grid, tokens, self._merge(model, encoding, first)) for grid, tokens in own]
+            if None in parts or len({part[1:] for part in parts}) > 1 or (len(parts) > 1 and encoding.kind == "image"):
+                return None
+            return sum(part[0] for part in parts), *parts[0][1:]
         frames, behind, shape = 1, 0, encoding.pixels_shape
         if len(shape) < 4:  # patches
             return None
@@ -119,7 +124,14 @@ class VlmFamily:
     def merge(self, model: nn.Module) -> int:
         """Patches along the side of what one visual token stands for, where grids of patches are passed in."""
         vision = model.config.vision_config
-        return getattr(vision, "spatial_merge_size", None) or getattr(vision, "merge_size", None) or 1
+        sizes = [getattr(vision, name, None) for name in ("spatial_merge_size", "merge_size", "merge_kernel_size")]
+        size = next(filter(None, sizes), 1)
+        return size if isinstance(size, int) else size[0]
+
+    def _merge(self, model: nn.Module, encoding: Encoding, entry: int) -> int:
+        """The same for one entry: some models are told with each picture."""
+        given = [value for name, value in encoding.arguments.items() if name.endswith("merge_sizes")]
+        return int(given[0][entry]) if given and given[0] is not None else self.merge(model)
 
     def pixel_keys(self, model: nn.Module, encoding: Encoding, pixels: torch.Tensor) -> torch.Tensor:
         """Numbers made from the pixels, int64: of each picture, tile or frame, in the order of their tokens."""
