@@ -47,6 +47,7 @@ def _deepseek(attention: str) -> nn.Module:
         vision_config={**TOWER, "image_size": 56, "patch_size": 14, "vision_use_head": False},
         text_config=dict(TEXT),
         image_token_id=4,
+        tie_word_embeddings=False,
         attn_implementation=attention,
     )
     return transformers.DeepseekVLForConditionalGeneration(config)
@@ -71,6 +72,7 @@ def _deepseek_hybrid(attention: str) -> nn.Module:
         high_res_vision_config=dict(SAM),
         text_config=dict(TEXT),
         image_token_id=4,
+        tie_word_embeddings=False,
         attn_implementation=attention,
     )
     return transformers.DeepseekVLHybridForConditionalGeneration(config)
@@ -97,6 +99,7 @@ def _janus(attention: str) -> nn.Module:
         vq_config=painter,
         text_config=dict(TEXT),
         image_token_id=4,
+        tie_word_embeddings=False,
         attn_implementation=attention,
     )
     return transformers.JanusForConditionalGeneration(config)
@@ -120,6 +123,7 @@ def _got(attention: str) -> nn.Module:
         text_config=dict(TEXT),
         image_token_index=4,
         image_seq_length=16,
+        tie_word_embeddings=False,
         # The tower knows eager attention alone.
         attn_implementation={"": "eager", "vision_config": "eager", "text_config": attention},
     )
