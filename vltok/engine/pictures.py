@@ -100,6 +100,8 @@ def find_pictures(prompt: Prompt, embeds: torch.Tensor, family: Any, recent: Rec
         if torch.equal(rows.repeat_interleave(repeat, 0), prompt.kinds):
             pictures = _match(sources, rows, words[::repeat].tolist(), family, repeat)
             if pictures is not None:
+                if repeat > 1:
+                    _check_copies(embeds.detach().unflatten(0, (-1, repeat)), rows > 0)
                 prompt.pictures, prompt.repeat = pictures, repeat
                 return
     have = ", ".join(
@@ -113,6 +115,16 @@ def find_pictures(prompt: Prompt, embeds: torch.Tensor, family: Any, recent: Rec
         "the images and videos of these very prompts. With prefill_chunk_size, a chunk may not cut an image: use "
         "a larger one, or None"
     )
+
+
+def _check_copies(embeds: torch.Tensor, visual: torch.Tensor) -> None:
+    """Raise UnsupportedInputError if copies of prompts, (R, copies, T, D), differ in their visual tokens, (R, T)."""
+    differ = (embeds != embeds[:, :1]).any(-1) & visual.to(embeds.device).unsqueeze(1)
+    if differ.any():
+        raise UnsupportedInputError(
+            "the copies of a prompt that num_beams or num_return_sequences make have different images: this model in "
+            "transformers mixes up the images of a prompt that has several; use one image a prompt, or no copies"
+        )
 
 
 def sources_in(embeds: torch.Tensor, recent: Recent) -> tuple[list[Source], torch.Tensor]:

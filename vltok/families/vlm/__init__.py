@@ -13,7 +13,7 @@ def _generic(name: str, title: str, model_class: str, **facts: object) -> Entry:
 
 
 _GENERIC = [
-    _generic("aria", "Aria", "AriaModel"),
+    _generic("aria", "Aria", "AriaModel", unit="run"),
     _generic("aya_vision", "Aya Vision", "AyaVisionModel", unit="run", gap=1),
     _generic("cohere2_vision", "Command A Vision", "Cohere2VisionModel", unit="run", gap=1),
     _generic("cosmos3_omni", "Cosmos 3 Omni", "Cosmos3OmniModel"),
@@ -26,7 +26,7 @@ _GENERIC = [
     _generic("glm4v", "GLM-4V", "Glm4vModel"),
     _generic("glm4v_moe", "GLM-4.5V", "Glm4vMoeModel"),
     _generic("glm_ocr", "GLM-OCR", "GlmOcrModel"),
-    _generic("got_ocr2", "GOT-OCR2", "GotOcr2Model"),
+    _generic("got_ocr2", "GOT-OCR2", "GotOcr2Model", unit="run"),
     _generic("hyperclovax_vision_v2", "HyperCLOVA X Vision", "HyperCLOVAXVisionV2Model"),
     _generic("idefics2", "Idefics2", "Idefics2Model", unit="row", gap=1),
     _generic("idefics3", "Idefics3", "Idefics3Model", unit="row", family="Idefics3"),
