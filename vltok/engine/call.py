@@ -139,12 +139,20 @@ class Call:
         self._keys[index] = keys, is_plain
         if (mark, window) not in self._masks:
             ready = self.maps.get(window.kind, self.maps.get(None))
-            if ready is not None:
-                mask = gather_mask(ready, keys.queries - self.base, keys.keys)
-            else:
+            if ready is None:
                 mask = make_mask(self.config, hidden, window, keys, is_plain)
+            else:
+                mask = self._cut(ready, keys)
+                if keys.ranks is not None and window.size and "full_attention" in self.maps:
+                    # The map's window counts dropped tokens, too. Without them, more comes into sight.
+                    mask = torch.where(keys.all_seen(window), self._cut(self.maps["full_attention"], keys), mask)
             self._masks[mark, window] = mask
         return self._masks[mark, window]
+
+    def _cut(self, ready: torch.Tensor, keys: Keys) -> torch.Tensor:
+        """A ready-made map for the queries and keys of a layer; one of a sliding cache has the last columns only."""
+        first = self.base + self.length - ready.shape[-1]
+        return gather_mask(ready, keys.queries - self.base, (keys.keys - first).clamp(min=-1))
 
     def _padding(self, group: int) -> torch.Tensor | None:
         """For layers that hold a state: which slots are no padding, (B, P), bool; None if none is."""
@@ -355,6 +363,23 @@ class Prompt(Call):
             del self.encodings[other]
         missing = [name for name in self.awaited if name not in self.encodings]
         self.encodings[kind if kind in missing or not missing else missing[0]] = encoding
+
+    def take_maps(self, mask: Any) -> None:
+        """Take the attention maps that the model made for its decoder, where image tokens may see what comes later.
+
+        Raises:
+            UnsupportedInputError: If they are of a kind that can't be cut.
+        """
+        made = mask if isinstance(mask, dict) else {None: mask}
+        if self.maps or made.get("full_attention", made) is None:  # none is needed: order alone decides
+            return
+        for each in made.values():
+            if each is not None and not isinstance(each, torch.Tensor):
+                raise UnsupportedInputError(
+                    f"this model makes its attention maps itself, and vltok can't cut a {type(each).__name__}; load "
+                    'the model with attn_implementation="sdpa"'
+                )
+        self.maps = {kind: each for kind, each in made.items() if each is not None and each.dim() == 4}
 
     def rows_of_pictures(self) -> list[list[int]]:
         """The pictures of each row, by number."""

@@ -70,6 +70,7 @@ def _enter_prompt(prompt: Prompt, module: nn.Module, embeds: torch.Tensor, kwarg
                 f"this model adds features of its vision tower to visual tokens in its first {deep} decoder layers, so "
                 f"none can be dropped after layer {min(prompt.read) + 1}; drop them later (for ToDRE a larger depth)"
             )
+    prompt.take_maps(kwargs.get("attention_mask"))
     if prompt.base:
         _wrap(prompt)
     return {**changed, "inputs_embeds": layout.pack(embeds), "position_ids": prompt.place(positions)}
