@@ -5,6 +5,7 @@ A call is a plain object, which nothing on the way rebuilds. It holds no tensor 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -131,10 +132,15 @@ class Call:
         window, past, group = self.windows[index], self.past(index), self.groups[index]
         if window.is_recurrent:
             return self._padding(group)
-        store = self.groups[self.stores[index]]
-        mark = (group, store, None if past is None else (past.group, past.entries))
-        if mark not in self._known:
-            self._known[mark] = self._look(past, group, store)
+        holder = self.stores[index]
+        store = self.groups[holder]
+        if holder != index:  # it has run, and its cache has grown
+            mark = (group, store, holder)
+            self._known.setdefault(mark, self._share(holder, group, store))
+        else:
+            mark = (group, store, None if past is None else (past.group, past.entries))
+            if mark not in self._known:
+                self._known[mark] = self._look(past, group, store)
         keys, is_plain = self._known[mark]
         self._keys[index] = keys, is_plain
         if (mark, window) not in self._masks:
@@ -185,6 +191,11 @@ class Call:
         starts = starts.expand(len(labels), starts.shape[1])
         is_plain = is_full and self._open and (past is None or past.is_full) and samples is None and group == store
         return Keys(queries, labels[:, gone:], samples, starts, ranks), is_plain
+
+    def _share(self, holder: int, group: int, store: int) -> tuple[Keys, bool]:
+        """What `_look` says of a layer that attends to the keys of another one."""
+        keys, is_plain = self._keys[holder]
+        return (keys, is_plain) if group == store else (replace(keys, queries=self.new_labels(group)[0]), False)
 
     def spread(self, index: int, attention: torch.Tensor) -> torch.Tensor:
         """Bring the attention map of a layer back to logical length.

@@ -121,7 +121,7 @@ def before_layer(index: int, module: nn.Module, args: tuple, kwargs: dict) -> tu
     kwargs["attention_mask"] = call.mask_of(index, hidden)
     past = call.past(index)
     is_read = isinstance(call, Prompt) and index in call.read
-    if past is not None:
+    if past is not None and call.stores[index] == index:
         past.expect(hidden.shape[1], watch=is_read)
     if not is_read:
         del kwargs[KEYWORD]
