@@ -149,9 +149,11 @@ class Call:
                 mask = make_mask(self.config, hidden, window, keys, is_plain)
             else:
                 mask = self._cut(ready, keys)
-                if keys.ranks is not None and window.size and "full_attention" in self.maps:
+                if keys.ranks is not None and window.size and window.kind in self.maps:
                     # The map's window counts dropped tokens, too. Without them, more comes into sight.
-                    mask = torch.where(keys.all_seen(window), self._cut(self.maps["full_attention"], keys), mask)
+                    whole = self.maps.get("full_attention")
+                    whole = mask.new_full((), mask.dtype == torch.bool) if whole is None else self._cut(whole, keys)
+                    mask = torch.where(keys.all_seen(window), whole, mask)
             self._masks[mark, window] = mask
         return self._masks[mark, window]
 
@@ -382,7 +384,7 @@ class Prompt(Call):
             UnsupportedInputError: If they are of a kind that can't be cut.
         """
         made = mask if isinstance(mask, dict) else {None: mask}
-        if self.maps or made.get("full_attention", made) is None:  # none is needed: order alone decides
+        if self.maps:
             return
         for each in made.values():
             if each is not None and not isinstance(each, torch.Tensor):
