@@ -64,12 +64,13 @@ def hidden(decoder: nn.Module, gone: torch.Tensor) -> Iterator[None]:
             hook.remove()
 
 
-def longer(inputs: Any, words: torch.Tensor) -> dict[str, Any]:
-    """The inputs with more words, (B, n), behind each prompt."""
+def longer(inputs: Any, words: torch.Tensor, word_type: int = 0) -> dict[str, Any]:
+    """The inputs with more words, (B, n), behind each prompt; `word_type` is what `token_type_ids` says of them."""
     count = words.shape[1]
     grown = dict(inputs)
     grown["input_ids"] = torch.cat([inputs["input_ids"], words], dim=1)
-    for name, value in (("attention_mask", 1), ("mm_token_type_ids", 0), ("token_type_ids", 0)):
+    values = {"attention_mask": 1, "mm_token_type_ids": 0, "token_type_ids": word_type, "labels": -100}
+    for name, value in values.items():
         if name in grown:
             grown[name] = nn.functional.pad(grown[name], (0, count), value=value)
     return grown
@@ -97,7 +98,7 @@ def check_prefill_and_words(
     words = answer.sequences[:, -steps:]
     plain = eager(**inputs).logits
     with hidden(decoder, gone):
-        expected = eager(**longer(inputs, words[:, :-1]), use_cache=False).logits
+        expected = eager(**longer(inputs, words[:, :-1], family.word_type), use_cache=False).logits
     seen = inputs["attention_mask"].bool() & ~gone
     length = visual.shape[1]
     assert_close(actual[seen], expected[:, :length][seen], tolerance)

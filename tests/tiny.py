@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -99,6 +100,8 @@ class TinyFamily:
         mixes: Whether a prompt may have images and videos.
         decoder: The attribute of the model that holds its decoder.
         real: Whether the processor is transformers' own.
+        nested: Whether the processor takes a list of images for each prompt.
+        word_type: What `token_type_ids` says of a word that the model wrote.
     """
 
     name: str
@@ -123,6 +126,8 @@ class TinyFamily:
     mixes: bool = True
     decoder: str = "language_model"
     real: bool = True
+    nested: bool = False
+    word_type: int = 0
 
     @property
     def key(self) -> str:
@@ -152,7 +157,11 @@ class TinyFamily:
         """Process prompts in which "<image>" stands for an image of `images`, "<video>" for a video of `videos`."""
         processor = processor or self.processor()
         text = [prompt.replace("<image>", "\0").replace("<video>", self.video) for prompt in prompts]
-        given = {"images": list(images) or None} | ({"videos": list(videos)} if len(videos) else {})
+        pictures = list(images)
+        if self.nested:
+            rest = iter(images)
+            pictures = [list(islice(rest, prompt.count("<image>"))) for prompt in prompts]
+        given = {"images": pictures if images else None} | ({"videos": list(videos)} if len(videos) else {})
         return processor(
             text=[each.replace("\0", self.image) for each in text],
             **given,

@@ -5,6 +5,7 @@ A call is a plain object, which nothing on the way rebuilds. It holds no tensor 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -131,20 +132,35 @@ class Call:
         window, past, group = self.windows[index], self.past(index), self.groups[index]
         if window.is_recurrent:
             return self._padding(group)
-        store = self.groups[self.stores[index]]
-        mark = (group, store, None if past is None else (past.group, past.entries))
-        if mark not in self._known:
-            self._known[mark] = self._look(past, group, store)
+        holder = self.stores[index]
+        store = self.groups[holder]
+        if holder != index:  # it has run, and its cache has grown
+            mark = (group, store, holder)
+            self._known.setdefault(mark, self._share(holder, group, store))
+        else:
+            mark = (group, store, None if past is None else (past.group, past.entries))
+            if mark not in self._known:
+                self._known[mark] = self._look(past, group, store)
         keys, is_plain = self._known[mark]
         self._keys[index] = keys, is_plain
         if (mark, window) not in self._masks:
             ready = self.maps.get(window.kind, self.maps.get(None))
-            if ready is not None:
-                mask = gather_mask(ready, keys.queries - self.base, keys.keys)
-            else:
+            if ready is None:
                 mask = make_mask(self.config, hidden, window, keys, is_plain)
+            else:
+                mask = self._cut(ready, keys)
+                if keys.ranks is not None and window.size and window.kind in self.maps:
+                    # The map's window counts dropped tokens, too. Without them, more comes into sight.
+                    whole = self.maps.get("full_attention")
+                    whole = mask.new_full((), mask.dtype == torch.bool) if whole is None else self._cut(whole, keys)
+                    mask = torch.where(keys.all_seen(window), whole, mask)
             self._masks[mark, window] = mask
         return self._masks[mark, window]
+
+    def _cut(self, ready: torch.Tensor, keys: Keys) -> torch.Tensor:
+        """A ready-made map for the queries and keys of a layer; one of a sliding cache has the last columns only."""
+        first = self.base + self.length - ready.shape[-1]
+        return gather_mask(ready, keys.queries - self.base, (keys.keys - first).clamp(min=-1))
 
     def _padding(self, group: int) -> torch.Tensor | None:
         """For layers that hold a state: which slots are no padding, (B, P), bool; None if none is."""
@@ -177,6 +193,11 @@ class Call:
         starts = starts.expand(len(labels), starts.shape[1])
         is_plain = is_full and self._open and (past is None or past.is_full) and samples is None and group == store
         return Keys(queries, labels[:, gone:], samples, starts, ranks), is_plain
+
+    def _share(self, holder: int, group: int, store: int) -> tuple[Keys, bool]:
+        """What `_look` says of a layer that attends to the keys of another one."""
+        keys, is_plain = self._keys[holder]
+        return (keys, is_plain) if group == store else (replace(keys, queries=self.new_labels(group)[0]), False)
 
     def spread(self, index: int, attention: torch.Tensor) -> torch.Tensor:
         """Bring the attention map of a layer back to logical length.
@@ -361,6 +382,23 @@ class Prompt(Call):
         self.encodings[kind] = encoding
         if encoding is not None:
             encoding.kind = kind
+
+    def take_maps(self, mask: Any) -> None:
+        """Take the attention maps that the model made for its decoder, where image tokens may see what comes later.
+
+        Raises:
+            UnsupportedInputError: If they are of a kind that can't be cut.
+        """
+        made = mask if isinstance(mask, dict) else {None: mask}
+        if self.maps:
+            return
+        for each in made.values():
+            if each is not None and not isinstance(each, torch.Tensor):
+                raise UnsupportedInputError(
+                    f"this model makes its attention maps itself, and vltok can't cut a {type(each).__name__}; load "
+                    'the model with attn_implementation="sdpa"'
+                )
+        self.maps = {kind: each for kind, each in made.items() if each is not None and each.dim() == 4}
 
     def rows_of_pictures(self) -> list[list[int]]:
         """The pictures of each row, by number."""

@@ -70,6 +70,7 @@ def _enter_prompt(prompt: Prompt, module: nn.Module, embeds: torch.Tensor, kwarg
                 f"this model adds features of its vision tower to visual tokens in its first {deep} decoder layers, so "
                 f"none can be dropped after layer {min(prompt.read) + 1}; drop them later (for ToDRE a larger depth)"
             )
+    prompt.take_maps(kwargs.get("attention_mask"))
     if prompt.base:
         _wrap(prompt)
     return {**changed, "inputs_embeds": layout.pack(embeds), "position_ids": prompt.place(positions)}
@@ -122,7 +123,7 @@ def before_layer(index: int, module: nn.Module, args: tuple, kwargs: dict) -> tu
     kwargs["attention_mask"] = call.mask_of(index, hidden)
     past = call.past(index)
     is_read = isinstance(call, Prompt) and index in call.read
-    if past is not None:
+    if past is not None and call.stores[index] == index:
         past.expect(hidden.shape[1], watch=is_read)
     if not is_read:
         del kwargs[KEYWORD]

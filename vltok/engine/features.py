@@ -61,8 +61,17 @@ class Encoding:
     @property
     def grids(self) -> list[list[int]] | None:
         """Frames, rows and columns of the patches of each picture, where these were passed in."""
-        given = [value for name, value in self.arguments.items() if name.endswith("grid_thw")]
-        return given[0].tolist() if given and isinstance(given[0], torch.Tensor) else None
+        for name, value in self.arguments.items():
+            if name.endswith("grid_thw") and isinstance(value, torch.Tensor):
+                return value.tolist()
+            if name.endswith("_position_ids") and isinstance(value, torch.Tensor) and value.dim() == 3:
+                # Column and row of every patch, (images or frames, patches, 2), -1 for padding.
+                frames = self.arguments.get("num_frames_per_video")
+                frames = [1] * len(value) if frames is None else frames.tolist()
+                first = [sum(frames[:number]) for number in range(len(frames))]
+                sides = (value.amax(1) + 1)[first].tolist()
+                return [[count, rows, columns] for count, (columns, rows) in zip(frames, sides, strict=True)]
+        return None
 
 
 def pixel_keys(pixels: torch.Tensor) -> torch.Tensor:
@@ -70,7 +79,7 @@ def pixel_keys(pixels: torch.Tensor) -> torch.Tensor:
 
     Zeros at the end add nothing, so padding doesn't count.
     """
-    flat = pixels.detach().reshape(pixels.shape[0], -1)
+    flat = pixels.detach().flatten(1)
     kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     bits = flat.contiguous().view(kinds[flat.element_size()]).long()
     weights = (torch.arange(bits.shape[1], device=bits.device) * 2 + 1) * 0x2545F4914F6CDD1D  # odd: no element is lost

@@ -112,6 +112,12 @@ class Keys:
                 seen = seen & ((q - start) // window.size == (k - start) // window.size)
         return seen
 
+    def all_seen(self, window: Window) -> torch.Tensor:
+        """Whether each query sees each key, (B, 1, Q, E), bool."""
+        sides = (*self.queries.shape, self.keys.shape[1])
+        row, query, key = torch.meshgrid(*(torch.arange(n, device=self.keys.device) for n in sides), indexing="ij")
+        return self.see(window, row, query, key).unsqueeze(1)
+
 
 def make_mask(config: Any, like: torch.Tensor, window: Window, keys: Keys, is_plain: bool) -> Any:
     """Make the mask of a layer for the attention implementation of its config.

@@ -157,7 +157,7 @@ class PruningEngine:
         """Numbers made from the pixels, (n,) on the CPU, and how many visual tokens each is about."""
         keys = self.family.pixel_keys(self.model, encoding, pixels).cpu()
         total = sum(encoding.lengths)
-        if len(keys) == len(encoding.lengths):
+        if len(keys) == len(encoding.lengths) and self.family.unit != "row":  # rows hold several, of equal length
             return keys, encoding.lengths
         if len(keys) and total % len(keys) == 0:
             return keys, [total // len(keys)] * len(keys)

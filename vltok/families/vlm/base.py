@@ -124,8 +124,8 @@ class VlmFamily:
     def merge(self, model: nn.Module) -> int:
         """Patches along the side of what one visual token stands for, where grids of patches are passed in."""
         vision = model.config.vision_config
-        sizes = [getattr(vision, name, None) for name in ("spatial_merge_size", "merge_size", "merge_kernel_size")]
-        size = next(filter(None, sizes), 1)
+        names = ("spatial_merge_size", "merge_size", "merge_kernel_size", "pooling_kernel_size")
+        size = next((size for name in names if (size := getattr(vision, name, None))), 1)
         return size if isinstance(size, int) else size[0]
 
     def _merge(self, model: nn.Module, encoding: Encoding, entry: int) -> int:
@@ -137,16 +137,23 @@ class VlmFamily:
         """Numbers made from the pixels, int64: of each picture, tile or frame, in the order of their tokens."""
         sizes = encoding.arguments.get("image_sizes")
         if encoding.grids is not None:
-            patches = [math.prod(grid) for grid in encoding.grids]
-            if sum(patches) == len(pixels):
-                return torch.cat([pixel_keys(own.unsqueeze(0)) for own in pixels.split(patches)])
+            # Rows of pixels are patches, or frames of patches.
+            for rows in ([math.prod(grid) for grid in encoding.grids], [grid[0] for grid in encoding.grids]):
+                if sum(rows) == len(pixels):
+                    return torch.cat([pixel_keys(own.unsqueeze(0)) for own in pixels.split(rows)])
         if sizes is not None and len(sizes) == len(pixels) and pixels.dim() == 4:  # padded to the largest
             cut = [own[None, :, : int(h), : int(w)] for own, (h, w) in zip(pixels, sizes, strict=True)]
             return torch.cat([pixel_keys(own) for own in cut])
         if pixels.dim() == 5 and (self.unit == "row" or len(pixels) != len(encoding.lengths)):
-            pixels = pixels.flatten(0, 1)
+            pixels, mask = pixels.flatten(0, 1), encoding.arguments.get("pixel_attention_mask")
             if self.unit == "row":  # padded with black tiles
-                pixels = pixels[pixels.flatten(1).any(1)]
+                real = pixels.flatten(1).any(1)
+                pixels = pixels[real]
+                if mask is not None:  # and to the largest
+                    mask = mask.flatten(0, 1)[real]
+                    sizes = torch.stack([mask.any(2).sum(1), mask.any(1).sum(1)], dim=1).tolist()
+                    cut = [own[None, :, :h, :w] for own, (h, w) in zip(pixels, sizes, strict=True)]
+                    return torch.cat([pixel_keys(own) for own in cut])
         return pixel_keys(pixels)
 
     def read_attention(
