@@ -139,6 +139,7 @@ def _source(kind: str, prompt: Prompt, recent: Recent) -> Source:
             if known == 0 or given % known:  # somebody cut them since
                 encoding = None
     if encoding is not None:
+        encoding.kind = kind  # some models encode videos by their encoder of images
         return Source(kind, encoding, encoding.lengths)
     found = _recognise(entries, recent)
     lengths = [len(entry) for entry in entries] if found is None else [each.length for each in found]
