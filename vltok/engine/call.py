@@ -378,10 +378,7 @@ class Prompt(Call):
         for other in [name for name, known in self.encodings.items() if known is encoding]:
             del self.encodings[other]
         missing = [name for name in self.awaited if name not in self.encodings]
-        kind = kind if kind in missing or not missing else missing[0]
-        self.encodings[kind] = encoding
-        if encoding is not None:
-            encoding.kind = kind
+        self.encodings[kind if kind in missing or not missing else missing[0]] = encoding
 
     def take_maps(self, mask: Any) -> None:
         """Take the attention maps that the model made for its decoder, where image tokens may see what comes later.

@@ -151,6 +151,7 @@ def _source(kind: str, prompt: Prompt, recent: Recent) -> Source:
             if known == 0 or given % known:  # somebody cut them since
                 encoding = None
     if encoding is not None:
+        encoding.kind = kind  # some models encode videos by their encoder of images
         encoding = _thinned(encoding, prompt.thinned.get(kind))
         return Source(kind, encoding, encoding.lengths)
     found = _recognise(entries, recent)
