@@ -70,7 +70,7 @@ def pixel_keys(pixels: torch.Tensor) -> torch.Tensor:
 
     Zeros at the end add nothing, so padding doesn't count.
     """
-    flat = pixels.detach().reshape(pixels.shape[0], -1)
+    flat = pixels.detach().flatten(1)
     kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     bits = flat.contiguous().view(kinds[flat.element_size()]).long()
     weights = (torch.arange(bits.shape[1], device=bits.device) * 2 + 1) * 0x2545F4914F6CDD1D  # odd: no element is lost
