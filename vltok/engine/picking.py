@@ -85,7 +85,7 @@ def _parts(model: torch.nn.Module, number: int, picture: Picture, per: str, fami
         frames, rows, columns = whole
         lengths = [rows * columns] * (frames - 1) + [picture.length - (frames - 1) * rows * columns]
         grids = [(1, rows, columns)] * frames
-    elif per == "tile" and encoding is not None and picture.kind == "image":
+    elif encoding is not None and per == ("frame" if picture.kind == "video" else "tile"):
         begin, end = picture.offset, picture.offset + picture.length
         inside = {each for each in (*accumulate(encoding.lengths), *accumulate(encoding.spans)) if begin < each < end}
         lengths = [b - a for a, b in pairwise([begin, *sorted(inside), end])]
