@@ -78,7 +78,6 @@ def check(eager, family: TinyFamily, inputs, method) -> None:
     """Compare a pruned model with the oracle that knows of the layers that hold a state, if it has some."""
     if oracle.is_recurrent(oracle.decoder_of(eager, family)):
         # Linear attention goes chunk by chunk: it rounds by where a token stands. Unpruned, too, a row differs by 1e-5.
-
         short.check_prefill_and_words(eager, family, inputs, method, tolerance=5e-5)
     else:
         oracle.check_prefill_and_words(eager, family, inputs, method)
