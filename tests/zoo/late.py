@@ -5,8 +5,6 @@ Each with its real processor.
 
 from __future__ import annotations
 
-import functools
-from dataclasses import replace
 from typing import Any
 
 import transformers
@@ -150,6 +148,13 @@ DOCLING_SPECIALS += [f"<row_{row}_col_{column}>" for row in (1, 2) for column in
 
 
 def _docling(attention: str) -> nn.Module:
+    # Not those of the checkpoints, with which random weights would attend to all tokens alike.
+    scales = {
+        "embedding_multiplier": 2.0,
+        "attention_multiplier": 0.25,
+        "residual_multiplier": 1.0,
+        "logits_scaling": 1.0,
+    }
     config = transformers.GraniteDoclingConfig(
         vision_config={
             **TOWER,
@@ -158,7 +163,7 @@ def _docling(attention: str) -> nn.Module:
             "out_hidden_size": 64,
             "deepstack_visual_indexes": [0, 1, 2],
         },
-        text_config=dict(TEXT),
+        text_config={**TEXT, **scales},
         image_token_id=4,
         tie_word_embeddings=False,
         attn_implementation=attention,
