@@ -12,7 +12,7 @@ from torch import nn
 
 from vltok.engine.attention import unreadable
 from vltok.engine.cache import PrunedLayer, attention_layers, bytes_held, check_cache
-from vltok.engine.call import Call, Prompt
+from vltok.engine.call import Call
 from vltok.engine.features import KEYWORD
 from vltok.engine.layout import Layout, take
 from vltok.engine.masks import packed_samples
@@ -20,6 +20,7 @@ from vltok.engine.names import CACHE
 from vltok.engine.parts import layers_read
 from vltok.engine.picking import pick_tokens
 from vltok.engine.pictures import find_pictures
+from vltok.engine.prompt import Prompt
 from vltok.engine.rules import State, recall, remember
 from vltok.errors import UnsupportedInputError
 from vltok.report import RelevanceRecord, Report

@@ -22,13 +22,14 @@ from torch import nn
 from vltok.edits import Edits
 from vltok.engine.attention import TowerReader, unreadable
 from vltok.engine.cache import check_cache, is_pruned
-from vltok.engine.call import Call, Continuation, Hints, Prompt
+from vltok.engine.call import Call, Continuation, Hints
 from vltok.engine.decoder import after_attention, after_decoder, before_decoder, before_layer
 from vltok.engine.features import ENCODERS, KEYWORD, KINDS, PIXELS, Encoder, Encoding, Recent, Tape
 from vltok.engine.masks import seen_by_any
 from vltok.engine.names import cache_in
 from vltok.engine.parts import attention_of, layers_read
 from vltok.engine.pictures import sources_in
+from vltok.engine.prompt import Prompt
 from vltok.errors import UnsupportedInputError, UnsupportedModelError
 from vltok.report import Report
 from vltok.run import Run
