@@ -395,7 +395,6 @@ LLAVA_ONEVISION = TinyFamily(
     (168, 150),
     False,
     (88, 79),
-    shows_patches=False,
     video="<video>",
     clip_tokens=17,
 )

@@ -294,6 +294,7 @@ IDEFICS2 = _row(
     (40, 40),
     tokens=(12, 12),
     windowed=True,
+    shows_patches=False,
     decoder="text_model",
 )
 # Four quarters and the whole.

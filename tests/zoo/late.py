@@ -193,10 +193,21 @@ LFM3_VL = TinyFamily(
     windowed=True,
     video="<|video_pad|>",
     clip_tokens=24,
+    shows_patches=False,
 )
 # 96 x 64: six crops of 4 tokens and the whole picture of 16; 64 x 64: the whole picture.
 STEP3P7 = TinyFamily(
-    "step3p7", _step, _step_processor, "<im_patch>", (96, 64), (64, 64), False, (40, 16), projects=False, windowed=True
+    "step3p7",
+    _step,
+    _step_processor,
+    "<im_patch>",
+    (96, 64),
+    (64, 64),
+    False,
+    (40, 16),
+    projects=False,
+    windowed=True,
+    shows_patches=False,
 )
 # Its tokens are those of the grid, one more in every row, one in front and one behind.
 HUNYUAN_VL = TinyFamily(
@@ -213,7 +224,16 @@ HUNYUAN_VL = TinyFamily(
     new_image_in_turn=False,
 )
 FAST_VLM = TinyFamily(
-    "fast_vlm", _fast_vlm, _fast_vlm_processor, "<image>", (128, 128), (160, 100), False, (16, 16), projects=False
+    "fast_vlm",
+    _fast_vlm,
+    _fast_vlm_processor,
+    "<image>",
+    (128, 128),
+    (160, 100),
+    False,
+    (16, 16),
+    projects=False,
+    shows_patches=False,
 )
 # 128 x 64: the whole picture of 18 tokens and two slices of 16; 64 x 64: the whole picture. Frames are not sliced.
 MINICPMV4_6 = TinyFamily(

@@ -40,7 +40,9 @@ class Encoding:
         pixels_shape: Shape of the pixels.
         arguments: The other arguments they were encoded with.
         request: Which attention was asked for while they were encoded.
-        attention: The attention as read in the tower, (R, S) or (patches,), float32.
+        attention: The attention as read in the tower, (R, S), float32, each time that it ran.
+        seen: Which of these tokens the model takes, (V of `whole`,), bool, where it leaves some out itself.
+        whole: The encoding with all of them.
         rows: A number made from each visual token, (V,), int64, to know them again in merged embeddings.
         notes: What the family works out once.
         decisions: What decoder rules decided on prompts about these pictures, for `generate` without a cache.
@@ -53,7 +55,9 @@ class Encoding:
     lengths: list[int] = field(default_factory=list)
     keys: torch.Tensor | None = None
     spans: list[int] = field(default_factory=list)
-    attention: torch.Tensor | None = None
+    attention: list[torch.Tensor] = field(default_factory=list)
+    seen: torch.Tensor | None = None
+    whole: Encoding | None = None
     rows: torch.Tensor | None = None
     notes: dict[str, Any] = field(default_factory=dict)
     decisions: dict[Any, Any] = field(default_factory=dict)

@@ -168,7 +168,8 @@ def _thinned(encoding: Encoding, mask: torch.Tensor | None) -> Encoding:
     keys, spans = encoding.keys, lengths
     if encoding.spans != encoding.lengths:
         keys, spans = keys.sum(0, keepdim=True), [sum(lengths)]
-    return replace(encoding, lengths=lengths, keys=keys, spans=spans, rows=encoding.rows[mask])
+    known = {"lengths": lengths, "keys": keys, "spans": spans, "rows": encoding.rows[mask]}
+    return replace(encoding, **known, seen=mask, whole=encoding, notes={})
 
 
 def _recognise(entries: list[torch.Tensor] | None, recent: Recent) -> list[Found] | None:

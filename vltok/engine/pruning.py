@@ -139,12 +139,13 @@ class PruningEngine:
     def _watch_tower(self, request: AttentionRequest | None) -> None:
         if request is None:
             return
-        attention, read = self.family.attention_module(self.model, request), self.family.read_attention
         with self._lock:
-            hooks = attention._forward_pre_hooks.values()
-            readers = [getattr(hook, "__self__", None) for hook in hooks]
-            if not any(isinstance(r, TowerReader) and r.tape is self.tape and r.request == request for r in readers):
-                self.edits.before(attention, TowerReader(self.tape, request, read).see)
+            for attention in self.family.attention_modules(self.model, request):
+                hooks = attention._forward_pre_hooks.values()
+                known = [getattr(hook, "__self__", None) for hook in hooks]
+                known = [each for each in known if isinstance(each, TowerReader) and each.tape is self.tape]
+                if request not in [each.request for each in known]:
+                    self.edits.before(attention, TowerReader(self.tape, request).see)
 
     # Encoding
 

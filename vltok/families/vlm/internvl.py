@@ -17,17 +17,9 @@ class InternVL(VlmFamily):
     title = "InternVL"
     model_classes = ("InternVLModel",)
     unit = "run"
+    patches = "rows"
 
     def overview(self, model: nn.Module, encoding: Encoding, picture: Picture) -> torch.Tensor | None:
         overview = torch.zeros(picture.length, dtype=torch.bool)
         overview[-encoding.lengths[picture.entries.stop - 1] :] = True  # the thumbnail comes last
         return overview
-
-    def token_attention(self, model: nn.Module, encoding: Encoding) -> torch.Tensor | None:
-        """Mean attention of the patches behind each visual token, (V,)."""
-        attention = self.patch_attention(model, encoding)
-        if attention is None:
-            return None
-        side = int(attention.shape[1] ** 0.5)
-        merged = model.pixel_shuffle(attention.view(-1, side, side, 1), scale_factor=model.config.downsample_ratio)
-        return merged.mean(-1).flatten()

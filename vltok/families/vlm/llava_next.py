@@ -8,7 +8,10 @@ from transformers.models.llava_next.modeling_llava_next import image_size_to_num
 
 from vltok.engine.features import Encoding, pixel_keys
 from vltok.engine.pictures import Picture
+from vltok.families.vlm.base import VlmFamily
 from vltok.families.vlm.llava import Llava
+from vltok.tokens import Grid3
+from vltok.views import ProjectorSite
 
 
 class LlavaNext(Llava):
@@ -19,12 +22,10 @@ class LlavaNext(Llava):
     model_classes = ("LlavaNextModel",)
     patch_counters = ("pack_image_features",)
 
-    def token_attention(self, model: nn.Module, encoding: Encoding) -> torch.Tensor | None:
+    def token_attention(self, model: nn.Module, encoding: Encoding) -> torch.Tensor:
         numbers, length = self._numbers(model, encoding)
-        attention = self.row_attention(model, encoding, length)
-        if attention is None:
-            return None
-        flat = torch.cat([attention.flatten(), attention.new_full((1,), -torch.inf)])  # number -1: a newline
+        attention = self.projected_attention(model, encoding, sum(self._crops(model, encoding)) * length)
+        flat = nn.functional.pad(attention, (0, 1), value=-torch.inf)  # number -1: a newline
         return flat[torch.cat(numbers).to(flat.device)]
 
     def overview(self, model: nn.Module, encoding: Encoding, picture: Picture) -> torch.Tensor | None:
@@ -68,3 +69,29 @@ class LlavaNext(Llava):
             )
             encoding.notes["numbers"] = [each.flatten().long() for each in packed], length
         return encoding.notes["numbers"]
+
+
+class LlavaNextVideo(LlavaNext):
+    """LLaVA-NeXT-Video: images as in LLaVA-NeXT, and videos whose frames are pooled."""
+
+    name = "llava_next_video"
+    title = "LLaVA-NeXT-Video"
+    model_classes = ("LlavaNextVideoModel",)
+    patch_counters = ()
+
+    def token_attention(self, model: nn.Module, encoding: Encoding) -> torch.Tensor:
+        if encoding.kind == "video":
+            return self.projected_attention(model, encoding, sum(encoding.lengths))
+        return super().token_attention(model, encoding)
+
+    def overview(self, model: nn.Module, encoding: Encoding, picture: Picture) -> torch.Tensor | None:
+        return None if encoding.kind == "video" else super().overview(model, encoding, picture)
+
+    def grid(self, model: nn.Module, encoding: Encoding, offset: int, length: int) -> Grid3 | None:
+        return VlmFamily.grid(self, model, encoding, offset, length) if encoding.kind == "video" else None
+
+    def pixel_keys(self, model: nn.Module, encoding: Encoding, pixels: torch.Tensor) -> torch.Tensor:
+        return pixel_keys(pixels) if encoding.kind == "video" else super().pixel_keys(model, encoding, pixels)
+
+    def projector_site(self, model: nn.Module) -> ProjectorSite:
+        return VlmFamily.projector_site(self, model)
