@@ -7,9 +7,7 @@ a token has gradients in its own patches alone.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,6 +16,7 @@ import torch
 from prompts import probe
 from tiny import TinyFamily, clip, picture
 from torch import nn
+from unchanged import unchanged
 from zoo import gemma, glm, late, qwen, tiles
 
 import vltok
@@ -47,26 +46,6 @@ def inputs_of(family: TinyFamily, kind: str) -> Any:
 # The twin
 
 
-@dataclass
-class Seen:
-    """What an unpruned model did: softmax maps of a layer, what entered its tower, and the entries of its features."""
-
-    maps: list[torch.Tensor] = field(default_factory=list)
-    entered: list[torch.Tensor] = field(default_factory=list)
-    entries: list[torch.Tensor] = field(default_factory=list)
-
-
-@contextmanager
-def hooked(module: nn.Module, before: Callable | None = None, after: Callable | None = None) -> Iterator[None]:
-    hooks = [module.register_forward_pre_hook(before, with_kwargs=True)] if before else []
-    hooks += [module.register_forward_hook(after)] if after else []
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 def blocks_of(model: nn.Module) -> list[nn.ModuleList]:
     """The blocks of each vision tower, of the modules that vltok hooks."""
     family = view(model).family
@@ -77,28 +56,24 @@ def attention_in(block: nn.Module) -> nn.Module:
     return next(child for name, child in block.named_children() if name in ("self_attn", "attn", "attention"))
 
 
-def run(model: nn.Module, inputs: Any) -> Seen:
-    """Run a model, and keep the entries of its features."""
-    seen = Seen()
-    plain = {
-        name: getattr(model.model, name)
-        for name in ("get_image_features", "get_video_features")
-        if hasattr(model.model, name)
-    }
+def features_of(model: nn.Module, inputs: Any) -> torch.Tensor:
+    """The visual tokens of a call, (V, D)."""
+    names = [name for name in ("get_image_features", "get_video_features") if hasattr(model.model, name)]
+    plain, found = {name: getattr(model.model, name) for name in names}, []
 
     def keep(name: str, *args: Any, **kwargs: Any) -> Any:
         output = plain[name](*args, **kwargs)
-        seen.entries = [entry.flatten(0, -2) for entry in output.pooler_output]
+        found[:] = [entry.flatten(0, -2) for entry in output.pooler_output]
         return output
 
     try:
-        for name in plain:
+        for name in names:
             setattr(model.model, name, functools.partial(keep, name))
         model(**inputs)
     finally:
-        for name in plain:
+        for name in names:
             delattr(model.model, name)
-    return seen
+    return torch.cat(found)
 
 
 def softmax_of(model: nn.Module, inputs: Any, layer: int, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
@@ -161,7 +136,7 @@ def behind(model: nn.Module, inputs: Any, layer: int, has_cls: bool) -> torch.Te
     hooks += [attention_in(b).register_forward_hook(off) for blocks in blocks_of(model) for b in blocks]
     try:
         with torch.enable_grad():
-            tokens = torch.cat(run(model, inputs).entries)
+            tokens = features_of(model, inputs)
             (states,) = entered
             mix = torch.randn(tokens.shape[-1], generator=torch.Generator().manual_seed(0))
             grads = [
@@ -191,13 +166,118 @@ def kinds(family: TinyFamily) -> list[str]:
     return ["image", "other image", *(["video"] if family.video else [])]
 
 
-CASES = [pytest.param(key, kind, id=f"{key}-{kind}") for key, family in READ.items() for kind in kinds(family)]
+def seen_by_selector(model: nn.Module, inputs: Any, kind: str, layer: int = -1) -> torch.Tensor:
+    """The attention of all visual tokens of a prompt with one image or video, (V,)."""
+    return torch.cat([visual.attention.flatten() for visual in probe(model, inputs, kind, layer)])
+
+
+SHRUNK = (tiny.LLAVA_ONEVISION.key, "other image")  # its tokens are interpolated, so they have no mean
+CASES = [
+    pytest.param(key, kind, id=f"{key}-{kind}")
+    for key, family in READ.items()
+    for kind in kinds(family)
+    if (key, kind) != SHRUNK
+]
 
 
 @pytest.mark.parametrize("layer", [0, -1])
 @pytest.mark.parametrize(("key", "kind"), CASES)
 def test_attention_received_is_the_mean_over_the_patches_of_a_token(key, kind, layer, monkeypatch):
     inputs = inputs_of(READ[key], kind)
-    seen = probe(model_of(key), inputs, "received", layer)
-    actual = torch.cat([visual.attention.flatten() for visual in seen])
+    actual = seen_by_selector(model_of(key), inputs, "received", layer)
     torch.testing.assert_close(actual, expected(key, inputs, "received", layer, monkeypatch), **CLOSE)
+
+
+@pytest.mark.parametrize(("key", "kind"), [case for case in CASES if READ[case.values[0]].has_cls])
+def test_attention_of_the_cls_token_is_the_mean_over_the_patches_of_a_token(key, kind, monkeypatch):
+    inputs = inputs_of(READ[key], kind)
+    actual = seen_by_selector(model_of(key), inputs, "cls")
+    torch.testing.assert_close(actual, expected(key, inputs, "cls", -1, monkeypatch), **CLOSE)
+
+
+def test_attention_is_interpolated_as_the_tokens_are(monkeypatch):
+    """What the tokens of a shrunk picture take of each token of the projector is asked of the model, too."""
+    key, kind = SHRUNK
+    inputs, eager = inputs_of(READ[key], kind), model_of(key, "eager")
+    (weights,) = softmax_of(eager, inputs, -1, monkeypatch)
+    projected = []
+
+    def note(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        projected.append(output.detach().requires_grad_())
+        return projected[-1]
+
+    hook = eager.model.multi_modal_projector.register_forward_hook(note)
+    with torch.enable_grad():
+        tokens = features_of(eager, inputs)
+        shares = torch.stack(
+            [torch.autograd.grad(token[0], projected[0], retain_graph=True)[0][..., 0].flatten() for token in tokens]
+        )
+    hook.remove()
+    has_patches = shares.sum(1) > 0
+    actual = seen_by_selector(model_of(key), inputs, "received")
+    assert ((shares > 0).sum(1) > 1).any() and not has_patches.all()
+    assert torch.equal(actual.isfinite(), has_patches)
+    torch.testing.assert_close(actual[has_patches], (shares @ received(weights).flatten())[has_patches], **CLOSE)
+
+
+# Batches
+
+METHODS = [vltok.FasterVLM(keep_ratio=0.4), vltok.ToDRE(keep_ratio=0.4, pivot="auto", relevance=False)]
+SEEDS_AND_SIZES = [(1, 0), (2, 1), (3, 1), (4, 0)]
+
+
+def batch_and_singles(family: TinyFamily) -> tuple[Any, list[Any]]:
+    """Prompts with one image each, of two sizes, in a batch and alone."""
+    images = [picture(seed, (family.size, family.other_size)[size]) for seed, size in SEEDS_AND_SIZES]
+    prompts = [f"w{number} <image> w9" for number in range(len(images))]
+    singles = [family.inputs([prompt], [image]) for prompt, image in zip(prompts, images, strict=True)]
+    return family.inputs(prompts, images), singles
+
+
+@pytest.mark.parametrize("key", READ)
+def test_attention_in_a_batch_of_images_of_different_sizes_is_that_of_each_alone(key):
+    model, (together, singles) = model_of(key), batch_and_singles(READ[key])
+    found: dict[int, torch.Tensor] = {}
+    for visual in probe(model, together, "received"):
+        found |= dict(zip(visual.image_keys.tolist(), visual.attention, strict=True))
+    count = 0
+    for inputs in singles:
+        for visual in probe(model, inputs, "received"):
+            for number, attention in zip(visual.image_keys.tolist(), visual.attention, strict=True):
+                torch.testing.assert_close(found[number], attention, **CLOSE)
+                count += 1
+    assert count == len(found)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=["fastervlm", "todre"])
+@pytest.mark.parametrize("key", READ)
+def test_picks_do_not_depend_on_the_batch(key, method):
+    model, (together, singles) = model_of(key), batch_and_singles(READ[key])
+    with vltok.apply(model, method) as handle:
+        model(**together)
+        kept = handle.report(file=None).keep_indices
+        for row, inputs in zip(kept, singles, strict=True):
+            model(**inputs)
+            (alone,) = handle.report(file=None).keep_indices
+            assert [own.tolist() for own in row] == [own.tolist() for own in alone]
+
+
+# Refusals
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_families_whose_tokens_stand_for_no_patch_refuse_by_name(key):
+    model = model_of(key)
+    title = view(model).family.title
+    with unchanged(model), pytest.raises(UnsupportedModelError, match=f"the visual tokens of {title} stand for"):
+        vltok.apply(model, METHODS[0])
+    with vltok.apply(model, METHODS[1]) as handle:  # which asks for none where there is no [CLS] token
+        model(**inputs_of(REFUSED[key], "image"))
+        assert handle.report(file=None).keep_indices
+
+
+@pytest.mark.parametrize("key", EVERY)
+def test_a_family_says_whether_its_attention_is_read(key):
+    family, model = view(model_of(key)).family, model_of(key)
+    assert family.reads_attention == EVERY[key].shows_patches
+    assert family.has_cls(model.model) == EVERY[key].has_cls

@@ -312,6 +312,7 @@ ROWS = [
         (112, 56),
         (56, 112),
         tokens=(48, 48),
+        has_cls=True,
         video="<video>",
         clip_tokens=64,
     ),
