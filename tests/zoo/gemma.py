@@ -316,7 +316,15 @@ GEMMA3_CROPS = replace(
     GEMMA3_ROW, processor=functools.partial(_gemma3_processor, True), variant="crops", tokens=(16, 48)
 )
 PALIGEMMA = _row(
-    "paligemma", _paligemma, _paligemma_processor, "<image>", (32, 32), (48, 32), tokens=(16, 16), word_type=1
+    "paligemma",
+    _paligemma,
+    _paligemma_processor,
+    "<image>",
+    (32, 32),
+    (48, 32),
+    tokens=(16, 16),
+    new_image_in_turn=False,  # all of a prompt sees all of it, but not what a later turn brings
+    word_type=1,
 )
 PALIGEMMA2 = replace(PALIGEMMA, build=functools.partial(_paligemma, text="gemma2"), variant="gemma2", windowed=True)
 # Pictures are scaled to 70 tokens at most. 144 x 8: one row of 35, so also a frame. 40 x 20: five rows of eleven.

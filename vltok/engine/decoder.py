@@ -117,6 +117,7 @@ def before_layer(index: int, module: nn.Module, args: tuple, kwargs: dict) -> tu
     kwargs = dict(kwargs)
     if isinstance(call, Prompt):
         hidden = _rows_of_layer(call, index, hidden, kwargs)
+        args = (*args[:1], *(_rows_of_extra(call, index, each) for each in args[1:]))
         # Rotary tables are made. Flash attention looks at positions alone, and takes gaps for the ends of samples.
         kwargs["position_ids"] = call.places_in_samples(call.groups[index])
     elif "position_ids" in kwargs:  # layers that count keys in blocks would look for blocks that aren't there
@@ -150,10 +151,16 @@ def _rows_of_layer(prompt: Prompt, index: int, hidden: torch.Tensor, kwargs: dic
         elif isinstance(tables, torch.Tensor):
             kwargs["position_embeddings"] = take(tables, slots, dim=-2)
         for name, value in kwargs.items():
-            is_ours = name in ("position_embeddings", "attention_mask", "hidden_states")
-            if not is_ours and isinstance(value, torch.Tensor) and value.shape[:2] == first.order.shape:
-                kwargs[name] = take(value, slots)
+            if name not in ("position_embeddings", "attention_mask", "hidden_states"):
+                kwargs[name] = _rows_of_extra(prompt, index, value)
     return hidden
+
+
+def _rows_of_extra(prompt: Prompt, index: int, value: Any) -> Any:
+    """Bring what comes with the hidden states, (B, P, ...), from the first layout into that of a layer."""
+    layout, first = prompt.layouts[prompt.groups[index]], prompt.layouts[0]
+    is_cut = layout is not first and isinstance(value, torch.Tensor) and value.shape[:2] == first.order.shape
+    return take(value, layout.within(first)) if is_cut else value
 
 
 @torch.compiler.disable  # it waits for the device and decides in Python
