@@ -80,9 +80,9 @@ class PruningEngine:
             raise ValueError(f"{type(self.rule).__name__} already drops visual tokens in this decoder; give one")
         decoder = self.family.decoder(self.model)
         for index in layers_read(rule, decoder):
-            attention = attention_of(decoder.layers[index])
-            if attention is None or not hasattr(attention, "config"):
-                raise unreadable(decoder.layers[index] if attention is None else attention)
+            attention = _readable(decoder.layers[index])
+            if not hasattr(attention, "config"):
+                raise unreadable(attention)
         self.rule = rule
         self.follow()
 
@@ -115,9 +115,7 @@ class PruningEngine:
         for index, layer in enumerate(decoder.layers):
             self._hook(f"layer {index}", layer, (partial(before_layer, index), None))
             if index in watched:
-                attention = attention_of(layer)
-                if attention is None:
-                    raise unreadable(layer)
+                attention = _readable(layer)
                 self._hook(f"attention {index}", attention, (None, partial(after_attention, index)))
 
     def _hook(self, place: str, module: nn.Module, hooks: tuple[Any, Any]) -> None:
@@ -292,6 +290,19 @@ def call_attends(mask: Any, visual: torch.Tensor, base: int) -> torch.Tensor:
             f"{tuple(maps[0].shape)}"
         )
     return attended.to(visual.device).expand_as(visual)
+
+
+def _readable(layer: nn.Module) -> nn.Module:
+    """The attention module of a decoder layer, which a rule is about to read."""
+    attention = attention_of(layer)
+    if attention is None:
+        raise unreadable(layer)
+    if getattr(attention, "indexer", None) is not None:
+        raise UnsupportedModelError(
+            f"{type(attention).__name__} leaves keys out by an indexer of its own before it attends, so its attention "
+            "can't be read; methods that prune before the decoder work (for ToDRE relevance=False)"
+        )
+    return attention
 
 
 def _has(module: nn.Module, hooks: tuple[Any, Any]) -> bool:
