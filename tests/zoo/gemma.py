@@ -349,7 +349,7 @@ GEMMA4_MOE = replace(
 # The small ones: an input of its own for every layer, and the last layers take keys and values of the first.
 SHARED = {"hidden_size_per_layer_input": 8, "layer_types": SLIDING[2:] * 2, "use_double_wide_mlp": True}
 GEMMA4_SHARED = replace(
-    GEMMA4_ROW, build=functools.partial(_gemma4, num_kv_shared_layers=2, **SHARED), variant="shared"
+    GEMMA4_ROW, build=functools.partial(_gemma4, num_kv_shared_layers=2, **SHARED), variant="shared", shares_keys=True
 )
 # 84 x 56: two lines of three tokens. 112 x 112: four of four.
 MISTRAL3 = _row("mistral3", _mistral3, _mistral3_processor, "[IMG]", (84, 84), (112, 100), tokens=(9, 16))

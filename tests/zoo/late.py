@@ -191,7 +191,7 @@ def _gemma3n(attention: str) -> nn.Module:
     inputs = {"altup_num_inputs": 3, "vocab_size_per_layer_input": 56, "hidden_size_per_layer_input": 8}
     ears = {"hidden_size": 32, "conf_num_hidden_layers": 1, "conf_num_attention_heads": 2, "input_feat_size": 16}
     config = transformers.Gemma3nConfig(
-        text_config={**TEXT, **layers, **inputs, "laurel_rank": 8, "num_kv_shared_layers": 0},
+        text_config={**TEXT, **layers, **inputs, "laurel_rank": 8, "num_kv_shared_layers": 2},
         # Not the tower of the checkpoints, which has 300 million weights: 128 x 128 pixels make 4 x 4 tokens.
         vision_config={"architecture": "resnet10t", "hidden_size": 512, "vocab_size": 4, "vocab_offset": 56},
         audio_config={**ears, "sscp_conv_channel_size": (8, 4), "vocab_size": 4, "vocab_offset": 60},
@@ -285,5 +285,7 @@ GRANITE_DOCLING = TinyFamily(
     projects=False,
     decoder="text_model",
 )
-GEMMA3N = replace(FAST_VLM, name="gemma3n", build=_gemma3n, processor=_gemma3n_processor, windowed=True)
+GEMMA3N = replace(
+    FAST_VLM, name="gemma3n", build=_gemma3n, processor=_gemma3n_processor, windowed=True, shares_keys=True
+)
 ROWS = [LFM3_VL, STEP3P7, HUNYUAN_VL, FAST_VLM, MINICPMV4_6, GRANITE_DOCLING, GEMMA3N]

@@ -25,7 +25,7 @@ from vltok.engine.cache import check_cache, is_pruned
 from vltok.engine.call import Call, Continuation, Hints
 from vltok.engine.decoder import after_attention, after_decoder, before_decoder, before_layer
 from vltok.engine.features import ENCODERS, KEYWORD, KINDS, PIXELS, Encoder, Encoding, Recent, Tape
-from vltok.engine.masks import seen_by_any
+from vltok.engine.masks import seen_by_any, stores_of
 from vltok.engine.names import cache_in
 from vltok.engine.parts import attention_of, layers_read
 from vltok.engine.pictures import sources_in
@@ -83,6 +83,13 @@ class PruningEngine:
             attention = _readable(decoder.layers[index])
             if not hasattr(attention, "config"):
                 raise unreadable(attention)
+            stores = stores_of(decoder.config, len(decoder.layers))
+            if any(store <= index < layer for layer, store in enumerate(stores)):
+                raise UnsupportedModelError(
+                    f"the last layers of {self.family.title} attend to keys that earlier ones made, where the visual "
+                    f"tokens still are, so none can be dropped after layer {index + 1}; prune before the decoder only "
+                    "(for ToDRE relevance=False)"
+                )
         self.rule = rule
         self.follow()
 
