@@ -13,7 +13,7 @@ from tiny import TinyFamily, clip, picture, shared_model
 from zoo import glm, late, short
 
 import vltok
-from vltok.errors import UnsupportedInputError
+from vltok.errors import UnsupportedInputError, UnsupportedModelError
 
 ROWS = [*glm.ROWS, *late.ROWS]
 METHODS = [vltok.StrideTokens(keep_ratio=0.4), vltok.ToDRE(keep_ratio=0.4, relevance=False)]
