@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "processing": {"errors", "files", "methods", "version"},
     "models": {"checks", "errors", "methods", "recompute", "tokens"},
     "nn": {"methods", "tokens"},
-    "views": {"edits", "method"},
+    "views": {"edits", "method", "tokens"},
     "method": {"edits", "errors", "run"},
     "run": {"method"},
     "edits": {"errors"},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import oracle
 import pytest
 import torch
@@ -11,7 +13,7 @@ from tiny import TinyFamily, clip, picture, shared_model
 from zoo import glm, late, short
 
 import vltok
-from vltok.errors import UnsupportedInputError
+from vltok.errors import UnsupportedInputError, UnsupportedModelError
 
 ROWS = [*glm.ROWS, *late.ROWS]
 METHODS = [vltok.StrideTokens(keep_ratio=0.4), vltok.ToDRE(keep_ratio=0.4, relevance=False)]
@@ -19,7 +21,7 @@ STRIDE = METHODS[0]
 BATCH = ["w4 <image> w5 w6 <image> w7", "w1 w2 <image> w3", "w3 w4"]
 CLIPS = ["w1 <video> w2 w3 <video> w4", "w5 <video> w6"]
 
-TEXT = ("input_ids", "attention_mask", "mm_token_type_ids")
+TEXT = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
 
 by_video = pytest.mark.parametrize("family", [row for row in ROWS if row.video], ids=lambda family: family.key)
 by_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: type(method).__name__)
@@ -223,6 +225,29 @@ def test_positions_counted_anew(family, eager):
             vltok.apply(eager, method)
     else:
         short.check_prefill_and_words(eager, family, batch(family), method)
+
+
+def test_visual_tokens_that_are_dropped_inside_the_decoder(family, eager):
+    decoder = oracle.decoder_of(eager, family)
+    if oracle.is_recurrent(decoder):
+        pytest.skip("some layers can't be told to forget")
+    inputs, method = batch(family), vltok.ToDRE(keep_ratio=0.4, tau=1.0, depth=0.75)
+    visual = oracle.placeholders(eager, inputs)
+    if family.shares_keys:
+        with pytest.raises(UnsupportedModelError, match="attend to keys that earlier ones made"):
+            vltok.apply(eager, method)
+        return
+    with vltok.apply(eager, method) as handle:
+        logits, words = eager(**inputs).logits, generate(eager, inputs)
+        gone = oracle.dropped(handle.report(file=None), visual)
+    last = SimpleNamespace(layers=decoder.layers[-1:])
+    with oracle.hidden(decoder, gone), oracle.hidden(last, visual):
+        expected = eager(**oracle.longer(inputs, words[:, :-1]), use_cache=False).logits
+    seen, length = inputs["attention_mask"].bool() & ~visual, visual.shape[1]
+    assert_close(logits[seen], expected[:, :length][seen])
+    chosen = expected[:, length - 1 :].clone()
+    chosen[..., [*eager.generation_config.suppress_tokens, 2]] = -torch.inf
+    assert torch.equal(words, chosen.argmax(-1))
 
 
 def test_a_budget_for_every_tile(family, eager):

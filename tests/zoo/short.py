@@ -17,6 +17,9 @@ from torch import nn
 
 import vltok
 
+CAP = "final_logit_softcapping"
+TOKENWISE = ("per_layer_inputs",)  # what some decoders get for every token besides its embedding
+
 
 def entering(model: nn.Module, family: TinyFamily, inputs: Any) -> dict[str, Any]:
     """What enters the decoder of an unpruned model, by name; positions are always there, ([axes,] B, T)."""
@@ -75,7 +78,7 @@ def logits_of_kept(
     deep = given.get("deepstack_visual_embeds")
     for row, own in enumerate(keep):
         positions = given["position_ids"][..., row : row + 1, own]
-        extra = {}
+        extra = {name: value[row : row + 1, own] for name, value in given.items() if name in TOKENWISE}
         if deep is not None:
             here = torch.zeros_like(keep)
             here[row] = own
@@ -90,7 +93,8 @@ def logits_of_kept(
                 use_cache=False,
                 **extra,
             )
-        yield model.lm_head(states.last_hidden_state)[0]
+        logits, cap = model.lm_head(states.last_hidden_state)[0], getattr(model.config.get_text_config(), CAP, None)
+        yield logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ _GENERIC = [
     _generic("exaone4_5", "EXAONE 4.5", "Exaone4_5_Model", patches="windows"),
     _generic("fast_vlm", "FastVLM", "FastVlmModel"),
     _generic("gemma3", "Gemma 3", "Gemma3Model", patches="rows"),
+    _generic("gemma3n", "Gemma 3n", "Gemma3nModel"),
     _generic("gemma4", "Gemma 4", "Gemma4Model", patches="rows"),
     _generic("glm46v", "GLM-4.6V", "Glm46VModel", patches="blocks"),
     _generic("glm4v", "GLM-4V", "Glm4vModel", patches="blocks"),
