@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "api": {"calls", "edits", "families", "handle", "method", "run"},
     "handle": {"calls", "edits", "method", "report", "run", "version"},
     "serialization": {"api", "checks", "engine", "errors", "families", "files", "handle", "method"},
-    "families": {"edits", "engine", "errors", "method", "recompute", "run", "views"},
+    "families": {"edits", "engine", "errors", "method", "recompute", "run", "tokens", "views"},
     "engine": {"edits", "errors", "method", "recompute", "report", "run", "tokens", "views"},
     "methods": {"autograd", "checks", "edits", "errors", "kernels", "method", "recompute", "report", "tokens", "views"},
     "convert": {"api", "checks", "errors", "files", "methods", "serialization"},

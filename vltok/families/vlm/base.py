@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from transformers.vision_utils import get_vision_window_index
 
 from vltok.edits import Edits
 from vltok.engine.attention import can_be_read, unreadable_tower
@@ -207,8 +208,6 @@ class VlmFamily:
         self, model: nn.Module, encoding: Encoding, attention: torch.Tensor, merge: int
     ) -> torch.Tensor:
         """Undo the order in which a tower with windows has its patches, (1, patches)."""
-        from transformers.vision_utils import get_vision_window_index  # which came with later towers
-
         tower = self.tower(model)
         order, _ = get_vision_window_index(
             torch.tensor(encoding.grids),
