@@ -37,7 +37,11 @@ def cls_attention(
 
 
 def received_attention(
-    query: torch.Tensor, key: torch.Tensor, scale: float, mask: torch.Tensor | None = None, chunk: int = 256
+    query: torch.Tensor,
+    key: torch.Tensor,
+    scale: float,
+    mask: torch.Tensor | None = None,
+    at_once: int = 2**25,
 ) -> torch.Tensor:
     """Attention that every token receives from all queries together, mean over the heads.
 
@@ -48,18 +52,19 @@ def received_attention(
         key: Keys, (B, H or fewer, S, d).
         scale: Factor of their products.
         mask: As in `cls_attention`.
-        chunk: Queries taken at a time; peak memory is B * H * chunk * S floats.
+        at_once: Products to hold at a time, at least those of one query of each row; never all B * H * S * S.
 
     Returns:
         Attention received, (B, S), float32; the tokens of a row, padding left out, receive 1 on average.
     """
-    batch, length = query.shape[0], query.shape[2]
+    batch, heads, length, _ = query.shape
     is_real = query.new_ones(batch, length, dtype=torch.float32)
     if mask is not None:
         is_real = is_real * (mask if mask.dtype == torch.bool else mask > _lowest(mask) / 2).any(2).any(1)
     total = torch.zeros_like(is_real)
-    for rows in torch.arange(length).split(chunk):
-        own = slice(int(rows[0]), int(rows[-1]) + 1)
+    rows = max(1, at_once // max(1, batch * heads * length))
+    for start in range(0, length, rows):
+        own = slice(start, start + rows)
         seen = mask if mask is None or mask.shape[2] == 1 else mask[:, :, own]
         total += (_probabilities(query[:, :, own], key, scale, seen).mean(1) * is_real[:, own, None]).sum(1)
     return total * is_real
