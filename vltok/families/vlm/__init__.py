@@ -1,7 +1,8 @@
 """The vision-language families, by their model type in transformers.
 
 A family that shows all that vltok needs is a line here. What can't be seen is told by a fact: `unit` and `gap`, see
-`vltok.families.vlm.base.VlmFamily`; or, where a fact won't do, by a file of its own.
+`vltok.families.vlm.base.VlmFamily`; or, where a fact won't do, by a file of its own. The other facts are what people
+are told: `vltok.supported_models()`.
 """
 
 from vltok.families.table import Entry
@@ -14,42 +15,42 @@ def _generic(name: str, title: str, model_class: str, **facts: object) -> Entry:
 
 _GENERIC = [
     _generic("aria", "Aria", "AriaModel", unit="run"),
-    _generic("aya_vision", "Aya Vision", "AyaVisionModel", unit="run", gap=1),
-    _generic("cohere2_vision", "Command A Vision", "Cohere2VisionModel", unit="run", gap=1),
-    _generic("cosmos3_omni", "Cosmos 3 Omni", "Cosmos3OmniModel"),
+    _generic("aya_vision", "Aya Vision", "AyaVisionModel", unit="run", gap=1, windows=True),
+    _generic("cohere2_vision", "Command A Vision", "Cohere2VisionModel", unit="run", gap=1, windows=True),
+    _generic("cosmos3_omni", "Cosmos 3 Omni", "Cosmos3OmniModel", videos="yes", axes=True),
     _generic("deepseek_vl", "DeepSeek-VL", "DeepseekVLModel"),
     _generic("deepseek_vl_hybrid", "DeepSeek-VL Hybrid", "DeepseekVLHybridModel"),
-    _generic("exaone4_5", "EXAONE 4.5", "Exaone4_5_Model"),
-    _generic("gemma3", "Gemma 3", "Gemma3Model"),
-    _generic("gemma4", "Gemma 4", "Gemma4Model"),
-    _generic("glm46v", "GLM-4.6V", "Glm46VModel"),
-    _generic("glm4v", "GLM-4V", "Glm4vModel"),
-    _generic("glm4v_moe", "GLM-4.5V", "Glm4vMoeModel"),
-    _generic("glm_ocr", "GLM-OCR", "GlmOcrModel"),
-    _generic("got_ocr2", "GOT-OCR2", "GotOcr2Model", unit="run"),
-    _generic("hyperclovax_vision_v2", "HyperCLOVA X Vision", "HyperCLOVAXVisionV2Model"),
-    _generic("idefics2", "Idefics2", "Idefics2Model", unit="row", gap=1),
+    _generic("exaone4_5", "EXAONE 4.5", "Exaone4_5_Model", videos="yes", windows=True),
+    _generic("gemma3", "Gemma 3", "Gemma3Model", windows=True, also=("shieldgemma2",)),
+    _generic("gemma4", "Gemma 4", "Gemma4Model", videos="yes", windows=True),
+    _generic("glm46v", "GLM-4.6V", "Glm46VModel", videos="yes", axes=True, also=("glmga",)),
+    _generic("glm4v", "GLM-4V", "Glm4vModel", videos="yes", axes=True),
+    _generic("glm4v_moe", "GLM-4.5V", "Glm4vMoeModel", videos="yes", axes=True),
+    _generic("glm_ocr", "GLM-OCR", "GlmOcrModel", videos="yes", axes=True),
+    _generic("got_ocr2", "GOT-OCR2", "GotOcr2Model", unit="run", also=("pp_chart2table",)),
+    _generic("hyperclovax_vision_v2", "HyperCLOVA X Vision", "HyperCLOVAXVisionV2Model", videos="yes"),
+    _generic("idefics2", "Idefics2", "Idefics2Model", unit="row", gap=1, windows=True),
     _generic("idefics3", "Idefics3", "Idefics3Model", unit="row", family="Idefics3"),
     _generic("janus", "Janus", "JanusModel"),
-    _generic("kimi_k25", "Kimi K2.5", "Kimi_K25Model", gap=16),
+    _generic("kimi_k25", "Kimi K2.5", "Kimi_K25Model", gap=16, videos="yes"),
     _generic("lfm2_vl", "LFM2-VL", "Lfm2VlModel", unit="run", gap=1),
     _generic("lighton_ocr", "LightOnOCR", "LightOnOcrModel"),
-    _generic("llava_next_video", "LLaVA-NeXT-Video", "LlavaNextVideoModel"),
-    _generic("minimax_m3_vl", "MiniMax-M3-VL", "MiniMaxM3VLModel", gap=16),
-    _generic("mistral3", "Mistral 3", "Mistral3Model"),
+    _generic("llava_next_video", "LLaVA-NeXT-Video", "LlavaNextVideoModel", videos="yes"),
+    _generic("minimax_m3_vl", "MiniMax-M3-VL", "MiniMaxM3VLModel", gap=16, videos="yes"),
+    _generic("mistral3", "Mistral 3", "Mistral3Model", windows=True),
     _generic("ovis2", "Ovis2", "Ovis2Model", unit="run", gap=1),
-    _generic("paddleocr_vl", "PaddleOCR-VL", "PaddleOCRVLModel"),
-    _generic("paligemma", "PaliGemma", "PaliGemmaModel"),
-    _generic("perception_lm", "PerceptionLM", "PerceptionLMModel"),
+    _generic("paddleocr_vl", "PaddleOCR-VL", "PaddleOCRVLModel", axes=True),
+    _generic("paligemma", "PaliGemma", "PaliGemmaModel", windows=True),
+    _generic("perception_lm", "PerceptionLM", "PerceptionLMModel", videos="yes"),
     _generic("qianfan_ocr", "Qianfan-OCR", "QianfanOCRModel", unit="run"),
-    _generic("qwen2_vl", "Qwen2-VL", "Qwen2VLModel"),
-    _generic("qwen3_5", "Qwen3.5", "Qwen3_5Model"),
-    _generic("qwen3_5_moe", "Qwen3.5-MoE", "Qwen3_5MoeModel"),
-    _generic("qwen3_vl", "Qwen3-VL", "Qwen3VLModel"),
-    _generic("qwen3_vl_moe", "Qwen3-VL-MoE", "Qwen3VLMoeModel"),
-    _generic("smolvlm", "SmolVLM", "SmolVLMModel", unit="row", family="Idefics3"),
-    _generic("video_llama_3", "VideoLLaMA 3", "VideoLlama3Model"),
-    _generic("video_llava", "Video-LLaVA", "VideoLlavaModel"),
+    _generic("qwen2_vl", "Qwen2-VL", "Qwen2VLModel", videos="yes", axes=True),
+    _generic("qwen3_5", "Qwen3.5", "Qwen3_5Model", videos="yes", axes=True),
+    _generic("qwen3_5_moe", "Qwen3.5-MoE", "Qwen3_5MoeModel", videos="yes", axes=True),
+    _generic("qwen3_vl", "Qwen3-VL", "Qwen3VLModel", videos="yes", axes=True),
+    _generic("qwen3_vl_moe", "Qwen3-VL-MoE", "Qwen3VLMoeModel", videos="yes", axes=True),
+    _generic("smolvlm", "SmolVLM", "SmolVLMModel", unit="row", family="Idefics3", videos="frames"),
+    _generic("video_llama_3", "VideoLLaMA 3", "VideoLlama3Model", videos="yes"),
+    _generic("video_llava", "Video-LLaVA", "VideoLlavaModel", videos="yes"),
     _generic("vipllava", "VipLLaVA", "VipLlavaModel"),
 ]
 
@@ -60,4 +61,16 @@ VLMS = {
     "qwen2_5_vl": Entry("transformers.models.qwen2_5_vl", "qwen2_5_vl", "Qwen2_5_VL"),
     "internvl": Entry("transformers.models.internvl", "internvl", "InternVL"),
     **{entry.facts["name"]: entry for entry in _GENERIC},
+}
+
+# Models without visual tokens among those that a decoder is given, and so without a family: their names, and why.
+REFUSED = {
+    "transformers.models.mllama": (
+        "Mllama (Llama 3.2 Vision)",
+        "its decoder looks at the image by cross-attention, so the prompt has no visual tokens that could be left out",
+    ),
+    "transformers.models.florence2": (
+        "Florence-2",
+        "its visual tokens enter the encoder of an encoder-decoder, whose decoder looks at them by cross-attention",
+    ),
 }

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from itertools import accumulate
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -38,6 +38,15 @@ class VlmFamily:
     reads_attention: ClassVar[bool] = True  # whether the family knows which patches a visual token stands for
     attention_parts: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj")  # what attention in the tower is read from
     patch_counters: ClassVar[tuple[str, ...]] = ()  # methods of the model that count a picture's patches by its config
+
+    # What people are told, see `vltok.families.support.ModelSupport`; tests hold it against tiny models.
+    also: ClassVar[tuple[str, ...]] = ()
+    videos: ClassVar[Literal["no", "yes", "frames"]] = "no"
+    cls: ClassVar[str] = "no"
+    axes: ClassVar[bool] = False
+    windows: ClassVar[bool] = False
+    real_processor: ClassVar[bool] = True
+    refuses: ClassVar[str] = ""
 
     def tower(self, model: nn.Module) -> nn.Module:
         """The vision tower."""
@@ -203,6 +212,11 @@ class VlmFamily:
                 "such as pivot='center'"
             )
         return attention
+
+    @classmethod
+    def has_projector_site(cls) -> bool:
+        """Whether the projector can be replaced in members of this family."""
+        return cls.projector_site is not VlmFamily.projector_site
 
     def projector_site(self, model: nn.Module) -> ProjectorSite:
         """Say where the projector stands.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+import inspect
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -20,6 +21,7 @@ class Generic(VlmFamily):
         unit: What an image is, see `VlmFamily`.
         gap: How many words may stand between tiles of one image.
         marks: The ids that stand for visual tokens, where these are not to be read from the config.
+        facts: What people are told, see `VlmFamily`.
     """
 
     reads_attention: ClassVar[bool] = False
@@ -32,14 +34,35 @@ class Generic(VlmFamily):
         unit: str = "entry",
         gap: int = 0,
         marks: dict[str, int] | None = None,
+        **facts: Any,
     ) -> None:
+        vars(self).update(facts)
         self.name, self.title, self.model_classes = name, title, model_classes
         self.unit, self.gap, self._marks = unit, gap, marks or {}
 
+    @staticmethod
+    def fits(part: nn.Module) -> bool:
+        """Whether part of a model encodes images and has a decoder, as most models of transformers do."""
+        return hasattr(part, "get_image_features") and hasattr(decoder_of(part), "layers")
+
     def check(self, model: nn.Module) -> None:
+        name = type(model).__name__
+        if not self.fits(model):
+            raise UnsupportedModelError(
+                f"{name} doesn't have both get_image_features() and a decoder with `layers`, called language_model or "
+                "text_model; if a part of it has, register the class of this part; if they go by other names, say so "
+                "in a subclass of vltok.families.vlm.base.VlmFamily and register that: vltok.register_family()"
+            )
+        for part in (model, decoder_of(model)):
+            kinds = {each.kind for each in inspect.signature(type(part).forward).parameters.values()}
+            if inspect.Parameter.VAR_KEYWORD not in kinds:
+                raise UnsupportedModelError(
+                    f"{type(part).__name__}.forward() takes no **kwargs, by which vltok tells a decoder what was "
+                    "pruned; let the model and its decoder take them and hand them on, to the layers"
+                )
         if not self.marks(model):
             raise UnsupportedModelError(
-                f"the config of {type(model).__name__} names no image_token_id; say which id stands for visual tokens: "
+                f"the config of {name} names no image_token_id; say which id stands for visual tokens: "
                 'vltok.apply(model, method, family="generic", image_token_id=...)'
             )
 
@@ -48,7 +71,18 @@ class Generic(VlmFamily):
 
     def tower(self, model: nn.Module) -> nn.Module:
         names = ("vision_tower", "vision_model", "visual", "vision_encoder", "image_tower")
-        return next(getattr(model, name) for name in names if hasattr(model, name))
+        found = next((getattr(model, name) for name in names if hasattr(model, name)), None)
+        if found is None:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has no vision tower that vltok can find: nothing of it is called "
+                f"{', '.join(names[:-1])} or {names[-1]}"
+            )
+        return found
+
+
+def decoder_of(part: nn.Module) -> nn.Module | None:
+    """What part of a model calls its decoder, or None."""
+    return getattr(part, "language_model", getattr(part, "text_model", None))
 
 
 class Idefics3(Generic):

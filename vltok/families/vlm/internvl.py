@@ -17,6 +17,9 @@ class InternVL(VlmFamily):
     title = "InternVL"
     model_classes = ("InternVLModel",)
     unit = "run"
+    videos = "frames"
+    cls = "yes"
+    windows = True
 
     def overview(self, model: nn.Module, encoding: Encoding, picture: Picture) -> torch.Tensor | None:
         overview = torch.zeros(picture.length, dtype=torch.bool)

@@ -22,6 +22,9 @@ class Llava(VlmFamily):
     name = "llava"
     title = "LLaVA-1.5"
     model_classes = ("LlavaModel",)
+    cls = "with CLIP"
+    windows = True
+    refuses = "vision towers other than CLIP and SigLIP"
 
     def check(self, model: nn.Module) -> None:
         kind = model.config.vision_config.model_type

@@ -20,6 +20,7 @@ class LlavaOnevision(VlmFamily):
     model_classes = ("LlavaOnevisionModel",)
     reads_attention = False
     patch_counters = ("pack_image_features", "apply_pooling")
+    videos = "yes"
 
     def grid(self, model: nn.Module, encoding: Encoding, offset: int, length: int) -> tuple[int, int, int] | None:
         return super().grid(model, encoding, offset, length) if encoding.kind == "video" else None

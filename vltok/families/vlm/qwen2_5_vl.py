@@ -25,6 +25,9 @@ class Qwen2_5_VL(VlmFamily):
     title = "Qwen2.5-VL"
     model_classes = ("Qwen2_5_VLModel",)
     attention_parts = ("qkv",)
+    videos = "yes"
+    axes = True
+    windows = True
 
     def tower(self, model: nn.Module) -> nn.Module:
         return live(model.visual)
