@@ -190,7 +190,8 @@ def generic_view(model: nn.Module, marks: dict[str, int], processor: Any = None)
     if not outer:
         raise UnsupportedModelError(
             f"{type(model).__name__} can't be pruned as a generic model: no part of it has both get_image_features() "
-            "and a decoder with `layers`, called language_model or text_model; describe it with vltok.register_family()"
+            "and a decoder with `layers`, called language_model or text_model, and a config of each; describe it with "
+            "vltok.register_family()"
         )
     part = outer[0]
     family = Generic("generic", type(part).__name__, (type(part).__name__,), marks=marks)

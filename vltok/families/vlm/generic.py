@@ -43,15 +43,18 @@ class Generic(VlmFamily):
     @staticmethod
     def fits(part: nn.Module) -> bool:
         """Whether part of a model encodes images and has a decoder, as most models of transformers do."""
-        return hasattr(part, "get_image_features") and hasattr(decoder_of(part), "layers")
+        decoder = decoder_of(part)
+        has_configs = hasattr(part, "config") and hasattr(decoder, "config")
+        return has_configs and hasattr(part, "get_image_features") and hasattr(decoder, "layers")
 
     def check(self, model: nn.Module) -> None:
         name = type(model).__name__
         if not self.fits(model):
             raise UnsupportedModelError(
                 f"{name} doesn't have both get_image_features() and a decoder with `layers`, called language_model or "
-                "text_model; if a part of it has, register the class of this part; if they go by other names, say so "
-                "in a subclass of vltok.families.vlm.base.VlmFamily and register that: vltok.register_family()"
+                "text_model, and a config of each; if a part of it has, register the class of this part; if they go by "
+                "other names, say so in a subclass of vltok.families.vlm.base.VlmFamily and register that: "
+                "vltok.register_family()"
             )
         for part in (model, decoder_of(model)):
             kinds = {each.kind for each in inspect.signature(type(part).forward).parameters.values()}
