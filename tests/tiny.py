@@ -101,6 +101,7 @@ class TinyFamily:
         decoder: The attribute of the model that holds its decoder.
         real: Whether the processor is transformers' own.
         nested: Whether the processor takes a list of images for each prompt.
+        shares_keys: Whether the last decoder layers attend to the keys that earlier ones made.
         word_type: What `token_type_ids` says of a word that the model wrote.
     """
 
@@ -127,6 +128,7 @@ class TinyFamily:
     decoder: str = "language_model"
     real: bool = True
     nested: bool = False
+    shares_keys: bool = False
     word_type: int = 0
 
     @property

@@ -10,9 +10,10 @@ import torch
 from oracle import check_prefill_and_words, decoder_of, dropped, is_recurrent, longer, placeholders
 from reference import assert_close
 from tiny import QWEN2_5_VL, TinyFamily, clip, picture, shared_model
-from zoo.qwen import ROWS, VIDEO_LLAMA_3
+from zoo.qwen import MINIMAX_M3_VL_SPARSE, ROWS, VIDEO_LLAMA_3
 
 import vltok
+from vltok.errors import UnsupportedModelError
 from vltok.tokens import keep_count
 
 STRIDE = vltok.StrideTokens(keep_ratio=0.4)
@@ -211,7 +212,9 @@ def test_frames_of_a_video_have_budgets_of_their_own(family):
     check(model, family, inputs, method)
     with vltok.apply(model, method) as handle:
         model(**inputs)
-        frames = family.clip_tokens // (4 if family.frames == family.clip_tokens // 4 else 12)
+        frames = {24: 2, 16: 4}[
+            family.clip_tokens
+        ]  # that these tokens form: most towers merge two of the four into one
         assert handle.report(file=None).kept_tokens == [[2, 2 * frames], [2 * frames, 2], [2]]
 
 
@@ -223,3 +226,13 @@ def test_positions_counted_anew_are_those_of_a_short_prompt(family, name):
             vltok.apply(model, method)
     else:
         check(model, family, ask(family, PROMPTS[name]), method)
+
+
+def test_attention_behind_an_indexer_is_not_read():
+    """What is read would not be what the layer does."""
+    model = shared_model(MINIMAX_M3_VL_SPARSE)
+    with pytest.raises(UnsupportedModelError, match="leaves keys out by an indexer"):
+        vltok.apply(model, vltok.ToDRE(keep_ratio=0.4, depth=0.5))
+    with vltok.apply(model, vltok.ToDRE(stages=(2,), tau=1.0, depth=0.25)) as handle:  # after the layer without one
+        model(**ask(MINIMAX_M3_VL_SPARSE, PROMPTS["image"]))
+        assert handle.report(file=None).relevance[0][0].layer == 1

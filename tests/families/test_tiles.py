@@ -9,7 +9,7 @@ import oracle
 import pytest
 import torch
 from reference import assert_close
-from tiny import TinyFamily, clip, marks, picture, shared_model
+from tiny import LLAVA_ONEVISION, TinyFamily, clip, marks, picture, shared_model
 from torch import nn
 from unchanged import unchanged
 from zoo.tiles import ROWS
@@ -141,6 +141,23 @@ def test_a_pruned_model_is_the_whole_one_without_the_dropped_tokens(family, name
     check(shared_model(family, "eager"), family, process(family, CASES[name]), method)
 
 
+def test_several_images_of_a_prompt_may_have_fewer_crops_each(method):
+    """As in prompts with several images, which the processor is given prompt by prompt."""
+    model, processor = shared_model(LLAVA_ONEVISION, "eager"), LLAVA_ONEVISION.processor()
+    images = [picture(seed, size) for seed, size in enumerate([(112, 100), (168, 150), (112, 100)])]
+    inputs = processor(
+        text=["w1 <image> w2 <image> w3", "w4 <image> w5"],
+        images=[images[:2], images[2:]],
+        padding=True,
+        padding_side="left",
+        return_tensors="pt",
+    )
+    check(model, LLAVA_ONEVISION, inputs, method)
+    with torch.no_grad(), vltok.apply(model, method) as handle:
+        model(**inputs)
+    assert handle.report(file=None).visual_tokens == [[17, 17], [88]]
+
+
 def test_positions_counted_anew_are_those_of_a_short_prompt(family):
     method = vltok.StrideTokens(keep_ratio=0.4, positions="reindex")
     check_short(shared_model(family), family, process(family, everything(family)), method)
@@ -239,6 +256,19 @@ def test_each_frame_has_a_budget_if_asked_for(family):
     frames = kept // length if whole else kept // 1000
     # What stands behind the last frame is part of it.
     assert frames.clamp(max=family.frames - 1).bincount().tolist() == [3] * family.frames
+
+
+def test_frames_are_known_where_they_have_nothing_but_patches(family):
+    if "video" not in marks(shared_model(family)):
+        pytest.skip("takes no videos, or takes frames for images")
+    length = family.clip_tokens // family.frames
+    if int(length**0.5) ** 2 != length:  # a [CLS] token stands among them
+        with pytest.raises(ValueError, match="which visual tokens of a video are of which frame"):
+            budgets(family, vltok.StrideFrames(num_keep=2 * length), VIDEO)
+        return
+    (kept,) = budgets(family, vltok.StrideFrames(num_keep=2 * length), VIDEO)
+    whole = kept[kept < family.frames * length].view(2, length) // length
+    assert (whole == whole[:, :1]).all() and whole[0, 0] != whole[1, 0]
 
 
 def test_each_tile_has_a_budget_if_asked_for(family):

@@ -316,7 +316,15 @@ GEMMA3_CROPS = replace(
     GEMMA3_ROW, processor=functools.partial(_gemma3_processor, True), variant="crops", tokens=(16, 48)
 )
 PALIGEMMA = _row(
-    "paligemma", _paligemma, _paligemma_processor, "<image>", (32, 32), (48, 32), tokens=(16, 16), word_type=1
+    "paligemma",
+    _paligemma,
+    _paligemma_processor,
+    "<image>",
+    (32, 32),
+    (48, 32),
+    tokens=(16, 16),
+    new_image_in_turn=False,  # all of a prompt sees all of it, but not what a later turn brings
+    word_type=1,
 )
 PALIGEMMA2 = replace(PALIGEMMA, build=functools.partial(_paligemma, text="gemma2"), variant="gemma2", windowed=True)
 # Pictures are scaled to 70 tokens at most. 144 x 8: one row of 35, so also a frame. 40 x 20: five rows of eleven.
@@ -341,7 +349,7 @@ GEMMA4_MOE = replace(
 # The small ones: an input of its own for every layer, and the last layers take keys and values of the first.
 SHARED = {"hidden_size_per_layer_input": 8, "layer_types": SLIDING[2:] * 2, "use_double_wide_mlp": True}
 GEMMA4_SHARED = replace(
-    GEMMA4_ROW, build=functools.partial(_gemma4, num_kv_shared_layers=2, **SHARED), variant="shared"
+    GEMMA4_ROW, build=functools.partial(_gemma4, num_kv_shared_layers=2, **SHARED), variant="shared", shares_keys=True
 )
 # 84 x 56: two lines of three tokens. 112 x 112: four of four.
 MISTRAL3 = _row("mistral3", _mistral3, _mistral3_processor, "[IMG]", (84, 84), (112, 100), tokens=(9, 16))

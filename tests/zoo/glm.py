@@ -177,7 +177,6 @@ GLM4V = TinyFamily(
     (12, 15),
     axes=3,
     projects=False,
-    new_image_in_turn=False,
     video="<|begin_of_video|><|video|><|end_of_video|>",
     frames=4,  # two are one to the tower
     clip_tokens=24,

@@ -1,11 +1,10 @@
-"""Tiny models of the LFM3-VL, Step-3.7, HunYuan-VL, FastVLM, MiniCPM-V and Granite Docling families.
+"""Tiny models of the LFM3-VL, Step-3.7, HunYuan-VL, FastVLM, MiniCPM-V, Granite Docling and Gemma 3n families.
 
 Each with its real processor.
 """
 
 from __future__ import annotations
 
-import functools
 from dataclasses import replace
 from typing import Any
 
@@ -150,6 +149,13 @@ DOCLING_SPECIALS += [f"<row_{row}_col_{column}>" for row in (1, 2) for column in
 
 
 def _docling(attention: str) -> nn.Module:
+    # Not those of the checkpoints, with which random weights would attend to all tokens alike.
+    scales = {
+        "embedding_multiplier": 2.0,
+        "attention_multiplier": 0.25,
+        "residual_multiplier": 1.0,
+        "logits_scaling": 1.0,
+    }
     config = transformers.GraniteDoclingConfig(
         vision_config={
             **TOWER,
@@ -158,7 +164,7 @@ def _docling(attention: str) -> nn.Module:
             "out_hidden_size": 64,
             "deepstack_visual_indexes": [0, 1, 2],
         },
-        text_config=dict(TEXT),
+        text_config={**TEXT, **scales},
         image_token_id=4,
         tie_word_embeddings=False,
         attn_implementation=attention,
@@ -172,6 +178,47 @@ def _docling_processor() -> Any:
         image_processor=transformers.GraniteDoclingImageProcessor(size={"height": 64, "width": 64}, max_patches=4),
         tokenizer=tokenizer(DOCLING_SPECIALS, extra_special_tokens={"image_token": "<image>"}),
         image_seq_len=16,
+    )
+
+
+GEMMA_TOKENS = {"image_token": "<image>", "boi_token": "<boi>", "eoi_token": "<eoi>"}
+GEMMA_TOKENS |= {"audio_token": "<audio>", "boa_token": "<boa>", "eoa_token": "<eoa>"}
+
+
+def _gemma3n(attention: str) -> nn.Module:
+    # Real decoders have four layers with windows for each without, and let the last ones share keys.
+    layers = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": WINDOW, "head_dim": 16}
+    inputs = {"altup_num_inputs": 3, "vocab_size_per_layer_input": 56, "hidden_size_per_layer_input": 8}
+    ears = {"hidden_size": 32, "conf_num_hidden_layers": 1, "conf_num_attention_heads": 2, "input_feat_size": 16}
+    config = transformers.Gemma3nConfig(
+        text_config={**TEXT, **layers, **inputs, "laurel_rank": 8, "num_kv_shared_layers": 2},
+        # Not the tower of the checkpoints, which has 300 million weights: 128 x 128 pixels make 4 x 4 tokens.
+        vision_config={"architecture": "resnet10t", "hidden_size": 512, "vocab_size": 4, "vocab_offset": 56},
+        audio_config={**ears, "sscp_conv_channel_size": (8, 4), "vocab_size": 4, "vocab_offset": 60},
+        vision_soft_tokens_per_image=16,
+        image_token_id=4,
+        boi_token_id=5,
+        eoi_token_id=6,
+        audio_token_id=7,
+        boa_token_id=8,
+        eoa_token_id=9,
+        tie_word_embeddings=False,
+        attn_implementation={
+            "": attention,
+            "vision_config": "eager",
+            "audio_config": "eager",
+            "text_config": attention,
+        },
+    )
+    return transformers.Gemma3nForConditionalGeneration(config)
+
+
+def _gemma3n_processor() -> Any:
+    return transformers.Gemma3nProcessor(
+        feature_extractor=transformers.Gemma3nAudioFeatureExtractor(),
+        image_processor=transformers.SiglipImageProcessor(size={"height": 128, "width": 128}),
+        tokenizer=tokenizer([*SPECIALS[:4], *GEMMA_TOKENS.values()], extra_special_tokens=GEMMA_TOKENS),
+        image_seq_length=16,
     )
 
 
@@ -238,4 +285,7 @@ GRANITE_DOCLING = TinyFamily(
     projects=False,
     decoder="text_model",
 )
-ROWS = [LFM3_VL, STEP3P7, HUNYUAN_VL, FAST_VLM, MINICPMV4_6, GRANITE_DOCLING]
+GEMMA3N = replace(
+    FAST_VLM, name="gemma3n", build=_gemma3n, processor=_gemma3n_processor, windowed=True, shares_keys=True
+)
+ROWS = [LFM3_VL, STEP3P7, HUNYUAN_VL, FAST_VLM, MINICPMV4_6, GRANITE_DOCLING, GEMMA3N]

@@ -5,6 +5,7 @@ So a copy of a hooked module, such as an adapter library makes, does what its or
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 
 from vltok.engine.attention import unreadable
 from vltok.engine.cache import PrunedLayer, attention_layers, bytes_held, check_cache
-from vltok.engine.call import Call, Prompt
+from vltok.engine.call import Call
 from vltok.engine.features import KEYWORD
 from vltok.engine.layout import Layout, take
 from vltok.engine.masks import packed_samples
@@ -20,6 +21,7 @@ from vltok.engine.names import CACHE
 from vltok.engine.parts import layers_read
 from vltok.engine.picking import pick_tokens
 from vltok.engine.pictures import find_pictures
+from vltok.engine.prompt import Prompt
 from vltok.engine.rules import State, recall, remember
 from vltok.errors import UnsupportedInputError, UnsupportedModelError
 from vltok.report import RelevanceRecord, Report
@@ -119,6 +121,9 @@ def before_layer(index: int, module: nn.Module, args: tuple, kwargs: dict) -> tu
     call.has_reached_layers = True
     hidden = args[0] if args else kwargs["hidden_states"]
     kwargs = dict(kwargs)
+    if len(args) > 1:  # what else comes without a name may have rows of tokens, too
+        kwargs.update(zip(list(inspect.signature(module.forward).parameters)[1:], args[1:], strict=False))
+        args = args[:1]
     if isinstance(call, Prompt):
         hidden = _rows_of_layer(call, index, hidden, kwargs)
         # Rotary tables are made. Flash attention looks at positions alone, and takes gaps for the ends of samples.
@@ -129,22 +134,22 @@ def before_layer(index: int, module: nn.Module, args: tuple, kwargs: dict) -> tu
     past = call.past(index)
     is_read = isinstance(call, Prompt) and index in call.read
     if past is not None and call.stores[index] == index:
-        past.expect(hidden.shape[1], watch=is_read)
+        past.expect(hidden.shape[-2], watch=is_read)
     if not is_read:
         del kwargs[KEYWORD]
     return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
 
 def _rows_of_layer(prompt: Prompt, index: int, hidden: torch.Tensor, kwargs: dict) -> torch.Tensor:
-    """Bring hidden states and all that comes with them into the layout of a layer."""
+    """Bring hidden states, ([several,] B, P, D), and all that comes with them into the layout of a layer."""
     layout = prompt.layouts[prompt.groups[index]]
     before = prompt.layouts[prompt.groups[max(0, index - 1)]]
     if prompt.states is not None and len(prompt.states) == index:
-        whole = before.unpack(hidden)  # on the path of the gradients, so that these reach what the caller gets
+        whole = before.unpack(hidden, dim=-2)  # on the path of the gradients, so that these reach what the caller gets
         prompt.states.append(whole)
-        hidden = layout.pack(whole)
+        hidden = whole if layout.is_whole else take(whole, layout.order, dim=-2)
     elif before is not layout:
-        hidden = take(hidden, layout.within(before))
+        hidden = take(hidden, layout.within(before), dim=-2)
     first = prompt.layouts[0]
     if layout is not first:
         slots = layout.within(first)
@@ -222,7 +227,7 @@ def _whole_states(prompt: Prompt, layouts: list[Layout], output: Any) -> tuple[t
     prompt.states = None
     whole = [*states, output.last_hidden_state if states[0] is not None else None]
     return tuple(
-        packed if packed is None else layout.unpack(packed) if own is None else own
+        packed if packed is None else layout.unpack(packed, dim=-2) if own is None else own
         for own, layout, packed in zip(whole, layouts, output.hidden_states, strict=True)
     )
 

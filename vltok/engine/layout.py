@@ -67,9 +67,9 @@ class Layout:
             return x.expand(*x.shape[:-2], *self.order.shape) if dim == -1 else x.expand(len(self.order), *x.shape[1:])
         return take(x, self.order, dim)
 
-    def unpack(self, x: torch.Tensor) -> torch.Tensor:
-        """Bring (B, P, ...) back to the length of the sequence, (B, T, ...)."""
-        return x if self.is_whole else take(x, self.slot)
+    def unpack(self, x: torch.Tensor, dim: int = 1) -> torch.Tensor:
+        """Bring (B, P, ...) back to the length of the sequence, (B, T, ...); with dim=-2 (..., B, P, C)."""
+        return x if self.is_whole else take(x, self.slot, dim)
 
     def within(self, outer: Layout) -> torch.Tensor:
         """Slots of `outer` that this (smaller) layout takes its rows from, (B, P)."""
@@ -88,6 +88,8 @@ def take(x: torch.Tensor, index: torch.Tensor, dim: int = 1) -> torch.Tensor:
         The rows, with P in the place of T.
     """
     index = index.to(x.device)
+    if dim == -2 and x.dim() == 3:
+        dim = 1
     if dim != 1:
         x, rows = x.movedim(dim, -1), index
         x = x.expand(*x.shape[:-2], *rows.shape[:1], x.shape[-1]) if dim == -1 else x

@@ -16,7 +16,7 @@ from vltok.tokens import Grid3
 from vltok.views import TokenSelector, VisualTokens
 
 if TYPE_CHECKING:
-    from vltok.engine.call import Prompt
+    from vltok.engine.prompt import Prompt
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from vltok.engine.features import KINDS, Encoding, Found, Recent, entries_of, re
 from vltok.errors import UnsupportedInputError
 
 if TYPE_CHECKING:
-    from vltok.engine.call import Prompt
+    from vltok.engine.prompt import Prompt
 
 _GAP = 32  # words that may stand between two visual tokens of one entry, such as the times of frames
 Joins = Callable[[list[int], int, int], bool]  # words of a row, where a run ends and where the next begins: one image?
@@ -151,6 +151,7 @@ def _source(kind: str, prompt: Prompt, recent: Recent) -> Source:
             if known == 0 or given % known:  # somebody cut them since
                 encoding = None
     if encoding is not None:
+        encoding.kind = kind  # some models encode videos by their encoder of images
         encoding = _thinned(encoding, prompt.thinned.get(kind))
         return Source(kind, encoding, encoding.lengths)
     found = _recognise(entries, recent)

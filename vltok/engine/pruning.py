@@ -22,13 +22,14 @@ from torch import nn
 from vltok.edits import Edits
 from vltok.engine.attention import TowerReader, unreadable
 from vltok.engine.cache import check_cache, is_pruned
-from vltok.engine.call import Call, Continuation, Hints, Prompt
+from vltok.engine.call import Call, Continuation, Hints
 from vltok.engine.decoder import after_attention, after_decoder, before_decoder, before_layer
 from vltok.engine.features import ENCODERS, KEYWORD, KINDS, PIXELS, Encoder, Encoding, Recent, Tape
-from vltok.engine.masks import seen_by_any
+from vltok.engine.masks import seen_by_any, stores_of
 from vltok.engine.names import cache_in
 from vltok.engine.parts import attention_of, layers_read
 from vltok.engine.pictures import sources_in
+from vltok.engine.prompt import Prompt
 from vltok.errors import UnsupportedInputError, UnsupportedModelError
 from vltok.report import Report
 from vltok.run import Run
@@ -79,9 +80,16 @@ class PruningEngine:
             raise ValueError(f"{type(self.rule).__name__} already drops visual tokens in this decoder; give one")
         decoder = self.family.decoder(self.model)
         for index in layers_read(rule, decoder):
-            attention = attention_of(decoder.layers[index])
-            if attention is None or not hasattr(attention, "config"):
-                raise unreadable(decoder.layers[index] if attention is None else attention)
+            attention = _readable(decoder.layers[index])
+            if not hasattr(attention, "config"):
+                raise unreadable(attention)
+            stores = stores_of(decoder.config, len(decoder.layers))
+            if any(store <= index < layer for layer, store in enumerate(stores)):
+                raise UnsupportedModelError(
+                    f"the last layers of {self.family.title} attend to keys that earlier ones made, where the visual "
+                    f"tokens still are, so none can be dropped after layer {index + 1}; prune before the decoder only "
+                    "(for ToDRE relevance=False)"
+                )
         self.rule = rule
         self.follow()
 
@@ -114,9 +122,7 @@ class PruningEngine:
         for index, layer in enumerate(decoder.layers):
             self._hook(f"layer {index}", layer, (partial(before_layer, index), None))
             if index in watched:
-                attention = attention_of(layer)
-                if attention is None:
-                    raise unreadable(layer)
+                attention = _readable(layer)
                 self._hook(f"attention {index}", attention, (None, partial(after_attention, index)))
 
     def _hook(self, place: str, module: nn.Module, hooks: tuple[Any, Any]) -> None:
@@ -291,6 +297,19 @@ def call_attends(mask: Any, visual: torch.Tensor, base: int) -> torch.Tensor:
             f"{tuple(maps[0].shape)}"
         )
     return attended.to(visual.device).expand_as(visual)
+
+
+def _readable(layer: nn.Module) -> nn.Module:
+    """The attention module of a decoder layer, which a rule is about to read."""
+    attention = attention_of(layer)
+    if attention is None:
+        raise unreadable(layer)
+    if getattr(attention, "indexer", None) is not None:
+        raise UnsupportedModelError(
+            f"{type(attention).__name__} leaves keys out by an indexer of its own before it attends, so its attention "
+            "can't be read; methods that prune before the decoder work (for ToDRE relevance=False)"
+        )
+    return attention
 
 
 def _has(module: nn.Module, hooks: tuple[Any, Any]) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from vltok.engine.attention import decoder_mass
-from vltok.engine.call import Prompt
+from vltok.engine.prompt import Prompt
 
 REMEMBERED = 4096  # prompts about the same encoded pictures
 Record = tuple[int, float, float, bool]  # batch row, both attention ratios, whether all visual tokens left

@@ -158,7 +158,7 @@ class VlmFamily:
             if self.unit == "row":  # padded with black tiles
                 real = pixels.flatten(1).any(1)
                 pixels = pixels[real]
-                if mask is not None:  # and to the largest
+                if mask is not None and mask.dim() == 4:  # of pixels, padded to the largest
                     mask = mask.flatten(0, 1)[real]
                     sizes = torch.stack([mask.any(2).sum(1), mask.any(1).sum(1)], dim=1).tolist()
                     cut = [own[None, :, :h, :w] for own, (h, w) in zip(pixels, sizes, strict=True)]

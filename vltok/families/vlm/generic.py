@@ -5,8 +5,10 @@ from __future__ import annotations
 import inspect
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
+from vltok.engine.features import Encoding, pixel_keys
 from vltok.errors import UnsupportedModelError
 from vltok.families.vlm.base import VlmFamily
 
@@ -94,3 +96,19 @@ class Idefics3(Generic):
     def joins(self, words: list[int], end: int, begin: int) -> bool:
         around = words[begin - 2]  # before a tile stand this one and the tile's number
         return words[end:begin].count(around) == 1
+
+
+class GraniteDocling(Generic):
+    """Granite Docling: before each tile stands its place, and the first one of an image has always the same."""
+
+    def joins(self, words: list[int], end: int, begin: int) -> bool:
+        first = words.index(words[begin])
+        return words[begin - 1] != words[first - 1]
+
+
+class MiniCpm(Generic):
+    """MiniCPM-V: the patches of all pictures, slices and frames stand side by side."""
+
+    def pixel_keys(self, model: nn.Module, encoding: Encoding, pixels: torch.Tensor) -> torch.Tensor:
+        widths = (encoding.arguments["target_sizes"].prod(-1) * pixels.shape[-2]).tolist()
+        return torch.cat([pixel_keys(own) for own in pixels.split(widths, dim=-1)])
