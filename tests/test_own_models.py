@@ -320,7 +320,7 @@ class Bare(nn.Module):
     def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         return self.vision(pixel_values).last_hidden_state
 
-    def forward(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+    def forward(self, input_ids: torch.Tensor, pixel_values: Any = None, **kwargs: Any) -> Any:
         return self.language_model(input_ids, **kwargs)
 
 
@@ -348,9 +348,25 @@ class Closed(Bare):
         return self.language_model(inputs_embeds=self.get_image_features(pixel_values))
 
 
+class Renamed(Bare):
+    """One that calls images otherwise."""
+
+    def forward(self, input_ids: torch.Tensor, images: Any = None, **kwargs: Any) -> Any:
+        return self.language_model(input_ids, **kwargs)
+
+
+class EncodesRenamed(Bare):
+    """One whose encoder does."""
+
+    def get_image_features(self, images: torch.Tensor) -> torch.Tensor:
+        return self.vision(images).last_hidden_state
+
+
 @pytest.mark.parametrize(
     ("cls", "message"),
     [
+        (Renamed, r"Renamed.forward\(\) has no parameter pixel_values"),
+        (EncodesRenamed, r"EncodesRenamed.get_image_features\(\) has no parameter pixel_values"),
         (NoDecoder, "both get_image_features.* and a decoder with `layers`"),
         (NoEncoder, "both get_image_features.* and a decoder with `layers`"),
         (Closed, r"Closed.forward\(\) takes no \*\*kwargs"),
@@ -470,6 +486,16 @@ def test_what_was_saved_from_a_generic_model_is_loaded_onto_one(model, methods, 
         assert handle.family == "generic"
         assert torch.equal(model(**inputs).logits, expected)
         assert handle.settings()["image_token_id"] == MARK and "video_token_id" not in handle.settings()
+
+
+def test_a_whole_model_saved_while_it_was_generic_is_loaded_as_such(tmp_path):
+    model, inputs = LLAVA.model(), batch(LLAVA)
+    with vltok.apply(model, [STRIDE, vltok.SOFT(ratio=2)], **GENERIC):
+        expected = model(**inputs).logits
+        model.save_pretrained(tmp_path)
+    with vltok.from_pretrained(tmp_path) as handle:
+        assert handle.family == "generic" and handle.settings()["image_token_id"] == MARK
+        assert torch.equal(handle.model(**inputs).logits, expected)
 
 
 def test_ids_in_a_saved_folder_are_checked(model, tmp_path):

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from vltok.engine.features import Encoding, pixel_keys
+from vltok.engine.features import PIXELS, Encoding, pixel_keys
 from vltok.errors import UnsupportedModelError
 from vltok.families.vlm.base import VlmFamily
 
@@ -64,6 +64,14 @@ class Generic(VlmFamily):
                 raise UnsupportedModelError(
                     f"{type(part).__name__}.forward() takes no **kwargs, by which vltok tells a decoder what was "
                     "pruned; let the model and its decoder take them and hand them on, to the layers"
+                )
+        for method in (type(model).forward, type(model).get_image_features):
+            parameters = inspect.signature(method).parameters
+            hands_on = any(each.kind is inspect.Parameter.VAR_POSITIONAL for each in parameters.values())
+            if not hands_on and not any(PIXELS in each for each in parameters):
+                raise UnsupportedModelError(
+                    f"{name}.{method.__name__}() has no parameter {PIXELS}, by which vltok knows that images come; let "
+                    "both forward() and get_image_features() call them so"
                 )
         if not self.marks(model):
             raise UnsupportedModelError(
