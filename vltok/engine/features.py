@@ -227,7 +227,7 @@ class Encoder(MethodWrapper):
 
     @torch.no_grad()
     def _finish(self, encoding: Encoding, pixels: Any, output: Any) -> Encoding | None:
-        known = getattr(output, RECORD, None)
+        known = record_of(output)
         if known is not None:  # features computed before, or by the other encoder, to which this one handed them
             return known
         entries = entries_of(output)
@@ -237,17 +237,26 @@ class Encoder(MethodWrapper):
         encoding.lengths = [len(entry) for entry in entries]
         encoding.keys, encoding.spans = self._describe(encoding, pixels)
         encoding.rows = torch.cat([row_keys(entry) for entry in entries]) if entries else torch.zeros(0).long()
-        setattr(output, RECORD, encoding)
-        if isinstance(output.pooler_output, list | tuple):
-            for entry in output.pooler_output:
-                setattr(entry, RECORD, encoding)
+        pooled = getattr(output, "pooler_output", output)
+        for each in (output, *(pooled if isinstance(pooled, list | tuple) else ())):
+            if not isinstance(each, list | tuple):
+                setattr(each, RECORD, encoding)
         self.recent.add(encoding)
         return encoding
 
 
 def entries_of(output: Any) -> list[torch.Tensor] | None:
-    """The entries of encoded pictures, (N, D) each, or None if there are none to be seen."""
+    """The entries of encoded pictures, (N, D) each, or None if there are none to be seen.
+
+    Args:
+        output: An output of transformers with them in `pooler_output`; or they alone, as code outside transformers
+            returns them: (pictures, N, D), (N, D), or a list of (N, D).
+    """
     pooled = getattr(output, "pooler_output", None)
+    if pooled is None and isinstance(output, torch.Tensor):
+        pooled = output.unsqueeze(0) if output.dim() == 2 else output
+    if pooled is None and isinstance(output, list | tuple):
+        pooled = output if all(isinstance(each, torch.Tensor) and each.dim() == 2 for each in output) else None
     if pooled is None:
         return None
     return [entry.flatten(0, -2) for entry in pooled]
@@ -256,7 +265,7 @@ def entries_of(output: Any) -> list[torch.Tensor] | None:
 def record_of(output: Any) -> Encoding | None:
     """The record that encoded pictures carry: on the output, or on its first entry where the output was made anew."""
     record = getattr(output, RECORD, None)
-    pooled = getattr(output, "pooler_output", None)
+    pooled = getattr(output, "pooler_output", output)
     if record is None and isinstance(pooled, list | tuple) and len(pooled):
         record = getattr(pooled[0], RECORD, None)
     return record

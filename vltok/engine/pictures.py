@@ -177,7 +177,8 @@ def _recognise(entries: list[torch.Tensor] | None, recent: Recent) -> list[Found
     if not entries:
         raise UnsupportedInputError(
             "the images of this prompt were not encoded by the model while the method was on it, and their "
-            "features are not to be seen; pass pixel_values"
+            "features are not to be seen; pass pixel_values. get_image_features() of a model must take these, and "
+            "return features, (images, tokens, width), a list of them, or an output that has them as pooler_output"
         )
     features = torch.cat(entries)
     found = recent.find(features.unsqueeze(0))[0]

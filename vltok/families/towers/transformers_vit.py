@@ -13,6 +13,7 @@ class Clip(TowerFamily):
     """CLIP: a [CLS] token before the patches."""
 
     name = "clip"
+    title = "CLIP"
     model_classes = ("CLIPVisionModel",)
     first_norm = "layer_norm1"
 
@@ -21,6 +22,7 @@ class Siglip(TowerFamily):
     """SigLIP: patches alone."""
 
     name = "siglip"
+    title = "SigLIP"
     model_classes = ("SiglipVisionModel",)
     first_norm = "layer_norm1"
 
@@ -32,6 +34,7 @@ class ViT(TowerFamily):
     """ViT: a [CLS] token before the patches."""
 
     name = "vit"
+    title = "ViT"
     model_classes = ("ViTModel",)
     first_norm = "layernorm_before"
 
@@ -40,6 +43,7 @@ class Dinov2(TowerFamily):
     """DINOv2, also as a backbone: a [CLS] token before the patches."""
 
     name = "dinov2"
+    title = "DINOv2"
     model_classes = ("Dinov2Model", "Dinov2Backbone")
 
     def guard(self, config: Any) -> dict[str, Any]:
@@ -50,6 +54,7 @@ class Dinov2WithRegisters(TowerFamily):
     """DINOv2 with registers: [CLS] and the registers before the patches."""
 
     name = "dinov2_with_registers"
+    title = "DINOv2 with registers"
     model_classes = ("Dinov2WithRegistersModel", "Dinov2WithRegistersBackbone")
 
     def num_prefix_tokens(self, tower: nn.Module) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from itertools import accumulate
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -41,6 +41,15 @@ class VlmFamily:
     # How the tower has the patches that visual tokens stand for; None where a token stands for none in particular.
     patches: ClassVar[Order | None] = None
     patch_counters: ClassVar[tuple[str, ...]] = ()  # methods of the model that count a picture's patches by its config
+
+    # What people are told, see `vltok.families.support.ModelSupport`; tests hold it against tiny models.
+    also: ClassVar[tuple[str, ...]] = ()
+    videos: ClassVar[Literal["no", "yes", "frames"]] = "no"
+    cls: ClassVar[str] = "no"
+    axes: ClassVar[bool] = False
+    windows: ClassVar[bool] = False
+    real_processor: ClassVar[bool] = True
+    refuses: ClassVar[str] = ""
 
     def tower(self, model: nn.Module) -> nn.Module:
         """The vision tower."""
@@ -249,6 +258,11 @@ class VlmFamily:
                 raise unreadable_tower(attention or layers[request.layer])
             found.append(attention)
         return found
+
+    @classmethod
+    def has_projector_site(cls) -> bool:
+        """Whether the projector can be replaced in members of this family."""
+        return cls.projector_site is not VlmFamily.projector_site
 
     def projector_site(self, model: nn.Module) -> ProjectorSite:
         """Say where the projector stands.

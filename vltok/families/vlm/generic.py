@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.functional import pad
 
-from vltok.engine.features import Encoding, pixel_keys
+from vltok.engine.features import PIXELS, Encoding, pixel_keys
 from vltok.engine.parts import live
 from vltok.engine.patches import Order
 from vltok.errors import UnsupportedModelError
@@ -27,6 +29,7 @@ class Generic(VlmFamily):
         gap: How many words may stand between tiles of one image.
         patches: How the tower has its patches, see `VlmFamily`.
         marks: The ids that stand for visual tokens, where these are not to be read from the config.
+        facts: What people are told, see `VlmFamily`.
     """
 
     def __init__(
@@ -38,14 +41,46 @@ class Generic(VlmFamily):
         gap: int = 0,
         patches: Order | None = None,
         marks: dict[str, int] | None = None,
+        **facts: Any,
     ) -> None:
+        vars(self).update(facts)
         self.name, self.title, self.model_classes = name, title, model_classes
         self.unit, self.gap, self.patches, self._marks = unit, gap, patches, marks or {}
 
+    @staticmethod
+    def fits(part: nn.Module) -> bool:
+        """Whether part of a model encodes images and has a decoder, as most models of transformers do."""
+        decoder = decoder_of(part)
+        has_configs = hasattr(part, "config") and hasattr(decoder, "config")
+        return has_configs and hasattr(part, "get_image_features") and hasattr(decoder, "layers")
+
     def check(self, model: nn.Module) -> None:
+        name = type(model).__name__
+        if not self.fits(model):
+            raise UnsupportedModelError(
+                f"{name} doesn't have both get_image_features() and a decoder with `layers`, called language_model or "
+                "text_model, and a config of each; if a part of it has, register the class of this part; if they go by "
+                "other names, say so in a subclass of vltok.families.vlm.base.VlmFamily and register that: "
+                "vltok.register_family()"
+            )
+        for part in (model, decoder_of(model)):
+            kinds = {each.kind for each in inspect.signature(type(part).forward).parameters.values()}
+            if inspect.Parameter.VAR_KEYWORD not in kinds:
+                raise UnsupportedModelError(
+                    f"{type(part).__name__}.forward() takes no **kwargs, by which vltok tells a decoder what was "
+                    "pruned; let the model and its decoder take them and hand them on, to the layers"
+                )
+        for method in (type(model).forward, type(model).get_image_features):
+            parameters = inspect.signature(method).parameters
+            hands_on = any(each.kind is inspect.Parameter.VAR_POSITIONAL for each in parameters.values())
+            if not hands_on and not any(PIXELS in each for each in parameters):
+                raise UnsupportedModelError(
+                    f"{name}.{method.__name__}() has no parameter {PIXELS}, by which vltok knows that images come; let "
+                    "both forward() and get_image_features() call them so"
+                )
         if not self.marks(model):
             raise UnsupportedModelError(
-                f"the config of {type(model).__name__} names no image_token_id; say which id stands for visual tokens: "
+                f"the config of {name} names no image_token_id; say which id stands for visual tokens: "
                 'vltok.apply(model, method, family="generic", image_token_id=...)'
             )
 
@@ -54,7 +89,18 @@ class Generic(VlmFamily):
 
     def tower(self, model: nn.Module) -> nn.Module:
         names = ("vision_tower", "vision_model", "visual", "vision_encoder", "image_tower")
-        return live(next(getattr(model, name) for name in names if hasattr(model, name)))
+        found = next((getattr(model, name) for name in names if hasattr(model, name)), None)
+        if found is None:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has no vision tower that vltok can find: nothing of it is called "
+                f"{', '.join(names[:-1])} or {names[-1]}"
+            )
+        return live(found)
+
+
+def decoder_of(part: nn.Module) -> nn.Module | None:
+    """What part of a model calls its decoder, or None."""
+    return getattr(part, "language_model", getattr(part, "text_model", None))
 
 
 class VideoLlava(Generic):

@@ -18,6 +18,9 @@ class InternVL(VlmFamily):
     model_classes = ("InternVLModel",)
     unit = "run"
     patches = "rows"
+    videos = "frames"
+    cls = "yes"
+    windows = True
 
     def overview(self, model: nn.Module, encoding: Encoding, picture: Picture) -> torch.Tensor | None:
         overview = torch.zeros(picture.length, dtype=torch.bool)

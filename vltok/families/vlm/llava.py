@@ -19,6 +19,9 @@ class Llava(VlmFamily):
     title = "LLaVA-1.5"
     model_classes = ("LlavaModel",)
     patches = "rows"
+    cls = "with CLIP"
+    windows = True
+    refuses = "vision towers other than CLIP and SigLIP"
 
     def check(self, model: nn.Module) -> None:
         kind = model.config.vision_config.model_type

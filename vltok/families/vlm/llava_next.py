@@ -21,6 +21,7 @@ class LlavaNext(Llava):
     title = "LLaVA-NeXT"
     model_classes = ("LlavaNextModel",)
     patch_counters = ("pack_image_features",)
+    windows = False
 
     def token_attention(self, model: nn.Module, encoding: Encoding) -> torch.Tensor:
         numbers, length = self._numbers(model, encoding)

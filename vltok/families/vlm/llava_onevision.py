@@ -22,6 +22,7 @@ class LlavaOnevision(VlmFamily):
     model_classes = ("LlavaOnevisionModel",)
     patches = "rows"
     patch_counters = ("pack_image_features", "apply_pooling")
+    videos = "yes"
 
     def token_attention(self, model: nn.Module, encoding: Encoding) -> torch.Tensor:
         """The attention that was read, for each visual token: packed, pooled and interpolated as the tokens are."""
