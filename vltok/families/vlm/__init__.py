@@ -61,8 +61,16 @@ _GENERIC = [
     _generic("ovis2", "Ovis2", "Ovis2Model", unit="run", gap=1, patches="rows"),
     _generic("paddleocr_vl", "PaddleOCR-VL", "PaddleOCRVLModel", patches="rows", axes=True),
     _generic("paligemma", "PaliGemma", "PaliGemmaModel", patches="rows", windows=True),
-    _generic("perception_lm", "PerceptionLM", "PerceptionLMModel", patches="rows", family="PerceptionLm", videos="yes"),
-    _generic("qianfan_ocr", "Qianfan-OCR", "QianfanOCRModel", unit="run", patches="rows"),
+    _generic(
+        "perception_lm",
+        "PerceptionLM",
+        "PerceptionLMModel",
+        patches="rows",
+        family="PerceptionLm",
+        videos="yes",
+        cls="yes",
+    ),
+    _generic("qianfan_ocr", "Qianfan-OCR", "QianfanOCRModel", unit="run", patches="rows", cls="yes"),
     _generic("qwen2_5_vl", "Qwen2.5-VL", "Qwen2_5_VLModel", patches="windows", videos="yes", axes=True, windows=True),
     _generic("qwen2_vl", "Qwen2-VL", "Qwen2VLModel", patches="blocks", videos="yes", axes=True),
     _generic("qwen3_5", "Qwen3.5", "Qwen3_5Model", patches="blocks", videos="yes", axes=True),
@@ -72,8 +80,10 @@ _GENERIC = [
     _generic("smolvlm", "SmolVLM", "SmolVLMModel", unit="row", patches="rows", family="Idefics3", videos="frames"),
     _generic("step3p7", "Step-3.7", "Step3p7Model", windows=True),
     _generic("video_llama_3", "VideoLLaMA 3", "VideoLlama3Model", patches="blocks", videos="yes"),
-    _generic("video_llava", "Video-LLaVA", "VideoLlavaModel", patches="rows", family="VideoLlava", videos="yes"),
-    _generic("vipllava", "VipLLaVA", "VipLlavaModel", patches="rows"),
+    _generic(
+        "video_llava", "Video-LLaVA", "VideoLlavaModel", patches="rows", family="VideoLlava", videos="yes", cls="yes"
+    ),
+    _generic("vipllava", "VipLLaVA", "VipLlavaModel", patches="rows", cls="yes"),
 ]
 
 VLMS = {

@@ -79,6 +79,8 @@ class LlavaNextVideo(LlavaNext):
     title = "LLaVA-NeXT-Video"
     model_classes = ("LlavaNextVideoModel",)
     patch_counters = ()
+    videos = "yes"
+    projector_site = VlmFamily.projector_site  # its processor counts frames of videos, too
 
     def token_attention(self, model: nn.Module, encoding: Encoding) -> torch.Tensor:
         if encoding.kind == "video":
