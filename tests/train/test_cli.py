@@ -107,7 +107,7 @@ def test_resume_goes_on_from_the_last_checkpoint(run, tmp_path):
 
 
 def test_lora_leaves_a_peft_adapter_beside_the_methods(run, tmp_path):
-    lora = ("--train", "projector+llm", "--lora-r", 2, "--lora-targets", "q_proj,v_proj")
+    lora = ("--train", "projector+lora", "--lora-r", 2, "--lora-targets", "q_proj,v_proj")
     run(*PACKER, *SHORT, *lora, "--style", "vicuna", "--out", tmp_path)
     handle = vltok.load(LLAVA.model(), tmp_path / "adapter", processor=LLAVA.processor())
     before = outputs(handle)
@@ -166,6 +166,7 @@ def test_mistakes_are_told_in_a_line(run, folder, saved, tmp_path):
     assert "give a method" in run(*out, fails=True)
     assert "is not here: give the folder of a model" in run(*PACKER, *out, model=tmp_path / "no", fails=True)
     assert "must be parts out of" in run(*PACKER, *out, "--train", "all", fails=True)
+    assert "LoRA settings are for --train lora" in run(*PACKER, *out, "--lora-r", 2, fails=True)
     assert "global batch of 256" in run(*PACKER, *out, "--per-device-batch", 24, fails=True)
     assert "no checkpoint in" in run(*PACKER, *out, "--resume", fails=True)
     assert "unknown method" in run("--method", "no", *out, fails=True)

@@ -78,8 +78,8 @@ def test_answers_before_the_first_question_are_left_out():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"image": None}, "0 pictures but 1 <image>"),
-        ({"image": ["1.png", "2.png"]}, "2 pictures but 1 <image>"),
+        ({"image": None}, "0 images but 1 <image>"),
+        ({"image": ["1.png", "2.png"]}, "2 images but 1 <image>"),
         ({"image": 5}, "a picture must be a file"),
         ({"conversations": None}, "has no turns"),
         ({"conversations": "w1"}, "has no turns"),

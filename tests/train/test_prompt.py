@@ -92,7 +92,7 @@ def test_blanks_before_the_end_token_are_learned_with_it():
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{% for m in messages %}{{ m.content[-1].text }}{% endfor %}", "1 pictures, but its text comes out with 0"),
+        ("{% for m in messages %}{{ m.content[-1].text }}{% endfor %}", "1 images, but its text comes out with 0"),
         ("<image>", "leaves out or repeats answers"),
         ("<image>{{ messages[1].content[0].text }}{{ messages[1].content[0].text }}", "leaves out or repeats"),
         ("{{ raise_exception('only w7') }}", "the chat template refuses it: only w7"),
@@ -113,7 +113,7 @@ def test_a_turn_with_the_processors_own_placeholder_or_the_mark_is_refused():
 
 
 def test_a_style_that_cannot_be_written_is_refused():
-    with pytest.raises(ValueError, match="auto, chat, vicuna, plain, got 'llama'"):
+    with pytest.raises(ValueError, match="auto, chat, vicuna, plain, suffix, got 'llama'"):
         PromptWriter(processor(), "llama")
     with pytest.raises(ValueError, match="has none"):
         PromptWriter(processor(), "chat")

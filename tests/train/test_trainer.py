@@ -18,7 +18,7 @@ from train.runs import losses, make, weights
 import vltok
 from vltok.method import Method, register
 from vltok.train import Collator, Conversations
-from vltok.train.labels import IGNORE
+from vltok.train.collator import IGNORE
 from vltok.train.trainer import answer_sums, check_gathers
 
 STRIDE = vltok.StrideTokens(num_keep=4)

@@ -17,9 +17,8 @@ from transformers.utils import logging
 
 from vltok.api import Handle
 from vltok.train.checkpoint import TrainedWeights
-from vltok.train.collator import Collator
+from vltok.train.collator import IGNORE, Collator
 from vltok.train.data import Conversations
-from vltok.train.labels import IGNORE
 from vltok.train.method_loss import method_loss
 from vltok.train.trainable import parts_of
 
