@@ -13,7 +13,6 @@ from train.templates import CHATS, Chat
 import vltok
 from vltok.train import Collator, VltokTrainer, add_lora, set_trainable
 from vltok.train.collator import IGNORE
-from vltok.train.trainable import PARTS, parts_of
 
 DIVPRUNE = vltok.DivPrune(keep_ratio=0.25)
 chats = pytest.mark.parametrize("chat", CHATS, ids=lambda chat: chat.family.name)
@@ -74,19 +73,6 @@ def test_prompts_are_what_the_processor_makes_of_the_template_by_itself(chat: Ch
     assert ids[: expected["input_ids"].shape[1]] == expected["input_ids"][0].tolist()
     assert ids[expected["input_ids"].shape[1] :] == ([] if chat.end in chat.template else [2])
     assert torch.equal(made["pixel_values"], expected["pixel_values"])
-
-
-@chats
-def test_every_parameter_belongs_to_one_part(chat: Chat):
-    handle = vltok.apply(chat.model(), DIVPRUNE)
-    parts = parts_of(handle)
-    found = [id(parameter) for part in PARTS for parameter in parts[part]]
-    assert sorted(found) == sorted(id(parameter) for parameter in handle.model.parameters())
-    assert all(parts.values())
-    decoder = {id(p) for p in getattr(handle.host, chat.family.decoder).parameters()}
-    assert decoder <= {id(parameter) for parameter in parts["llm"]}
-    counts = set_trainable(handle, "full")
-    assert all(parameter.requires_grad for parameter in handle.model.parameters()) and all(counts.values())
 
 
 def trainer(chat: Chat, out, rows: list[dict], parts: str = "llm", lora: int | None = None, **arguments):

@@ -12,6 +12,7 @@ from tiny import LLAVA, LLAVA_NEXT, QWEN2_5_VL, TinyFamily, picture
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from train.records import record
 from transformers import PreTrainedTokenizerFast
+from transformers.video_utils import VideoMetadata
 
 import vltok
 from vltok.processing import TokenPackerHDProcessor
@@ -297,3 +298,20 @@ def test_a_token_that_reaches_into_an_answer_belongs_to_it():
     offsets = [(0, 0), (0, 5), (4, 6), (5, 9), (9, 9), (9, 12)]
     assert tokens_in(offsets, [(5, 9)]) == [False, False, True, True, False, False]
     assert tokens_in(offsets, [(0, 1), (11, 20)]) == [False, True, False, False, False, True]
+
+
+def test_a_video_in_a_file_is_left_to_the_processor_which_takes_frames_from_it(tmp_path, monkeypatch):
+    (tmp_path / "a.mp4").write_bytes(b"film")
+    found = processor(QWEN2_5_VL, "vicuna")
+    frames, asked = tiny.clip(0, QWEN2_5_VL.size), []
+
+    def fetch(files, sample_indices_fn=None):
+        asked.append(files)
+        return [frames], [VideoMetadata(total_num_frames=4, fps=24, frames_indices=[0, 1, 2, 3])]
+
+    monkeypatch.setattr(found.video_processor, "fetch_videos", fetch)
+    from_file = Collator(found)([record("s", [], "<video>w1", "w2") | {"video": str(tmp_path / "a.mp4")}])
+    assert asked == [[str(tmp_path / "a.mp4")]]
+    from_frames = Collator(found)([record("s", [], "<video>w1", "w2") | {"video": frames}])
+    assert from_file.keys() == from_frames.keys()
+    assert all(torch.equal(from_file[key], from_frames[key]) for key in from_file)

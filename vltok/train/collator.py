@@ -222,7 +222,8 @@ class Collator:
         if opened.prompt.suffix is not None:
             options["suffix"] = [opened.prompt.suffix]
         if opened.images:
-            options["images"] = [opened.images]
+            # Some don't cut images into tiles where a prompt has several; a single one needs no list of lists.
+            options["images"] = [opened.images] if len(opened.images) > 1 else opened.images
         if opened.videos:
             options["videos"] = [opened.videos]
             if not any(isinstance(video, str) for video in opened.videos):
