@@ -227,12 +227,14 @@ def test_a_video_that_is_missing_is_told_like_an_image():
 
 def test_lines_and_tables_are_read_like_a_list(tmp_path, folder):
     lines = tmp_path / "data.jsonl"
-    lines.write_text("\n".join(json.dumps(row) for row in folder.records) + "\n", encoding="utf-8")
+    text = "\n".join(json.dumps(row | {"note": "a line\u2028of its own"}, ensure_ascii=False) for row in folder.records)
+    lines.write_text(text + "\n", encoding="utf-8")
     table = tmp_path / "data.parquet"
     datasets.Dataset.from_list(folder.records).to_parquet(str(table))
     expected = Conversations.from_file(folder.file)
     for file in (lines, table):
         found = Conversations.from_file(file, folder.path)
+        assert Conversations.from_file(file)[0].images == (tmp_path / "0.png",)
         assert [found[index] for index in range(len(found))] == [expected[index] for index in range(len(expected))]
     lines.write_text("[1]\n{", encoding="utf-8")
     with pytest.raises(SampleError, match="is not a JSON file"):

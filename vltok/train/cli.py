@@ -85,14 +85,16 @@ def main(
         DtypeName, _option(MODEL, "Frozen weights and arithmetic; what trains is float32. auto: bfloat16 on GPUs.")
     ] = DtypeName.auto,
     download: Annotated[bool, _option(MODEL, "Fetch the model if it is not on this machine.", "--download")] = False,
-    images: Annotated[Path | None, _option(DATA, "Folder of images and videos; by default the JSON file's.")] = None,
+    images: Annotated[Path | None, _option(DATA, "Folder of images and videos; by default the data file's.")] = None,
     eval_data: Annotated[Path | None, _option(DATA, "The same for evaluation.")] = None,
     hd: Annotated[
         int | None, _option(DATA, "TokenPacker-HD: cut large pictures into at most so many tiles (9, 16 or 25).")
     ] = None,
     style: Annotated[StyleName | None, _option(DATA, "How prompts look.")] = None,
     max_length: Annotated[int | None, _option(DATA, "Most tokens of a sample, with its visual tokens.")] = None,
-    pad_to_square: Annotated[bool | None, _option(DATA, "Pad pictures to a square first.")] = None,
+    pad_to_square: Annotated[
+        bool | None, _option(DATA, "Pad images to a square first; finetune does where they would be cropped to one.")
+    ] = None,
     on_bad_image: Annotated[FaultName, _option(DATA, "For images and videos that can't be opened.")] = FaultName.stop,
     on_too_long: Annotated[FaultName, _option(DATA, "For samples without answer in max-length.")] = FaultName.stop,
     num_workers: Annotated[int | None, _option(DATA, "Processes that load data.")] = None,
@@ -161,7 +163,7 @@ def main(
             max_length=max_length or plan.max_length,
             on_bad_image=on_bad_image,
             on_too_long=on_too_long,
-            pad_to_square=plan.pad_to_square and hd is None if pad_to_square is None else pad_to_square,
+            pad_to_square=plan.pad_to_square and crops(processor) if pad_to_square is None else pad_to_square,
         )
         samples = Conversations.from_file(data, images)
         held_out = None if eval_data is None else Conversations.from_file(eval_data, images)
@@ -182,6 +184,14 @@ def main(
     if hd is not None and trainer.is_world_process_zero():
         processor.save_pretrained(out / "processor")
     trainer.accelerator.end_training()
+
+
+def crops(processor: Any) -> bool:
+    """Whether a processor cuts off the sides of an image that is no square, so that it had better be padded to one."""
+    makes_tiles = isinstance(processor, TokenPackerHDProcessor) or hasattr(
+        processor.image_processor, "image_grid_pinpoints"
+    )
+    return bool(getattr(processor.image_processor, "do_center_crop", False)) and not makes_tiles
 
 
 def load_handle(model: str, methods: list[str], dtype: torch.dtype, download: bool = False) -> Handle:

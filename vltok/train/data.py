@@ -241,7 +241,7 @@ class Conversations(torch.utils.data.Dataset):
         Args:
             path: A JSON list of samples, one as JSON to a line (.jsonl), a table (.parquet), or a folder of
                 `Dataset.save_to_disk`.
-            images: Folder that paths of images and videos count from; by default the one the JSON file is in.
+            images: Folder that paths of images and videos count from; by default the one the file is in.
 
         Raises:
             FileNotFoundError: If there is no such file.
@@ -251,12 +251,13 @@ class Conversations(torch.utils.data.Dataset):
         if path.is_dir() or path.suffix == ".parquet":
             import datasets
 
-            table = datasets.load_from_disk(str(path)) if path.is_dir() else datasets.Dataset.from_parquet(str(path))
-            return cls(table, images)
+            if path.is_dir():
+                return cls(datasets.load_from_disk(str(path)), images)
+            return cls(datasets.Dataset.from_parquet(str(path)), path.parent if images is None else images)
         try:
             text = path.read_text(encoding="utf-8")
             is_lines = path.suffix == ".jsonl"
-            records = [json.loads(line) for line in text.splitlines() if line.strip()] if is_lines else json.loads(text)
+            records = [json.loads(line) for line in text.split("\n") if line.strip()] if is_lines else json.loads(text)
         except (ValueError, RecursionError) as error:
             raise SampleError(f"{path} is not a JSON file: {error}") from error
         if not isinstance(records, list):
