@@ -232,7 +232,7 @@ def _lfm2_vl_processor() -> Any:
         """Takes the images of all prompts in a row, as most processors do."""
 
         def __call__(self, images: Any = None, text: Any = None, **options: Any) -> Any:
-            if images is not None:
+            if images is not None and not isinstance(images[0], list):
                 rest = iter(images)
                 images = [[next(rest) for _ in range(each.count(self.image_token))] for each in text]
             return super().__call__(images=images, text=text, **options)
