@@ -11,7 +11,6 @@ from vltok.engine.pictures import Picture
 from vltok.families.vlm.base import VlmFamily
 from vltok.families.vlm.llava import Llava
 from vltok.tokens import Grid3
-from vltok.views import ProjectorSite
 
 
 class LlavaNext(Llava):
@@ -95,6 +94,3 @@ class LlavaNextVideo(LlavaNext):
 
     def pixel_keys(self, model: nn.Module, encoding: Encoding, pixels: torch.Tensor) -> torch.Tensor:
         return pixel_keys(pixels) if encoding.kind == "video" else super().pixel_keys(model, encoding, pixels)
-
-    def projector_site(self, model: nn.Module) -> ProjectorSite:
-        return VlmFamily.projector_site(self, model)
