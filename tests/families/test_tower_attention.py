@@ -220,6 +220,15 @@ def test_attention_is_interpolated_as_the_tokens_are(monkeypatch):
     torch.testing.assert_close(actual[has_patches], (shares @ received(weights).flatten())[has_patches], **CLOSE)
 
 
+def test_tokens_that_the_model_itself_leaves_out_of_a_video_are_left_out_of_the_attention(monkeypatch):
+    family = qwen.VIDEO_LLAMA_3
+    inputs = family.inputs(["w1 <video> w2"], videos=[clip(3, family.size, 1).repeat(family.frames, 1, 1, 1)])
+    kept = inputs["video_compression_mask"]
+    assert not kept.all()
+    actual = seen_by_selector(model_of(family.key), inputs, "received")
+    torch.testing.assert_close(actual, expected(family.key, inputs, "received", -1, monkeypatch)[kept], **CLOSE)
+
+
 # Batches
 
 METHODS = [vltok.FasterVLM(keep_ratio=0.4), vltok.ToDRE(keep_ratio=0.4, pivot="auto", relevance=False)]

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from vltok.edits import MethodWrapper
+from vltok.errors import UnsupportedInputError
 from vltok.views import AttentionRequest
 
 KINDS = ("image", "video")
@@ -61,6 +62,20 @@ class Encoding:
     rows: torch.Tensor | None = None
     notes: dict[str, Any] = field(default_factory=dict)
     decisions: dict[Any, Any] = field(default_factory=dict)
+
+    @property
+    def tower_attention(self) -> torch.Tensor:
+        """The attention as read in the tower, (R, S), which runs once on pictures that are encoded together.
+
+        Raises:
+            UnsupportedInputError: If it ran more often.
+        """
+        if len(self.attention) != 1:
+            raise UnsupportedInputError(
+                f"the vision tower ran {len(self.attention)} times on pictures that were encoded together, so its "
+                "attention can't be matched with their tokens; choose a method that needs no vision attention"
+            )
+        return self.attention[0]
 
     @property
     def grids(self) -> list[list[int]] | None:

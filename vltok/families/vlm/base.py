@@ -186,45 +186,44 @@ class VlmFamily:
 
     def projected_attention(self, model: nn.Module, encoding: Encoding, count: int) -> torch.Tensor:
         """The same for each of the `count` tokens that the projector returns, (count,)."""
-        (attention,) = encoding.attention
-        merges = None
+        attention, merges = encoding.tower_attention, None
         if encoding.grids is not None:
             merges = [self._merge(model, encoding, entry) for entry in range(len(encoding.grids))]
         if self.patches == "windows":
-            attention = self._out_of_windows(model, encoding, attention, merges[0])
-        grids, has_padding = self.patch_grids(model, encoding, len(attention))
+            attention = self._out_of_windows(model, encoding, merges[0])
+        grids, has_padding = self.patch_grids(model, encoding)
         pictures = by_picture(attention, grids, has_padding)
         if merges is None:
-            merges = [math.isqrt(max(1, sum(math.prod(grid) for _, grid in pictures) // max(1, count)))] * len(pictures)
+            patches = sum(math.prod(grid) for _, grid in pictures)
+            merges = [math.isqrt(max(1, patches // max(1, count)))] * len(pictures)
         elif len(merges) < len(pictures):  # frames apart
             merges = [merge for merge, grid in zip(merges, grids, strict=True) for _ in range(grid[0])]
         return token_scores(pictures, merges, self.patches, count)
 
-    def patch_grids(self, model: nn.Module, encoding: Encoding, rows: int) -> tuple[list[Grid3], bool]:
-        """Patches of the pictures that the tower saw in so many rows, and whether the rows have padding behind them."""
+    def patch_grids(self, model: nn.Module, encoding: Encoding) -> tuple[list[Grid3], bool]:
+        """Patches of the pictures that the tower saw, and whether rows of it may have padding behind them."""
         shapes, sizes = (encoding.arguments.get(name) for name in ("spatial_shapes", "image_sizes"))
         if encoding.grids is not None:
             return [tuple(grid) for grid in encoding.grids], True
         if shapes is not None:
             return [(1, *shape) for shape in shapes.tolist()], True
-        side = self.patch_size(model)
-        if sizes is not None and rows == 1:  # one after another
-            return [(1, int(height) // side, int(width) // side) for height, width in sizes], True
+        side, (rows, length) = self.patch_size(model), encoding.tower_attention.shape
+        own = [] if sizes is None else [(1, int(height) // side, int(width) // side) for height, width in sizes]
+        if rows == 1 and length == sum(map(math.prod, own)):  # one after another, without what pads the pixels
+            return own, False
         height, width = encoding.pixels_shape[-2:]
         return [(1, height // side, width // side)] * rows, False
 
-    def _out_of_windows(
-        self, model: nn.Module, encoding: Encoding, attention: torch.Tensor, merge: int
-    ) -> torch.Tensor:
-        """Undo the order in which a tower with windows has its patches, (1, patches)."""
-        tower = self.tower(model)
+    def _out_of_windows(self, model: nn.Module, encoding: Encoding, merge: int) -> torch.Tensor:
+        """What was read in a tower that has its patches window by window, picture by picture, (1, patches)."""
+        attention, tower = encoding.tower_attention, self.tower(model)
         order, _ = get_vision_window_index(
             torch.tensor(encoding.grids),
             spatial_merge_size=merge,
             window_size=tower.window_size,
             patch_size=tower.patch_size,
         )
-        return attention.view(-1, merge**2)[torch.argsort(order.to(attention.device))].view(1, -1)
+        return attention.view(-1, merge**2)[order.argsort().to(attention.device)].view(1, -1)
 
     def overview(self, model: nn.Module, encoding: Encoding, picture: Picture) -> torch.Tensor | None:
         """Which tokens of a picture show the whole of it, (N,), bool; None if all do."""

@@ -148,10 +148,10 @@ class GraniteDocling(Generic):
 class MiniCpm(Generic):
     """MiniCPM-V: the patches of all pictures, slices and frames stand side by side, and are merged on the way."""
 
-    def patch_grids(self, model: nn.Module, encoding: Encoding, rows: int) -> tuple[list[Grid3], bool]:
-        (attention,), sizes = encoding.attention, encoding.arguments["target_sizes"]
-        merge = math.isqrt(int(sizes.prod(-1).sum()) // attention.numel())
-        return [(1, height // merge, width // merge) for height, width in sizes.tolist()], True
+    def patch_grids(self, model: nn.Module, encoding: Encoding) -> tuple[list[Grid3], bool]:
+        sizes = encoding.arguments["target_sizes"]
+        merge = math.isqrt(int(sizes.prod(-1).sum()) // encoding.tower_attention.numel())
+        return [(1, height // merge, width // merge) for height, width in sizes.tolist()], False
 
     def pixel_keys(self, model: nn.Module, encoding: Encoding, pixels: torch.Tensor) -> torch.Tensor:
         widths = (encoding.arguments["target_sizes"].prod(-1) * pixels.shape[-2]).tolist()

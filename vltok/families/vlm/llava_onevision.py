@@ -26,8 +26,7 @@ class LlavaOnevision(VlmFamily):
 
     def token_attention(self, model: nn.Module, encoding: Encoding) -> torch.Tensor:
         """The attention that was read, for each visual token: packed, pooled and interpolated as the tokens are."""
-        (attention,) = encoding.attention
-        rows, vision = len(attention), model.config.vision_config
+        rows, vision = len(encoding.tower_attention), model.config.vision_config
         coarser = getattr(vars(model).get("pack_image_features"), "scale", 1)  # where a projector condenses
         length = (vision.image_size // vision.patch_size // coarser) ** 2
         projected = self.projected_attention(model, encoding, rows * length).view(rows, length, 1)
