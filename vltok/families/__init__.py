@@ -216,7 +216,7 @@ def unsupported(model: nn.Module) -> UnsupportedModelError:
         f"{type(model).__name__} has no visual tokens that vltok can reach: no part of it belongs to one of the "
         f"{len(vlm.VLMS)} vision-language families that `python -m vltok families` lists; a vision tower or a text "
         f"model alone has no language model that visual tokens enter. Methods that change a vision tower itself know "
-        f"{', '.join(towers.TOWERS)}, alone or in a vision-language model. For further models see "
+        f"the families {', '.join(towers.TOWERS)}, alone or in a vision-language model. For further models see "
         'vltok.register_family(), and family="generic" of vltok.apply()'
     )
 
