@@ -247,6 +247,17 @@ def test_a_batch_of_texts_gets_a_picture_that_changes_no_loss_and_no_gradient(na
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in projector)
 
 
+def test_a_text_that_was_cut_stays_cut_where_it_gets_a_picture():
+    rows = [record("s", [], "w1", "w2 " * 30)]
+    cut = Collator(processor(LLAVA), max_length=12, always_picture=False)(rows)
+    batch = Collator(processor(LLAVA), max_length=12)(rows)
+    assert cut["labels"].shape[1] == 12
+    for key, value in cut.items():
+        assert torch.equal(batch[key][:, :12], value)
+    assert (batch["input_ids"][:, 12:] == 4).all() and (batch["labels"][:, 12:] == IGNORE).all()
+    assert len(batch["pixel_values"]) == 1
+
+
 def test_workers_count_what_they_drop(tmp_path):
     missing = str(tmp_path / "missing.png")
     rows = [record(f"s{i}", [missing] * (i % 2), "<image>" * (i % 2) + "w1", "w2") for i in range(8)]

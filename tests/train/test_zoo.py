@@ -104,3 +104,18 @@ def test_every_weight_belongs_to_one_part(family: TinyFamily):
     assert decoder <= {id(parameter) for parameter in parts["llm"]}
     assert all(set_trainable(handle, "full").values())
     assert all(parameter.requires_grad for parameter in handle.model.parameters())
+
+
+@every_family
+def test_a_batch_of_texts_gets_an_image_of_which_nothing_is_learned(family: TinyFamily):
+    collator, plain = collator_of(family), collator_of(family, always_picture=False)
+    if collator.write.style == "suffix" or family.key in ONE_IMAGE:
+        with pytest.raises(SampleError, match="images"):
+            collator([record("none", [], "w1", "w2")])
+        return
+    rows = [record("long", [], "w1", "w2 w3 w4"), record("short", [], "w5", "w6")]
+    model = family.model()
+    batch, texts = collator(rows), plain(rows)
+    assert any(key.startswith("pixel_values") for key in batch) and not any("pixel" in key for key in texts)
+    with vltok.apply(model, METHOD), torch.no_grad():
+        torch.testing.assert_close(model(**batch).loss, model(**texts).loss, rtol=1e-4, atol=0)

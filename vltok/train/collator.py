@@ -152,8 +152,7 @@ class Collator:
         prompts = [self._open(item if isinstance(item, Sample) else read_sample(item)) for item in samples]
         encoded = [self._fit(prompt) for prompt in prompts]
         if self.always_picture and not any("pixel" in key for item in encoded for key in item.features):
-            shortest = min(range(len(encoded)), key=lambda index: len(encoded[index].labels))
-            encoded[shortest] = self._with_picture(prompts[shortest])
+            self._append_picture(min(encoded, key=lambda item: len(item.labels)))
         length = max(len(item.labels) for item in encoded)
         padding = self.processor.tokenizer.pad_token_id
         fill = {"input_ids": self.processor.tokenizer.eos_token_id if padding is None else padding}
@@ -233,7 +232,7 @@ class Collator:
         except Exception as error:
             raise SampleError(f"{opened.name}: {type(self.processor).__name__} refuses it: {error}") from error
         ids, learned = features["input_ids"], features.pop(_LEARNED, None)
-        if self.write.style == "suffix":  # the processor makes labels itself, which end up under our name
+        if self.write.style == "suffix":  # the processor says itself which tokens are the answer's
             learned = features.pop("labels") != IGNORE
         if learned is None or learned.shape != ids.shape:
             raise SampleError(
@@ -242,11 +241,16 @@ class Collator:
             )
         return _Encoded(features, ids[0].masked_fill(~learned[0].bool(), IGNORE))
 
-    def _with_picture(self, opened: _Opened) -> _Encoded:
-        """Tokenise a text with a grey picture behind it, of which nothing is learned."""
-        text = opened.prompt.text + self.write.placeholders["image"]
-        prompt = PromptText(text, opened.prompt.answers)
-        return self._tokenise(replace(opened, prompt=prompt, images=[self._grey_picture()]))
+    def _append_picture(self, encoded: _Encoded) -> None:
+        """Put a grey picture behind a text, of which nothing is learned."""
+        prompt = PromptText(self.write.placeholders["image"])
+        grey = self._tokenise(_Opened(prompt, [self._grey_picture()], [], "the grey picture"))
+        for key, value in grey.features.items():
+            if key in TOKEN_KEYS:
+                own = encoded.features.get(key, value.new_zeros(1, len(encoded.labels)))
+                value = torch.cat([own, value], dim=1)
+            encoded.features[key] = value
+        encoded.labels = torch.cat([encoded.labels, grey.labels])
 
     def _grey_picture(self) -> Image.Image:
         return Image.new("RGB", GREY_SIZE, self._background())
