@@ -11,9 +11,10 @@ import torch
 from reference import assert_close
 from tiny import TinyFamily, clip, picture, shared_model
 from torch import nn
-from zoo.gemma import APART, IDEFICS3, ROWS, SMOLVLM
+from zoo.gemma import APART, GEMMA4_SHARED, IDEFICS3, ROWS, SMOLVLM
 
 import vltok
+from vltok.errors import UnsupportedInputError
 
 METHODS = {"stride": vltok.StrideTokens(keep_ratio=0.4), "todre": vltok.ToDRE(keep_ratio=0.4, relevance=False)}
 ONE = ["w1 w2 <image> w3 w4 w5"]
@@ -218,3 +219,10 @@ def test_frames_may_have_budgets_of_their_own(family):
     each = METHODS["stride"].budget(size, None, "video")
     assert [(kept // size).bincount().tolist() for kept in videos] == [[each] * family.frames] * 2
     assert report.kept_tokens[0][0] == METHODS["stride"].budget(family.tokens[0], None, "image")
+
+
+def test_tokens_do_not_leave_between_layers_that_share_keys():
+    model, inputs = shared_model(GEMMA4_SHARED), inputs_of(GEMMA4_SHARED, ONE)
+    refused = pytest.raises(UnsupportedInputError, match=r"layer 5 .* keys of layer 3,.* after layer 2 at the latest")
+    with vltok.apply(model, vltok.ToDRE(keep_ratio=0.4, tau=1.0, depth=0.7, pivot="center")), refused:
+        model(**inputs)

@@ -71,10 +71,25 @@ def _enter_prompt(prompt: Prompt, module: nn.Module, embeds: torch.Tensor, kwarg
                 f"this model adds features of its vision tower to visual tokens in its first {deep} decoder layers, so "
                 f"none can be dropped after layer {min(prompt.read) + 1}; drop them later (for ToDRE a larger depth)"
             )
+        _check_shared_keys(prompt)
     prompt.take_maps(kwargs.get("attention_mask"))
     if prompt.base:
         _wrap(prompt)
     return {**changed, "inputs_embeds": layout.pack(embeds), "position_ids": prompt.place(positions)}
+
+
+def _check_shared_keys(prompt: Prompt) -> None:
+    """Raise UnsupportedInputError if layers after a drop would attend to keys that were made before it."""
+    for read in prompt.read:
+        shared = [(index, store) for index, store in enumerate(prompt.stores) if store <= read < index]
+        if shared:
+            first = min(store for _, store in shared)
+            raise UnsupportedInputError(
+                f"layer {shared[0][0] + 1} of this decoder takes the keys of layer {shared[0][1] + 1}, so visual "
+                f"tokens that leave after layer {read + 1} would still be seen there; "
+                + (f"drop them after layer {first} at the latest (for ToDRE a smaller depth), or " if first else "")
+                + "use a method that prunes before the decoder (for ToDRE relevance=False)"
+            )
 
 
 def _samples(prompt: Prompt, module: nn.Module, positions: torch.Tensor | None, kwargs: dict) -> torch.Tensor | None:
@@ -116,7 +131,7 @@ def before_layer(index: int, module: nn.Module, args: tuple, kwargs: dict) -> tu
     hidden = args[0] if args else kwargs["hidden_states"]
     kwargs = dict(kwargs)
     if isinstance(call, Prompt):
-        hidden = _rows_of_layer(call, index, hidden, kwargs)
+        hidden, args = _rows_of_layer(call, index, hidden, args, kwargs)
         # Rotary tables are made. Flash attention looks at positions alone, and takes gaps for the ends of samples.
         kwargs["position_ids"] = call.places_in_samples(call.groups[index])
     elif "position_ids" in kwargs:  # layers that count keys in blocks would look for blocks that aren't there
@@ -131,8 +146,10 @@ def before_layer(index: int, module: nn.Module, args: tuple, kwargs: dict) -> tu
     return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
 
-def _rows_of_layer(prompt: Prompt, index: int, hidden: torch.Tensor, kwargs: dict) -> torch.Tensor:
-    """Bring hidden states and all that comes with them into the layout of a layer."""
+def _rows_of_layer(
+    prompt: Prompt, index: int, hidden: torch.Tensor, args: tuple, kwargs: dict
+) -> tuple[torch.Tensor, tuple]:
+    """Bring hidden states and all that comes with them into the layout of a layer; returns both, `kwargs` changes."""
     layout = prompt.layouts[prompt.groups[index]]
     before = prompt.layouts[prompt.groups[max(0, index - 1)]]
     if prompt.states is not None and len(prompt.states) == index:
@@ -149,11 +166,15 @@ def _rows_of_layer(prompt: Prompt, index: int, hidden: torch.Tensor, kwargs: dic
             kwargs["position_embeddings"] = tuple(take(table, slots, dim=-2) for table in tables)
         elif isinstance(tables, torch.Tensor):
             kwargs["position_embeddings"] = take(tables, slots, dim=-2)
-        for name, value in kwargs.items():
-            is_ours = name in ("position_embeddings", "attention_mask", "hidden_states")
-            if not is_ours and isinstance(value, torch.Tensor) and value.shape[:2] == first.order.shape:
-                kwargs[name] = take(value, slots)
-    return hidden
+
+        def cut(value: Any) -> Any:
+            is_whole = isinstance(value, torch.Tensor) and value.shape[:2] == first.order.shape
+            return take(value, slots) if is_whole else value
+
+        args = (*args[:1], *map(cut, args[1:]))
+        ours = ("position_embeddings", "attention_mask", "hidden_states")
+        kwargs |= {name: cut(value) for name, value in kwargs.items() if name not in ours}
+    return hidden, args
 
 
 @torch.compiler.disable  # it waits for the device and decides in Python
