@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from matrix import Pair
+from reference import assert_close
 from tiny import TinyFamily, picture, shared_model
 
-TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
 PROMPTS = ["w1 <image> w2 w3", "w4 <image> w5 w6 w7 <image> w8 w9 w1", "w3 w4"]
 ALONE = [0, 1, 1]  # the row each picture belongs to
 
@@ -54,11 +56,39 @@ def saved_files(family: TinyFamily) -> dict[str, bytes]:
 
 
 def positions(model: torch.nn.Module, inputs: Any) -> torch.Tensor:
-    """The rotary positions of unpadded prompts as the model counts them, (B, T) or (3, B, T)."""
+    """The rotary positions of unpadded prompts as the model counts them, (B, T) or (axes, B, T)."""
     if hasattr(model.model, "get_rope_index"):
         names = ("input_ids", "image_grid_thw", "mm_token_type_ids", "attention_mask")
         return model.model.get_rope_index(**{name: inputs[name] for name in names if name in inputs})[0]
     return torch.arange(inputs["input_ids"].shape[1]).expand(len(inputs["input_ids"]), -1)
+
+
+def check_ability(family: TinyFamily, what: str, holds: Callable[[], bool]) -> None:
+    """Skip the rest of a test if the unpruned model fails at something, and see that it does.
+
+    Args:
+        family: Its row, whose `unable` says what it fails at.
+        what: "rows": a row of a batch is answered as if it were alone. "masks": it takes ready-made maps.
+        holds: Tries it on the unpruned model.
+    """
+    if what in family.unable:
+        assert not holds(), "the unpruned model can: say so in its row"
+        pytest.skip(f"the unpruned model fails at this: {what}")
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether logits are the same up to rounding."""
+    try:
+        assert_close(actual, expected)
+    except AssertionError:
+        return False
+    return True
+
+
+def rows_stand_alone(pair: Pair, model: torch.nn.Module) -> bool:
+    """Whether the unpruned model answers the second row of the prompts as if it were alone."""
+    real = plain(pair.family)["attention_mask"][1].bool()
+    return close(logits(model, plain(pair.family))[1, real], logits(model, single(pair, 1))[0])
 
 
 @torch.no_grad()

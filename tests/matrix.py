@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import zoo
 from towers import draw
 
 import vltok
@@ -33,8 +34,12 @@ TRAINED: dict[str, Callable[[tiny.TinyFamily], vltok.Method]] = {
 }
 # On decoders with windows: one selector, and one method that drops inside the decoder as well.
 WINDOWED = ("todre", "stride")
+# On further families: one selector; where much hangs on the decoder, DROPPING has one that drops inside it as well.
+FURTHER_NAMES = ("stride",)
 
-FAMILIES: dict[str, tiny.TinyFamily] = {family.key: family for family in [*tiny.ALL, *tiny.WINDOWED]}
+OWN = [*tiny.ALL, *tiny.WINDOWED]
+FURTHER = [family for family in zoo.ROWS if family not in OWN]
+FAMILIES: dict[str, tiny.TinyFamily] = {family.key: family for family in [*OWN, *FURTHER]}
 
 
 @functools.lru_cache
@@ -86,10 +91,14 @@ def _works(family: tiny.TinyFamily, method: vltok.Method) -> bool:
     return family.shows_patches or method.attention_request(family.has_cls) is None
 
 
+def _dropping(family: tiny.TinyFamily) -> vltok.Method:
+    return vltok.ToDRE(keep_ratio=0.3, tau=1.0, depth=family.drop_depth, pivot="center")
+
+
 def _pairs() -> dict[str, Pair]:
     pairs = {}
     for key, family in FAMILIES.items():
-        names = WINDOWED if family in tiny.WINDOWED else PRUNING
+        names = PRUNING if family in tiny.ALL else WINDOWED if family in tiny.WINDOWED else FURTHER_NAMES
         methods = {name: PRUNING[name]() for name in names}
         pairs |= {f"{key}-{name}": Pair(family, each, True, _works(family, each)) for name, each in methods.items()}
         if family in tiny.ALL:
@@ -101,6 +110,7 @@ EVERY: dict[str, Pair] = _pairs()
 PAIRS = {name: pair for name, pair in EVERY.items() if pair.works}
 REFUSED = {name: pair for name, pair in EVERY.items() if not pair.works}
 SELECTING = {name: pair for name, pair in PAIRS.items() if pair.prunes}
+DROPPING = {f"{family.key}-todre": Pair(family, _dropping(family), True, True) for family in FURTHER}
 BRINGING_WEIGHTS = {name: pair for name, pair in PAIRS.items() if not pair.prunes}
 
 

@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from calls import PROMPTS, TOLERANCE, batch, generate, logits, plain, single
+from calls import PROMPTS, batch, generate, logits, plain, single
 from prompts import CACHE
+from reference import assert_close
 from rows import only_pruning
 from tiny import WINDOW, shared_model
 from transformers.cache_utils import Cache, QuantizedLayer
@@ -22,7 +23,7 @@ def test_eager_and_sdpa_agree(pair, model):
     assert model.config._attn_implementation == "sdpa" and eager.config._attn_implementation == "eager"
     real = inputs["attention_mask"].bool()
     with pair.apply(model), pair.apply(eager):
-        torch.testing.assert_close(logits(eager, inputs)[real], logits(model, inputs)[real], **TOLERANCE)
+        assert_close(logits(eager, inputs)[real], logits(model, inputs)[real])
 
 
 def test_bfloat16_generates_and_keeps_the_budget(pair, model):
@@ -129,7 +130,7 @@ def test_a_budget_is_an_upper_limit(pair, model):
     method = replace(pair.method, num_keep=100_000, keep_ratio=None, **stage_2)
     expected, real = logits(model, inputs), inputs["attention_mask"].bool()
     with vltok.apply(model, method) as handle:
-        torch.testing.assert_close(logits(model, inputs)[real], expected[real], **TOLERANCE)
+        assert_close(logits(model, inputs)[real], expected[real])
         report = handle.report(file=None)
         assert report.kept_tokens == report.visual_tokens
 

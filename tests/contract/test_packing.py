@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 
 import torch
-from calls import ALONE, PROMPTS, TOLERANCE, pictures, positions, single
+from calls import ALONE, PROMPTS, pictures, positions, single
+from reference import assert_close
 
 import vltok
 
@@ -33,7 +34,7 @@ def test_each_sample_is_answered_as_alone(pair, model):
         kept = []
         for number, own in enumerate(row.split(lengths)):
             alone = model(**single(pair, number), use_cache=False).logits[0]
-            torch.testing.assert_close(own, alone, **TOLERANCE)
+            assert_close(own, alone)
             if pair.prunes and number in ALONE:
                 kept += handle.report(file=None).kept_tokens[0]
         assert not pair.prunes or report.kept_tokens == [kept]

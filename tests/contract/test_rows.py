@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
-import reference
 import torch
-from calls import ALONE, PROMPTS, TOLERANCE, batch, generate, logits, positions, single
-from prompts import hide
-from rows import only_pruning
+from calls import ALONE, PROMPTS, batch, check_ability, close, generate, logits, positions, rows_stand_alone, single
+from oracle import counts_slots, decoder_of
+from prompts import TOKENS, hide
+from reference import assert_close
+from rows import dropping_too, only_pruning_dropping_too
+from tiny import shared_model
 
 import vltok
 
 
+@dropping_too
 def test_text_only_prompts_pass_through_unchanged(pair, model):
     inputs = pair.family.inputs(["w1 w2 w3", "w4"])
     expected = generate(model, inputs), logits(model, inputs)
@@ -20,16 +25,18 @@ def test_text_only_prompts_pass_through_unchanged(pair, model):
         assert torch.equal(logits(model, inputs), expected[1])
 
 
+@dropping_too
 @pytest.mark.parametrize("side", ["left", "right", "both"])
 def test_a_row_of_a_padded_batch_equals_the_row_alone(pair, model, side):
     inputs = hide(batch(pair, "right" if side == "right" else "left"), right=2 * (side == "both"))
     real = inputs["attention_mask"].bool()
+    check_ability(pair.family, "rows", lambda: rows_stand_alone(pair, model))
     with pair.apply(model) as handle:
         together = logits(model, inputs)
         report = handle.report(file=None)
         for row in range(len(PROMPTS)):
             alone = logits(model, single(pair, row))
-            torch.testing.assert_close(together[row][real[row]], alone[0], **TOLERANCE)
+            assert_close(together[row][real[row]], alone[0])
             if row in ALONE and pair.prunes:
                 mine = handle.report(file=None)
                 assert mine.kept_tokens == [report.kept_tokens[row]]
@@ -38,51 +45,78 @@ def test_a_row_of_a_padded_batch_equals_the_row_alone(pair, model, side):
                 assert torch.equal(mine.tokens_per_layer[0], report.tokens_per_layer[row])
 
 
+@dropping_too
 def test_generation_of_a_row_does_not_depend_on_the_batch(pair, model):
+    check_ability(pair.family, "rows", lambda: rows_stand_alone(pair, model))
     with pair.apply(model):
         together = generate(model, batch(pair))
         for row in range(len(PROMPTS)):
             assert torch.equal(together[row], generate(model, single(pair, row))[0])
 
 
+@dropping_too
 def test_a_row_of_padding_alone_disturbs_nobody(pair, model):
     inputs = dict(batch(pair))
-    names = [name for name in ("input_ids", "attention_mask", "mm_token_type_ids") if name in inputs]
+    names = [name for name in TOKENS if name in inputs]
     wider = inputs | {name: torch.cat([inputs[name], torch.zeros_like(inputs[name][:1])]) for name in names}
     real = inputs["attention_mask"].bool()
     wider["position_ids"] = (wider["attention_mask"].cumsum(1) - 1).clamp(min=0).expand(*pair.axes, -1, -1)
     inputs["position_ids"] = wider["position_ids"][..., :-1, :]
     with pair.apply(model):
         together = logits(model, wider)
-        torch.testing.assert_close(together[:-1][real], logits(model, inputs)[real], **TOLERANCE)
+        assert_close(together[:-1][real], logits(model, inputs)[real])
     assert together.isfinite().all()
 
 
+@dropping_too
 def test_right_padding_generates_as_the_unpruned_model_does_where_all_is_kept(pair, model):
     """The words of a row that ends in padding mean nothing, but the longest row's do."""
     longest = 1
+    check_ability(pair.family, "rows", lambda: rows_stand_alone(pair, model))
+    same = [longest] if counts_slots(decoder_of(model, pair.family)) else slice(None)
     with pair.apply(model):
         answer = generate(model, batch(pair, "right"))
         assert torch.equal(answer[longest], generate(model, single(pair, longest))[0])
     if pair.prunes:
         expected = generate(model, batch(pair, "right"))
         with vltok.apply(model, vltok.StrideTokens(keep_ratio=1.0)):
-            assert torch.equal(generate(model, batch(pair, "right")), expected)
+            assert torch.equal(generate(model, batch(pair, "right"))[same], expected[same])
 
 
-@only_pruning
+@only_pruning_dropping_too
 def test_a_ready_made_mask_hides_what_the_flat_one_hides(pair, model):
     """A mask of four dimensions says who sees whom; here it says what transformers makes of the flat one."""
     inputs = dict(single(pair, 1))
-    length = inputs["input_ids"].shape[1]
-    inputs["position_ids"] = positions(model, inputs)
-    inputs["position_ids"] = inputs["position_ids"].view(*pair.axes, 1, length)
-    masks = {}
-    for kind, size in set(reference.windows(model.model.language_model)):
-        seen = reference.in_window(kind, size, torch.arange(length)).tril()
-        masks[f"{kind}_attention"] = seen[None, None]
-    mask = masks if len(masks) > 1 else next(iter(masks.values()))
+    inputs["position_ids"] = positions(model, inputs).view(*pair.axes, 1, -1)
+    masked = {**inputs, "attention_mask": made_masks(pair, inputs)}
+
+    def holds() -> bool:
+        try:
+            return close(logits(model, masked, use_cache=False), logits(model, inputs, use_cache=False))
+        except (AttributeError, RuntimeError, TypeError, ValueError):
+            return False
+
+    check_ability(pair.family, "masks", holds)
     with pair.apply(model):
         expected = logits(model, inputs, use_cache=False)
-        got = logits(model, {**inputs, "attention_mask": mask}, use_cache=False)
-    torch.testing.assert_close(got, expected, **TOLERANCE)
+        assert_close(logits(model, masked, use_cache=False), expected)
+
+
+def made_masks(pair, inputs) -> torch.Tensor | dict[str, torch.Tensor]:
+    """Who sees whom in the layers of an eager decoder, (1, 1, T, T), bool; by kind of layer if there are several."""
+    eager, masks = shared_model(pair.family, "eager"), {}
+    decoder = decoder_of(eager, pair.family)
+    kinds = getattr(decoder.config, "layer_types", None) or ["full_attention"] * len(decoder.layers)
+
+    def see(kind: str, layer: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        mask = kwargs["attention_mask"]
+        masks[kind] = mask if mask is None or mask.dtype == torch.bool else mask == 0
+
+    hooks = [
+        layer.register_forward_pre_hook(functools.partial(see, kind), with_kwargs=True)
+        for kind, layer in zip(kinds, decoder.layers, strict=True)
+    ]
+    logits(eager, inputs, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return masks if len(masks) > 1 else next(iter(masks.values()))

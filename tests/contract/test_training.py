@@ -9,9 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from calls import TOLERANCE, batch, positions, same_picks, single
+from calls import batch, positions, same_picks, single
 from checkpointing import recompute
 from prompts import CACHE, turn
+from reference import assert_close
 from rows import few, only_pruning
 
 
@@ -85,7 +86,7 @@ def test_answers_do_not_sway_the_decision(pair, model):
                 position_ids=at.expand(*pair.axes, 1, -1),
                 **{CACHE: copy.deepcopy(begun[CACHE])},
             ).logits
-            torch.testing.assert_close(trained.logits[:, length:], rest, **TOLERANCE)
+            assert_close(trained.logits[:, length:], rest)
 
 
 @few

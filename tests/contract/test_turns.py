@@ -6,8 +6,9 @@ import copy
 
 import pytest
 import torch
-from calls import TOLERANCE, batch, generate, positions, prompt, single
+from calls import batch, generate, positions, prompt, single
 from prompts import CACHE, turn
+from reference import assert_close
 from rows import few_pruning
 from tiny import picture
 
@@ -102,7 +103,7 @@ def test_a_cropped_cache_equals_that_of_a_shorter_conversation(pair, model, cut)
         if cut == 1:
             continued(pair, model, cache, words[:, :1], at)
         expected = continued(pair, model, cache, NEW, at + 2 - cut)
-    torch.testing.assert_close(got, expected, **TOLERANCE)
+    assert_close(got, expected)
 
 
 def test_rows_of_a_cache_are_reordered_repeated_and_selected(pair, model):
@@ -130,7 +131,7 @@ def test_rows_of_a_cache_are_reordered_repeated_and_selected(pair, model):
             order = torch.tensor([0, 0, 1, 1]) if isinstance(value, int) else value
             words = NEW.expand(len(order), -1)
             got = continued(pair, model, cache, words, at[order], attention_mask=mask[order])
-            torch.testing.assert_close(got, expected[order], **TOLERANCE)
+            assert_close(got, expected[order])
 
 
 def test_a_later_mask_hides_earlier_tokens_as_unpruned(pair, model):
@@ -152,7 +153,7 @@ def test_a_later_mask_hides_earlier_tokens_as_unpruned(pair, model):
     if pair.prunes:
         expected = answer(hiding)
         with vltok.apply(model, vltok.StrideTokens(keep_ratio=1.0)):
-            torch.testing.assert_close(answer(hiding), expected, **TOLERANCE)
+            assert_close(answer(hiding), expected)
 
 
 @few_pruning
@@ -166,7 +167,7 @@ def test_a_pruned_cache_is_not_used_without_its_handle_in_silence(pair, model):
         got = continued(pair, model, cache, NEW, at)
     except vltok.errors.VltokError:
         return
-    torch.testing.assert_close(got, expected, **TOLERANCE)
+    assert_close(got, expected)
 
 
 def test_the_cache_counts_the_tokens_of_the_conversation(pair, model):

@@ -209,7 +209,13 @@ DEEPSEEK_VL_HYBRID = replace(
 )
 JANUS = replace(DEEPSEEK_VL, name="janus", build=_janus, processor=_janus_processor)
 GOT_OCR2 = replace(
-    DEEPSEEK_VL, name="got_ocr2", build=_got, processor=_got_processor, image="<img><imgpad></img>", size=(64, 64)
+    DEEPSEEK_VL,
+    name="got_ocr2",
+    build=_got,
+    processor=_got_processor,
+    image="<img><imgpad></img>",
+    size=(64, 64),
+    needs_images=True,
 )
 # 128 x 64: two crops and a thumbnail of 16 tokens each.
 GOT_OCR2_CROPS = replace(

@@ -211,6 +211,7 @@ HUNYUAN_VL = TinyFamily(
     axes=4,
     projects=False,
     new_image_in_turn=False,
+    unable=("rows",),  # the last axis counts the images of all rows
 )
 FAST_VLM = TinyFamily(
     "fast_vlm", _fast_vlm, _fast_vlm_processor, "<image>", (128, 128), (160, 100), False, (16, 16), projects=False
@@ -242,5 +243,6 @@ GRANITE_DOCLING = TinyFamily(
     (48, 16),
     projects=False,
     decoder="text_model",
+    drop_depth=0.75,  # the first three layers add features of the tower
 )
 ROWS = [LFM3_VL, STEP3P7, HUNYUAN_VL, FAST_VLM, MINICPMV4_6, GRANITE_DOCLING]
