@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from matrix import Pair
-from reference import assert_close
 from tiny import TinyFamily, picture, shared_model
 
 PROMPTS = ["w1 <image> w2 w3", "w4 <image> w5 w6 w7 <image> w8 w9 w1", "w3 w4"]
@@ -63,32 +62,20 @@ def positions(model: torch.nn.Module, inputs: Any) -> torch.Tensor:
     return torch.arange(inputs["input_ids"].shape[1]).expand(len(inputs["input_ids"]), -1)
 
 
-def check_ability(family: TinyFamily, what: str, holds: Callable[[], bool]) -> None:
-    """Skip the rest of a test if the unpruned model fails at something, and see that it does.
+def promise(what: str, check: Callable[[Pair, torch.nn.Module], None], pair: Pair, model: torch.nn.Module) -> None:
+    """Check a promise; or skip it where the family's row says that the unpruned model breaks it, and see that it does.
 
     Args:
-        family: Its row, whose `unable` says what it fails at.
-        what: "rows": a row of a batch is answered as if it were alone. "masks": it takes ready-made maps.
-        holds: Tries it on the unpruned model.
+        what: What it is about, as in `unable` of the row.
+        check: Fails if the promise is broken.
+        pair: The pair.
+        model: The model.
     """
-    if what in family.unable:
-        assert not holds(), "the unpruned model can: say so in its row"
-        pytest.skip(f"the unpruned model fails at this: {what}")
-
-
-def close(actual: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Whether logits are the same up to rounding."""
-    try:
-        assert_close(actual, expected)
-    except AssertionError:
-        return False
-    return True
-
-
-def rows_stand_alone(pair: Pair, model: torch.nn.Module) -> bool:
-    """Whether the unpruned model answers the second row of the prompts as if it were alone."""
-    real = plain(pair.family)["attention_mask"][1].bool()
-    return close(logits(model, plain(pair.family))[1, real], logits(model, single(pair, 1))[0])
+    if what not in pair.family.unable:
+        return check(pair, model)
+    with pytest.raises((AssertionError, AttributeError, RuntimeError, TypeError, ValueError)):
+        check(pair.unpruned, model)
+    pytest.skip(f"the unpruned model can't: {what}")
 
 
 @torch.no_grad()
@@ -98,7 +85,7 @@ def logits(model: torch.nn.Module, inputs: Any, **options: Any) -> torch.Tensor:
 
 def generate(model: torch.nn.Module, inputs: Any, steps: int = 5, **options: Any) -> torch.Tensor:
     """The words a model adds, (B, steps)."""
-    options = {"max_new_tokens": steps, "do_sample": False, "eos_token_id": None} | options
+    options = {"max_new_tokens": steps, "min_new_tokens": steps, "do_sample": False, "eos_token_id": None} | options
     return model.generate(**inputs, **options)[:, -steps:]
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -54,13 +55,13 @@ class Pair:
 
     Attributes:
         family: The family.
-        method: The method.
+        method: The method, or None.
         prunes: Whether it leaves visual tokens out, and brings no weights.
         works: Whether the family has a place for it.
     """
 
     family: tiny.TinyFamily
-    method: vltok.Method
+    method: vltok.Method | None
     prunes: bool
     works: bool
 
@@ -70,17 +71,26 @@ class Pair:
         return (self.family.axes,) if self.family.axes > 1 else ()
 
     @property
+    def unpruned(self) -> Pair:
+        """The family without the method."""
+        return replace(self, method=None, prunes=False)
+
+    @property
     def tower_refuses_maps(self) -> bool:
         """Whether the tower, which this family asks for maps along with the decoder, has none under this method."""
         return self.family.tower_shows_maps and isinstance(self.method, vltok.SOFT)
 
-    def apply(self, model: torch.nn.Module, processor: Any = None) -> vltok.Handle:
+    def apply(self, model: torch.nn.Module, processor: Any = None) -> Any:
         """Apply the method; weights it brings are drawn large, the same at every call; no test's generator moves."""
+        if self.method is None:
+            return nullcontext()
         with torch.random.fork_rng(devices=[]):
             return draw(vltok.apply(model, self.method, processor=processor or self.family.processor()))
 
     def inputs(self, *args: Any, **kwargs: Any) -> Any:
         """Process prompts as the processor does while the method is on."""
+        if self.method is None:
+            return self.family.inputs(*args, **kwargs)
         processor = self.family.processor()
         with torch.random.fork_rng(devices=[]), vltok.apply(_writer(self.family), self.method, processor=processor):
             return self.family.inputs(*args, **kwargs, processor=processor)

@@ -104,7 +104,7 @@ class TinyFamily:
         word_type: What `token_type_ids` says of a word that the model wrote.
         drop_depth: After which share of its decoder layers tests drop tokens.
         needs_images: Whether the processor refuses prompts of text alone.
-        unable: What the unpruned model fails at, in the words of tests/calls.py.
+        unable: Promises that the unpruned model breaks, in the words of tests/contract/.
     """
 
     name: str
@@ -354,6 +354,8 @@ def _internvl_processor() -> Any:
     )
 
 
+# What no layer that holds a state can do.
+STATES = ("crop", "crop into the prompt", "batch_select_indices", "padding between turns", "packing")
 WINDOW = 8  # tokens, where prompts have 20 or more
 # Of four decoder layers every second one sees the whole prompt.
 MIXED = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import transformers
-from tiny import IDS, QWEN_SPECIALS, SPECIALS, TEXT, TOWER, WINDOW, TinyFamily, tokenizer
+from tiny import IDS, QWEN_SPECIALS, SPECIALS, STATES, TEXT, TOWER, WINDOW, TinyFamily, tokenizer
 from torch import nn
 
 
@@ -192,6 +192,7 @@ LFM3_VL = TinyFamily(
     projects=False,
     windowed=True,
     video="<|video_pad|>",
+    unable=STATES,
     clip_tokens=24,
 )
 # 96 x 64: six crops of 4 tokens and the whole picture of 16; 64 x 64: the whole picture.
@@ -211,7 +212,7 @@ HUNYUAN_VL = TinyFamily(
     axes=4,
     projects=False,
     new_image_in_turn=False,
-    unable=("rows",),  # the last axis counts the images of all rows
+    unable=("rows", "packing"),  # the last axis counts the images of all rows
 )
 FAST_VLM = TinyFamily(
     "fast_vlm", _fast_vlm, _fast_vlm_processor, "<image>", (128, 128), (160, 100), False, (16, 16), projects=False
@@ -228,6 +229,7 @@ MINICPMV4_6 = TinyFamily(
     (50, 16),
     projects=False,
     video="<|video_pad|>",
+    unable=STATES,
     frames=3,
     clip_tokens=54,
 )
