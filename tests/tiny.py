@@ -355,7 +355,8 @@ def _internvl_processor() -> Any:
 
 
 # What no layer that holds a state can do.
-STATES = ("crop", "crop into the prompt", "batch_select_indices", "padding between turns", "packing")
+STATES = ("crop", "crop into the prompt", "batch_select_indices", "batch_repeat_interleave")
+STATES += ("padding between turns", "packing")
 WINDOW = 8  # tokens, where prompts have 20 or more
 # Of four decoder layers every second one sees the whole prompt.
 MIXED = {

@@ -329,14 +329,17 @@ PALIGEMMA = _row(
     tokens=(16, 16),
     word_type=1,
     needs_images=True,
-    unable=("crop into the prompt",),  # the prompt's tokens have all seen each other
+    unable=(
+        "crop into the prompt",
+        "guesses",
+    ),  # the prompt's tokens have all seen each other
 )
 PALIGEMMA2 = replace(
     PALIGEMMA,
     build=functools.partial(_paligemma, text="gemma2"),
     variant="gemma2",
     windowed=True,
-    unable=("ready-made masks", "crop into the prompt"),
+    unable=("ready-made masks", "crop into the prompt", "guesses"),
 )
 # Pictures are scaled to 70 tokens at most. 144 x 8: one row of 35, so also a frame. 40 x 20: five rows of eleven.
 GEMMA4_ROW = _row(

@@ -181,6 +181,7 @@ GLM4V = TinyFamily(
     frames=4,  # two are one to the tower
     clip_tokens=24,
     mixes=False,  # image tokens stand for both
+    unable=("copies",),
 )
 GLM4V_MOE = replace(GLM4V, name="glm4v_moe", build=functools.partial(_glm, kind="Glm4vMoe", **MOE))
 GLM46V = replace(

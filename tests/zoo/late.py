@@ -212,7 +212,8 @@ HUNYUAN_VL = TinyFamily(
     axes=4,
     projects=False,
     new_image_in_turn=False,
-    unable=("rows", "packing"),  # the last axis counts the images of all rows
+    # The last axis counts the images of all rows, and there is none for text.
+    unable=("rows", "reorder_cache", "batch_select_indices", "batch_repeat_interleave", "packing"),
 )
 FAST_VLM = TinyFamily(
     "fast_vlm", _fast_vlm, _fast_vlm_processor, "<image>", (128, 128), (160, 100), False, (16, 16), projects=False
@@ -229,7 +230,7 @@ MINICPMV4_6 = TinyFamily(
     (50, 16),
     projects=False,
     video="<|video_pad|>",
-    unable=STATES,
+    unable=(*STATES, "guesses"),
     frames=3,
     clip_tokens=54,
 )

@@ -241,10 +241,12 @@ QWEN3_VL = _later(name="qwen3_vl", build=functools.partial(_qwen3, name="Qwen3VL
 QWEN3_VL_MOE = _later(
     name="qwen3_vl_moe", build=functools.partial(_qwen3, name="Qwen3VLMoe", tower=_DEEP, text=EXPERTS)
 )
-QWEN3_5 = _later(name="qwen3_5", build=functools.partial(_qwen3, name="Qwen3_5", tower={}, text=LINEAR), unable=STATES)
+QWEN3_5 = _later(
+    name="qwen3_5", build=functools.partial(_qwen3, name="Qwen3_5", tower={}, text=LINEAR), unable=(*STATES, "guesses")
+)
 QWEN3_5_MOE = _later(
     name="qwen3_5_moe",
-    unable=STATES,
+    unable=(*STATES, "guesses"),
     build=functools.partial(
         _qwen3, name="Qwen3_5Moe", tower={}, text={**LINEAR, **EXPERTS, "shared_expert_intermediate_size": 32}
     ),
