@@ -7,8 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from calls import PROMPTS, TOLERANCE, batch, generate, logits, plain, single
+from calls import PROMPTS, batch, generate, logits, plain, single
+from oracle import placeholders
 from prompts import CACHE
+from reference import assert_close
 from rows import only_pruning
 from tiny import WINDOW, shared_model
 from transformers.cache_utils import Cache, QuantizedLayer
@@ -22,7 +24,7 @@ def test_eager_and_sdpa_agree(pair, model):
     assert model.config._attn_implementation == "sdpa" and eager.config._attn_implementation == "eager"
     real = inputs["attention_mask"].bool()
     with pair.apply(model), pair.apply(eager):
-        torch.testing.assert_close(logits(eager, inputs)[real], logits(model, inputs)[real], **TOLERANCE)
+        assert_close(logits(eager, inputs)[real], logits(model, inputs)[real])
 
 
 def test_bfloat16_generates_and_keeps_the_budget(pair, model):
@@ -58,8 +60,7 @@ def test_report_tells_what_the_cache_holds(pair, model):
         assert all(entries in (tokens, WINDOW - 1) for entries, tokens in zip(report.kv_entries, most, strict=True))
     else:
         assert report.kv_entries == most
-    placeholders = (inputs["input_ids"] == model.config.image_token_id).sum(1).tolist()
-    assert [sum(row) for row in report.visual_tokens] == placeholders
+    assert [sum(row) for row in report.visual_tokens] == placeholders(model, inputs).sum(1).tolist()
     for row, kept in zip(report.visual_tokens, report.kept_tokens, strict=True):
         budgets = {"keep_ratio": method.keep_ratio, "num_keep": method.num_keep}
         if budgets == {"keep_ratio": None, "num_keep": None}:
@@ -72,7 +73,7 @@ def test_attention_maps_come_back_at_the_length_of_the_prompt(pair):
     """Zero columns for what is gone; the rows of tokens that stay sum to one in every layer."""
     model, inputs = shared_model(pair.family, "eager"), batch(pair)
     real = inputs["attention_mask"].bool()
-    visual = inputs["input_ids"] == model.config.image_token_id
+    visual = placeholders(model, inputs)
     with pair.apply(model) as handle, torch.no_grad():
         try:
             output = model(**inputs, output_attentions=True, output_hidden_states=True)
@@ -118,7 +119,7 @@ def test_hidden_states_lead_to_the_gradients_they_have_unpruned(pair):
                 for mine, theirs in zip(gradients(*case), right, strict=True):
                     torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
     with pair.apply(model):
-        text = inputs["attention_mask"].bool() & (inputs["input_ids"] != model.config.image_token_id)
+        text = inputs["attention_mask"].bool() & ~placeholders(model, inputs)
         assert all(grad[text].abs().sum() > 0 for grad in gradients(inputs, "hidden_states"))
 
 
@@ -129,7 +130,7 @@ def test_a_budget_is_an_upper_limit(pair, model):
     method = replace(pair.method, num_keep=100_000, keep_ratio=None, **stage_2)
     expected, real = logits(model, inputs), inputs["attention_mask"].bool()
     with vltok.apply(model, method) as handle:
-        torch.testing.assert_close(logits(model, inputs)[real], expected[real], **TOLERANCE)
+        assert_close(logits(model, inputs)[real], expected[real])
         report = handle.report(file=None)
         assert report.kept_tokens == report.visual_tokens
 

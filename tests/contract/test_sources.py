@@ -6,8 +6,9 @@ import inspect
 
 import pytest
 import torch
-from calls import TOLERANCE, generate, logits, plain, positions, prompt, same_picks, single
+from calls import generate, logits, plain, positions, prompt, same_picks, single
 from prompts import CACHE_WORDS
+from reference import assert_close
 from rows import few
 from tiny import picture
 from versions import takes_encoded_images
@@ -62,7 +63,7 @@ def test_images_encoded_once_serve_several_prompts(pair, model):
             expected = logits(model, inputs)
             right = handle.report(file=None)
             got = logits(model, {**without_pixels(inputs), "mm_encoder_outputs": encoded})
-            torch.testing.assert_close(got, expected, **TOLERANCE)
+            assert_close(got, expected)
             assert same_picks(handle.report(file=None).keep_indices, right.keep_indices)
             assert handle.report(file=None).relevance == right.relevance
 
@@ -78,7 +79,7 @@ def test_images_encoded_before_others_keep_their_own_picks(pair, model):
         logits(model, other)
         got = logits(model, {**without_pixels(inputs), "mm_encoder_outputs": {"image": encoded}})
         assert same_picks(handle.report(file=None).keep_indices, right)
-        torch.testing.assert_close(got, expected, **TOLERANCE)
+        assert_close(got, expected)
         logits(model, other)
         usual = vars(model.model).get("get_image_features")
         model.model.get_image_features = lambda *args, **options: encoded
@@ -92,7 +93,7 @@ def test_images_encoded_before_others_keep_their_own_picks(pair, model):
             if usual is not None:
                 model.model.get_image_features = usual
     assert same_picks(picks, right)
-    torch.testing.assert_close(got, expected, **TOLERANCE)
+    assert_close(got, expected)
 
 
 @takes_encoded_images
@@ -106,7 +107,7 @@ def test_encodings_from_before_the_method_are_used_rightly_or_refused(pair, mode
         except (vltok.errors.UnsupportedInputError, ValueError):
             return
         if pair.prunes:
-            torch.testing.assert_close(got, expected, **TOLERANCE)
+            assert_close(got, expected)
 
 
 def test_images_merged_into_the_embeddings_are_pruned_alike(pair, model):
@@ -121,7 +122,7 @@ def test_images_merged_into_the_embeddings_are_pruned_alike(pair, model):
         embeds[ids == model.config.image_token_id] = torch.cat([f.reshape(-1, embeds.shape[-1]) for f in features])
         at = positions(model, inputs).view(*pair.axes, 1, -1)
         merged = {"inputs_embeds": embeds, "attention_mask": inputs["attention_mask"], "position_ids": at}
-        torch.testing.assert_close(logits(model, merged), expected, **TOLERANCE)
+        assert_close(logits(model, merged), expected)
         assert handle.report(file=None).kept_tokens == right.kept_tokens
         if not pair.axes:
             merged.pop("position_ids")

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import transformers
-from tiny import IDS, QWEN_SPECIALS, SPECIALS, TEXT, TOWER, WINDOW, TinyFamily, tokenizer
+from tiny import IDS, QWEN_SPECIALS, SPECIALS, STATES, TEXT, TOWER, WINDOW, TinyFamily, tokenizer
 from torch import nn
 
 
@@ -234,6 +234,7 @@ LFM3_VL = TinyFamily(
     projects=False,
     windowed=True,
     video="<|video_pad|>",
+    unable=STATES,
     clip_tokens=24,
     shows_patches=False,
 )
@@ -264,6 +265,8 @@ HUNYUAN_VL = TinyFamily(
     axes=4,
     projects=False,
     new_image_in_turn=False,
+    # The last axis counts the images of all rows, and there is none for text.
+    unable=("rows", "reorder_cache", "batch_select_indices", "batch_repeat_interleave", "packing"),
 )
 FAST_VLM = TinyFamily(
     "fast_vlm",
@@ -289,6 +292,7 @@ MINICPMV4_6 = TinyFamily(
     (50, 16),
     projects=False,
     video="<|video_pad|>",
+    unable=(*STATES, "guesses"),
     frames=3,
     clip_tokens=54,
 )
@@ -304,6 +308,7 @@ GRANITE_DOCLING = TinyFamily(
     (48, 16),
     projects=False,
     decoder="text_model",
+    drop_depth=0.75,  # the first three layers add features of the tower
 )
 GEMMA3N = replace(
     FAST_VLM, name="gemma3n", build=_gemma3n, processor=_gemma3n_processor, windowed=True, shares_keys=True

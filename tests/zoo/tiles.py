@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from tiny import INTERNVL, LLAVA_ONEVISION, SPECIALS, TEXT, TOWER, WINDOW, TinyFamily, tokenizer
+from tiny import INTERNVL, LLAVA_ONEVISION, SPECIALS, STATES, TEXT, TOWER, WINDOW, TinyFamily, tokenizer
 from torch import nn
 
 VIDEO_SPECIALS = [*SPECIALS, "<video>"]
@@ -317,7 +317,7 @@ ROWS = [
         clip_tokens=64,
     ),
     # 48 x 32: four tiles of four tokens and a thumbnail of six. 32 x 24: a single tile of six.
-    _row("lfm2_vl", _lfm2_vl, _lfm2_vl_processor, "<image>", (48, 32), (32, 24), tokens=(22, 6)),
+    _row("lfm2_vl", _lfm2_vl, _lfm2_vl_processor, "<image>", (48, 32), (32, 24), tokens=(22, 6), unable=STATES),
     _tiled("qianfan_ocr", _qianfan_ocr, _qianfan_ocr_processor, "<image>", has_cls=True),
     INTERNVL,
     LLAVA_ONEVISION,

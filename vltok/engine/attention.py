@@ -148,10 +148,16 @@ class _Reading:
 
 
 class _Held:
-    """Stands for a KV cache in which the keys of this call are already."""
+    """Stands for a KV cache in which the keys of this call are already, and for its layer."""
 
-    def __init__(self, keys: torch.Tensor) -> None:
+    def __init__(self, keys: torch.Tensor, layer: Any, index: int) -> None:
         self.keys = keys
+        self.layer = layer
+        self.layers = {index: self}
+
+    def update_index(self, keys: torch.Tensor) -> torch.Tensor:
+        """The keys by which attention in blocks chooses these."""
+        return self.layer.idx_keys
 
     def update(self, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> tuple:
         return self.keys, value[:, :, :1].expand(*self.keys.shape[:3], value.shape[-1])
@@ -184,7 +190,7 @@ def _read(
 
 @torch.no_grad()
 def decoder_mass(
-    module: nn.Module, args: tuple, kwargs: dict[str, Any], columns: torch.Tensor, held: torch.Tensor | None
+    module: nn.Module, args: tuple, kwargs: dict[str, Any], columns: torch.Tensor, past: Any
 ) -> torch.Tensor:
     """Say how much each query of a decoder layer attends to groups of keys, exactly and without the map.
 
@@ -196,7 +202,7 @@ def decoder_mass(
         args: Its arguments in the forward that just ran.
         kwargs: Its keyword arguments there.
         columns: The groups of keys, (B, E, G), bool.
-        held: All keys that it attended to, (B, H, E, d), where some were in a KV cache before; else None.
+        past: The layer of the KV cache that held some keys before, with all of them in `seen`; else None.
 
     Returns:
         Attention mass, (B, Q, G), float32, mean over the heads.
@@ -210,7 +216,8 @@ def decoder_mass(
     shadow = copy.copy(module)
     shadow.config = _Instead(module.config, _attn_implementation=READ)
     shadow.training = False  # no attention dropout here
-    kwargs = {**kwargs, CACHE: None if held is None else _Held(held), "vltok_reading": reading}
+    held = None if past is None else _Held(past.seen, past, module.layer_idx)
+    kwargs = {**kwargs, CACHE: held, "vltok_reading": reading}
     with contextlib.suppress(_ReadError):
         type(module).forward(shadow, *args, **kwargs)
     if reading.mass is None:

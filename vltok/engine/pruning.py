@@ -84,11 +84,14 @@ class PruningEngine:
             if not hasattr(attention, "config"):
                 raise unreadable(attention)
             stores = stores_of(decoder.config, len(decoder.layers))
-            if any(store <= index < layer for layer, store in enumerate(stores)):
+            shared = [(layer, store) for layer, store in enumerate(stores) if store <= index < layer]
+            if shared:
+                first = min(store for _, store in shared)
                 raise UnsupportedModelError(
-                    f"the last layers of {self.family.title} attend to keys that earlier ones made, where the visual "
-                    f"tokens still are, so none can be dropped after layer {index + 1}; prune before the decoder only "
-                    "(for ToDRE relevance=False)"
+                    f"layer {shared[0][0] + 1} of this decoder takes the keys of layer {shared[0][1] + 1}, so visual "
+                    f"tokens that leave after layer {index + 1} would still be seen there; "
+                    + (f"drop them after layer {first} at the latest (for ToDRE a smaller depth), or " if first else "")
+                    + "use a method that prunes before the decoder (for ToDRE relevance=False)"
                 )
         self.rule = rule
         self.follow()
