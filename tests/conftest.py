@@ -66,9 +66,9 @@ def no_network() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as `full` what repeats a test on further families or towers, and as `quick` all that isn't `full`.
+    """Mark as `full` what repeats a test on further families or towers, as `quick` all that isn't `full`.
 
-    Of what is `full`, what runs on the families of tests/zoo is `zoo`, too.
+    What runs on a family of tests/zoo is `zoo`, too.
     """
     first: dict[tuple[str, str], Any] = {}  # by test and method
     further = _further()
@@ -77,8 +77,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         test = item.nodeid.partition("[")[0]
         if family is not None and first.setdefault((test, method), family) is not family:
             item.add_marker(pytest.mark.full)
-            if id(family) in further:
-                item.add_marker(pytest.mark.zoo)
+        if id(family) in further:
+            item.add_marker(pytest.mark.zoo)
         if item.get_closest_marker("full") is None:
             item.add_marker(pytest.mark.quick)
 
