@@ -102,6 +102,7 @@ class TinyFamily:
         real: Whether the processor is transformers' own.
         nested: Whether the processor takes a list of images for each prompt.
         word_type: What `token_type_ids` says of a word that the model wrote.
+        feeds_layers: Whether its decoder makes further inputs of the layers from the embeddings.
         drop_depth: After which share of its decoder layers tests drop tokens.
         needs_images: Whether the processor refuses prompts of text alone.
         unable: Promises that the unpruned model breaks, in the words of tests/contract/.
@@ -131,6 +132,7 @@ class TinyFamily:
     real: bool = True
     nested: bool = False
     word_type: int = 0
+    feeds_layers: bool = False
     drop_depth: float = 0.5
     needs_images: bool = False
     unable: tuple[str, ...] = ()

@@ -366,7 +366,12 @@ GEMMA4_MOE = replace(
 SHARED = {"hidden_size_per_layer_input": 8, "use_double_wide_mlp": True}
 SHARED |= {"layer_types": SLIDING[2:] * 3, "num_hidden_layers": 6, "num_kv_shared_layers": 2}
 GEMMA4_SHARED = replace(
-    GEMMA4_ROW, build=functools.partial(_gemma4, **SHARED), variant="shared", drop_depth=1 / 3, unable=()
+    GEMMA4_ROW,
+    build=functools.partial(_gemma4, **SHARED),
+    variant="shared",
+    drop_depth=1 / 3,
+    unable=(),
+    feeds_layers=True,
 )
 # 84 x 56: two lines of three tokens. 112 x 112: four of four.
 MISTRAL3 = _row("mistral3", _mistral3, _mistral3_processor, "[IMG]", (84, 84), (112, 100), tokens=(9, 16))
