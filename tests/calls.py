@@ -54,6 +54,11 @@ def saved_files(family: TinyFamily) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
+def pixels(inputs: Any) -> dict[str, torch.Tensor]:
+    """The pictures among the inputs."""
+    return {name: value for name, value in inputs.items() if "pixel_values" in name}
+
+
 def positions(model: torch.nn.Module, inputs: Any) -> torch.Tensor:
     """The rotary positions of unpadded prompts as the model counts them, (B, T) or (axes, B, T)."""
     if hasattr(model.model, "get_rope_index"):

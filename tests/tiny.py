@@ -103,6 +103,7 @@ class TinyFamily:
         nested: Whether the processor takes a list of images for each prompt.
         shares_keys: Whether the last decoder layers attend to the keys that earlier ones made.
         word_type: What `token_type_ids` says of a word that the model wrote.
+        feeds_layers: Whether its decoder makes further inputs of the layers from the embeddings.
         drop_depth: After which share of its decoder layers tests drop tokens.
         needs_images: Whether the processor refuses prompts of text alone.
         unable: Promises that the unpruned model breaks, in the words of tests/contract/.
@@ -133,6 +134,7 @@ class TinyFamily:
     nested: bool = False
     shares_keys: bool = False
     word_type: int = 0
+    feeds_layers: bool = False
     drop_depth: float = 0.5
     needs_images: bool = False
     unable: tuple[str, ...] = ()

@@ -374,6 +374,7 @@ GEMMA4_SHARED = replace(
     shares_keys=True,
     drop_depth=1 / 3,
     unable=(),
+    feeds_layers=True,
 )
 # 84 x 56: two lines of three tokens. 112 x 112: four of four.
 MISTRAL3 = _row("mistral3", _mistral3, _mistral3_processor, "[IMG]", (84, 84), (112, 100), tokens=(9, 16))
