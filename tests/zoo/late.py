@@ -246,6 +246,7 @@ GRANITE_DOCLING = TinyFamily(
     (48, 16),
     projects=False,
     decoder="text_model",
+    unable=("merged embeddings", "words behind embeddings"),
     drop_depth=0.75,  # the first three layers add features of the tower
 )
 ROWS = [LFM3_VL, STEP3P7, HUNYUAN_VL, FAST_VLM, MINICPMV4_6, GRANITE_DOCLING]

@@ -268,6 +268,7 @@ def _qianfan_ocr_processor() -> Any:
     )
 
 
+EMBEDDINGS = ("merged embeddings", "words behind embeddings")
 _row = functools.partial(TinyFamily, has_cls=False, projects=False)
 # 112 x 56: two tiles and a thumbnail of 16 tokens each. 112 x 100: four tiles and one. 56 x 56: a single tile.
 _tiled = functools.partial(_row, size=(112, 56), other_size=(56, 56), tokens=(48, 16))
@@ -300,7 +301,8 @@ ROWS = [
     _row("vipllava", _vipllava, _vipllava_processor, "<image>", (56, 56), (80, 50), tokens=(16, 16)),
     _tiled("aya_vision", _aya_vision, _aya_vision_processor, "<image>", windowed=True),
     _tiled("cohere2_vision", _cohere2_vision, _cohere2_vision_processor, "<|IMG_PATCH|>", windowed=True),
-    _row("ovis2", _ovis2, _ovis2_processor, "<image>", (112, 100), (56, 56), tokens=(80, 16)),
+    # Its words around tiles are made by the vision tower.
+    _row("ovis2", _ovis2, _ovis2_processor, "<image>", (112, 100), (56, 56), tokens=(80, 16), unable=EMBEDDINGS),
     # Images of one call have the same number of tiles.
     _row(
         "perception_lm",
