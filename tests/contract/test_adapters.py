@@ -73,7 +73,10 @@ def test_modules_that_are_saved_with_an_adapter_change_nothing(pair, model, orde
     inputs, host = batch(pair), copy.deepcopy(model)
     with pair.apply(model):
         expected = logits(model, inputs)
-    options = {"target_modules": r".*language_model.*q_proj", "modules_to_save": ["embed_tokens", "lm_head"]}
+    options = {
+        "target_modules": r".*(language|text)_model.*q_[a-z_]*proj",
+        "modules_to_save": ["embed_tokens", "lm_head"],
+    }
     config = LoraConfig(r=2, **options)
     if order == "adapter first":
         host = get_peft_model(host, config).eval()

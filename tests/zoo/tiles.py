@@ -228,17 +228,8 @@ def _lfm2_vl(attention: str) -> nn.Module:
 def _lfm2_vl_processor() -> Any:
     from transformers import Lfm2VlImageProcessor, Lfm2VlProcessor
 
-    class ByPrompt(Lfm2VlProcessor):
-        """Takes the images of all prompts in a row, as most processors do."""
-
-        def __call__(self, images: Any = None, text: Any = None, **options: Any) -> Any:
-            if images is not None:
-                rest = iter(images)
-                images = [[next(rest) for _ in range(each.count(self.image_token))] for each in text]
-            return super().__call__(images=images, text=text, **options)
-
     sizes = {"encoder_patch_size": 4, "tile_size": 16, "min_image_tokens": 4, "max_image_tokens": 8, "max_tiles": 4}
-    return ByPrompt(image_processor=Lfm2VlImageProcessor(**sizes), tokenizer=tokenizer(LFM_SPECIALS))
+    return Lfm2VlProcessor(image_processor=Lfm2VlImageProcessor(**sizes), tokenizer=tokenizer(LFM_SPECIALS))
 
 
 QIANFAN_SPECIALS = [*SPECIALS[:4], "<IMG_CONTEXT>", "<img>", "</img>", "<image>"]
@@ -316,7 +307,17 @@ ROWS = [
         clip_tokens=64,
     ),
     # 48 x 32: four tiles of four tokens and a thumbnail of six. 32 x 24: a single tile of six.
-    _row("lfm2_vl", _lfm2_vl, _lfm2_vl_processor, "<image>", (48, 32), (32, 24), tokens=(22, 6), unable=STATES),
+    _row(
+        "lfm2_vl",
+        _lfm2_vl,
+        _lfm2_vl_processor,
+        "<image>",
+        (48, 32),
+        (32, 24),
+        tokens=(22, 6),
+        unable=STATES,
+        nested=True,
+    ),
     _tiled("qianfan_ocr", _qianfan_ocr, _qianfan_ocr_processor, "<image>"),
     INTERNVL,
     LLAVA_ONEVISION,
