@@ -369,7 +369,7 @@ GEMMA4_SHARED = replace(
     build=functools.partial(_gemma4, **SHARED),
     variant="shared",
     drop_depth=1 / 3,
-    unable=("merged embeddings", "words behind embeddings"),
+    unable=("merged embeddings", "words behind embeddings", "checkpointing"),
     feeds_layers=True,
 )
 # 84 x 56: two lines of three tokens. 112 x 112: four of four.
