@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -14,14 +15,16 @@ from rows import few
 import vltok
 from vltok.errors import UnsupportedModelError
 
-LORA = {"r": 4, "target_modules": r".*\.(q_proj|v_proj|qkv)"}
+ADAPTED = re.compile(r".*\.(q_proj|q_b_proj|v_proj|qkv)(\.linear)?")
 PREFIX_FIELDS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
 
 
 def adapted(model: torch.nn.Module, **options) -> torch.nn.Module:
     """The model with an adapter that changes what it computes, the same at every call."""
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    targets = [name for name in linear if ADAPTED.fullmatch(name)]
     with torch.random.fork_rng(devices=[]):
-        model = get_peft_model(model, LoraConfig(**{**LORA, **options})).eval()
+        model = get_peft_model(model, LoraConfig(r=4, target_modules=targets, **options)).eval()
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -51,7 +54,7 @@ def test_an_adapter_counts_whether_it_comes_before_the_method_or_after(pair, mod
     assert not torch.equal(logits(late, pair.family.inputs(["w1 w2"])), plain)
     answer = logits(late, inputs)
     merged = late.merge_and_unload()
-    torch.testing.assert_close(logits(merged, inputs), answer, rtol=1e-3, atol=1e-3)
+    assert_close(logits(merged, inputs), answer, 1e-3)
     assert second.is_attached
 
 
@@ -73,7 +76,10 @@ def test_modules_that_are_saved_with_an_adapter_change_nothing(pair, model, orde
     inputs, host = batch(pair), copy.deepcopy(model)
     with pair.apply(model):
         expected = logits(model, inputs)
-    options = {"target_modules": r".*language_model.*q_proj", "modules_to_save": ["embed_tokens", "lm_head"]}
+    options = {
+        "target_modules": r".*(language|text)_model.*q_[a-z_]*proj",
+        "modules_to_save": ["embed_tokens", "lm_head"],
+    }
     config = LoraConfig(r=2, **options)
     if order == "adapter first":
         host = get_peft_model(host, config).eval()
@@ -88,16 +94,16 @@ def test_modules_that_are_saved_with_an_adapter_change_nothing(pair, model, orde
 def test_a_learned_prefix_stands_before_the_prompt(pair, model):
     """Where nothing is left out the answer is the unpruned model's."""
     host, inputs = copy.deepcopy(model), pair.family.inputs(["w1 w2 w3"])
-    for name in PREFIX_FIELDS:  # where PEFT looks for them
-        if not hasattr(host.config, name):
-            setattr(host.config, name, getattr(host.config.text_config, name))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
         try:
+            for name in PREFIX_FIELDS:  # where PEFT looks for them
+                if not hasattr(host.config, name):
+                    setattr(host.config, name, getattr(host.config.text_config, name))
             host = get_peft_model(host, config).eval()
             expected = logits(host, inputs)
-        except (AttributeError, RuntimeError):
+        except (AttributeError, RuntimeError, ValueError):
             pytest.skip("PEFT can't put a prefix before this model's prompts")
     with pair.apply(host):
         assert_close(logits(host, inputs), expected)

@@ -311,6 +311,7 @@ GEMMA3_ROW = _row(
     tokens=(16, 16),
     windowed=True,
     nested=True,
+    unable=("words behind embeddings",),
 )
 # 96 x 48: the whole picture and two crops, each an image to the model.
 GEMMA3_CROPS = replace(
@@ -318,7 +319,7 @@ GEMMA3_CROPS = replace(
     processor=functools.partial(_gemma3_processor, True),
     variant="crops",
     tokens=(16, 48),
-    unable=("packing",),
+    unable=("packing", "words behind embeddings"),
 )
 PALIGEMMA = _row(
     "paligemma",
@@ -331,17 +332,15 @@ PALIGEMMA = _row(
     new_image_in_turn=False,  # all of a prompt sees all of it, but not what a later turn brings
     word_type=1,
     needs_images=True,
-    unable=(
-        "crop into the prompt",
-        "guesses",
-    ),  # the prompt's tokens have all seen each other
+    # The prompt's tokens have all seen each other.
+    unable=("crop into the prompt", "guesses", "words behind embeddings"),
 )
 PALIGEMMA2 = replace(
     PALIGEMMA,
     build=functools.partial(_paligemma, text="gemma2"),
     variant="gemma2",
     windowed=True,
-    unable=("ready-made masks", "crop into the prompt", "guesses"),
+    unable=(*PALIGEMMA.unable, "ready-made masks"),
 )
 # Pictures are scaled to 70 tokens at most. 144 x 8: one row of 35, so also a frame. 40 x 20: five rows of eleven.
 GEMMA4_ROW = _row(
@@ -357,7 +356,7 @@ GEMMA4_ROW = _row(
     clip_tokens=105,
     windowed=True,
     nested=True,
-    unable=("packing",),
+    unable=("packing", "words behind embeddings"),
 )
 MOE = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}
 GEMMA4_MOE = replace(
@@ -373,7 +372,7 @@ GEMMA4_SHARED = replace(
     variant="shared",
     shares_keys=True,
     drop_depth=1 / 3,
-    unable=(),
+    unable=("merged embeddings", "words behind embeddings", "checkpointing"),
     feeds_layers=True,
 )
 # 84 x 56: two lines of three tokens. 112 x 112: four of four.

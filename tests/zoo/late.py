@@ -308,6 +308,7 @@ GRANITE_DOCLING = TinyFamily(
     (48, 16),
     projects=False,
     decoder="text_model",
+    unable=("merged embeddings", "words behind embeddings"),
     drop_depth=0.75,  # the first three layers add features of the tower
 )
 GEMMA3N = replace(

@@ -237,10 +237,10 @@ _later = functools.partial(_axes, processor=functools.partial(_processor, "Qwen3
 _DEEP = {"deepstack_visual_indexes": [0, 1]}
 
 QWEN2_VL = _axes(name="qwen2_vl", build=_qwen2_vl, processor=functools.partial(_processor, "Qwen2VL"))
-QWEN3_VL = _later(name="qwen3_vl", build=functools.partial(_qwen3, name="Qwen3VL", tower=_DEEP, text={}))
-QWEN3_VL_MOE = _later(
-    name="qwen3_vl_moe", build=functools.partial(_qwen3, name="Qwen3VLMoe", tower=_DEEP, text=EXPERTS)
-)
+# Features that enter between layers don't come with embeddings.
+_deep = functools.partial(_later, unable=("merged embeddings",))
+QWEN3_VL = _deep(name="qwen3_vl", build=functools.partial(_qwen3, name="Qwen3VL", tower=_DEEP, text={}))
+QWEN3_VL_MOE = _deep(name="qwen3_vl_moe", build=functools.partial(_qwen3, name="Qwen3VLMoe", tower=_DEEP, text=EXPERTS))
 QWEN3_5 = _later(
     name="qwen3_5", build=functools.partial(_qwen3, name="Qwen3_5", tower={}, text=LINEAR), unable=(*STATES, "guesses")
 )
@@ -251,7 +251,7 @@ QWEN3_5_MOE = _later(
         _qwen3, name="Qwen3_5Moe", tower={}, text={**LINEAR, **EXPERTS, "shared_expert_intermediate_size": 32}
     ),
 )
-COSMOS3_OMNI = _later(
+COSMOS3_OMNI = _deep(
     name="cosmos3_omni",
     build=functools.partial(
         _qwen3,
@@ -261,11 +261,15 @@ COSMOS3_OMNI = _later(
     ),
 )
 EXAONE4_5 = _kind(
-    name="exaone4_5", build=_exaone4_5, processor=functools.partial(_processor, "Exaone4_5_"), windowed=True
+    name="exaone4_5",
+    build=_exaone4_5,
+    processor=functools.partial(_processor, "Exaone4_5_"),
+    windowed=True,
+    unable=("words behind embeddings",),
 )
 HYPERCLOVAX = _kind(
     # Positions count the padding in between.
-    unable=("padding between turns",),
+    unable=("padding between turns", "words behind embeddings"),
     name="hyperclovax_vision_v2",
     build=_hyperclovax,
     processor=functools.partial(_processor, "HyperCLOVAXVisionV2"),

@@ -228,17 +228,8 @@ def _lfm2_vl(attention: str) -> nn.Module:
 def _lfm2_vl_processor() -> Any:
     from transformers import Lfm2VlImageProcessor, Lfm2VlProcessor
 
-    class ByPrompt(Lfm2VlProcessor):
-        """Takes the images of all prompts in a row, as most processors do."""
-
-        def __call__(self, images: Any = None, text: Any = None, **options: Any) -> Any:
-            if images is not None and not isinstance(images[0], list):
-                rest = iter(images)
-                images = [[next(rest) for _ in range(each.count(self.image_token))] for each in text]
-            return super().__call__(images=images, text=text, **options)
-
     sizes = {"encoder_patch_size": 4, "tile_size": 16, "min_image_tokens": 4, "max_image_tokens": 8, "max_tiles": 4}
-    return ByPrompt(image_processor=Lfm2VlImageProcessor(**sizes), tokenizer=tokenizer(LFM_SPECIALS))
+    return Lfm2VlProcessor(image_processor=Lfm2VlImageProcessor(**sizes), tokenizer=tokenizer(LFM_SPECIALS))
 
 
 QIANFAN_SPECIALS = [*SPECIALS[:4], "<IMG_CONTEXT>", "<img>", "</img>", "<image>"]
@@ -268,6 +259,7 @@ def _qianfan_ocr_processor() -> Any:
     )
 
 
+EMBEDDINGS = ("merged embeddings", "words behind embeddings")
 _row = functools.partial(TinyFamily, has_cls=False, projects=False)
 # 112 x 56: two tiles and a thumbnail of 16 tokens each. 112 x 100: four tiles and one. 56 x 56: a single tile.
 _tiled = functools.partial(_row, size=(112, 56), other_size=(56, 56), tokens=(48, 16))
@@ -302,7 +294,8 @@ ROWS = [
     _row("vipllava", _vipllava, _vipllava_processor, "<image>", (56, 56), (80, 50), tokens=(16, 16), has_cls=True),
     _tiled("aya_vision", _aya_vision, _aya_vision_processor, "<image>", windowed=True),
     _tiled("cohere2_vision", _cohere2_vision, _cohere2_vision_processor, "<|IMG_PATCH|>", windowed=True),
-    _row("ovis2", _ovis2, _ovis2_processor, "<image>", (112, 100), (56, 56), tokens=(80, 16)),
+    # Its words around tiles are made by the vision tower.
+    _row("ovis2", _ovis2, _ovis2_processor, "<image>", (112, 100), (56, 56), tokens=(80, 16), unable=EMBEDDINGS),
     # Images of one call have the same number of tiles.
     _row(
         "perception_lm",
@@ -317,7 +310,17 @@ ROWS = [
         clip_tokens=64,
     ),
     # 48 x 32: four tiles of four tokens and a thumbnail of six. 32 x 24: a single tile of six.
-    _row("lfm2_vl", _lfm2_vl, _lfm2_vl_processor, "<image>", (48, 32), (32, 24), tokens=(22, 6), unable=STATES),
+    _row(
+        "lfm2_vl",
+        _lfm2_vl,
+        _lfm2_vl_processor,
+        "<image>",
+        (48, 32),
+        (32, 24),
+        tokens=(22, 6),
+        unable=STATES,
+        nested=True,
+    ),
     _tiled("qianfan_ocr", _qianfan_ocr, _qianfan_ocr_processor, "<image>", has_cls=True),
     INTERNVL,
     LLAVA_ONEVISION,
