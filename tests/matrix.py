@@ -137,4 +137,5 @@ def one_of_each(pairs: dict[str, Pair]) -> dict[str, Pair]:
 
 def parameters(pairs: dict[str, Pair]) -> list[Any]:
     """The pairs as parameters of a test."""
-    return [pytest.param(pair, id=name) for name, pair in pairs.items()]
+    full = {True: [pytest.mark.full], False: []}
+    return [pytest.param(pair, id=name, marks=full[pair.family in FURTHER]) for name, pair in pairs.items()]
