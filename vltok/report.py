@@ -104,7 +104,7 @@ class Report:
         keep_indices: Which ones, ascending positions within the image, (K,) each.
         tokens_per_layer: Tokens each decoder layer worked on, (B, layers), int64, padding excluded.
         kv_entries: Entries in each layer's KV cache after the prompt, fill-up included; empty without a cache.
-        kv_bytes: Bytes of all keys and values in the KV cache after the prompt; states of layers without keys don't count.
+        kv_bytes: Bytes of all keys and values in the KV cache after the prompt, without the states of other layers.
         relevance: Stage 2 at each candidate layer, for each sample.
     """
 
