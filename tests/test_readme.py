@@ -84,7 +84,7 @@ def test_both_commands_are_single_lines_and_the_second_is_what_ci_runs():
     setups = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("python3 -m venv ")]
     canvas, tests = (line.split(" && ")[-1] for line in setups)
     assert canvas == ".venv/bin/python -m eval.canvas"
-    assert tests.removesuffix(" -n auto --dist loadfile") == ".venv/bin/python -m pytest"
+    assert tests.removesuffix(' -n auto --dist loadfile -m "quick or not zoo"') == ".venv/bin/python -m pytest"
     pattern = re.search(r"grep -m 1 '([^']+)' README\.md", (ROOT / ".ci" / "run").read_text(encoding="utf-8")).group(1)
     assert [line for line in README.splitlines() if re.search(pattern, line)] == setups[1:]
 
