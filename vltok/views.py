@@ -169,8 +169,11 @@ class ScoreWatcher(Protocol):
     def start(self, call: object) -> None:
         """Pictures enter the tower."""
 
-    def see(self, call: object, block: int, query: torch.Tensor, key: torch.Tensor, scale: float) -> None:
-        """A block attends by softmax(scale * query key^T); both are (B, heads, N, d), with their graphs."""
+    def see(self, call: object, block: int, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], scale: float) -> None:
+        """A block attends by softmax(scale * query key^T), in each picture apart.
+
+        Pictures of one size are a pair (query, key), both (B, heads, N, d), with their graphs.
+        """
 
     def see_map(self, call: object, block: int, attention: torch.Tensor) -> None:
         """A block, whose queries and keys are not the whole story, attends by these probabilities, (B, heads, N, N)."""

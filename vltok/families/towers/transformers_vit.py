@@ -1,4 +1,4 @@
-"""The vision towers of transformers that vltok knows: CLIP, SigLIP, ViT, DINOv2."""
+"""Vision towers of transformers whose pictures are all of one size: CLIP, SigLIP, ViT, DINOv2, InternViT and others."""
 
 from __future__ import annotations
 
@@ -17,12 +17,17 @@ class Clip(TowerFamily):
     first_norm = "layer_norm1"
 
 
-class Siglip(TowerFamily):
-    """SigLIP: patches alone."""
+class PatchesAlone(TowerFamily):
+    """Patches alone, as in SigLIP.
 
-    name = "siglip"
-    model_classes = ("SiglipVisionModel",)
-    first_norm = "layer_norm1"
+    Args:
+        name: The family's name.
+        model_class: Name of the tower's class.
+        first_norm: Child of a block that normalises what attends.
+    """
+
+    def __init__(self, name: str, model_class: str, first_norm: str = "layer_norm1") -> None:
+        self.name, self.model_classes, self.first_norm = name, (model_class,), first_norm
 
     def num_prefix_tokens(self, tower: nn.Module) -> int:
         return 0
@@ -34,6 +39,20 @@ class ViT(TowerFamily):
     name = "vit"
     model_classes = ("ViTModel",)
     first_norm = "layernorm_before"
+
+
+class InternViT(TowerFamily):
+    """InternViT: a [CLS] token before the patches; queries and keys may be normalised.
+
+    Args:
+        name: The family's name.
+        model_class: Name of the tower's class.
+    """
+
+    first_norm = "layernorm_before"
+
+    def __init__(self, name: str, model_class: str) -> None:
+        self.name, self.model_classes = name, (model_class,)
 
 
 class Dinov2(TowerFamily):
