@@ -35,6 +35,7 @@ class Tower:
         read_past: Ends of the names of linear layers whose weights are read past their forward, so that adapters on
             them don't count.
         inputs: Makes of pictures, (B, 3, H, W), what the model is called with, where it isn't these.
+        bare: The same without padding, where `inputs` pads.
         replaceable: Whether its attention can be replaced.
         loads: Whether transformers finds its class by its name.
     """
@@ -47,6 +48,7 @@ class Tower:
     call: str = "__call__"
     read_past: tuple[str, ...] = ()
     inputs: Callable[[torch.Tensor], dict[str, Any]] | None = None
+    bare: Callable[[torch.Tensor], dict[str, Any]] | None = None
     replaceable: bool = True
     loads: bool = True
 
@@ -125,13 +127,13 @@ def _timm(name: str, **extra: Any) -> Callable[[str], nn.Module]:
     return build
 
 
-def _patches(pixels: torch.Tensor, padding: int) -> dict[str, Any]:
+def patches(pixels: torch.Tensor, padding: int) -> dict[str, Any]:
     """Patches of pictures in rows, with some more behind them that are none."""
     grid = tuple(side // PATCH for side in pixels.shape[-2:])
-    patches = pixels.unfold(2, PATCH, PATCH).unfold(3, PATCH, PATCH).permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
-    mask = nn.functional.pad(torch.ones(patches.shape[:2], dtype=torch.long), (0, padding))
+    rows = pixels.unfold(2, PATCH, PATCH).unfold(3, PATCH, PATCH).permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
+    mask = nn.functional.pad(torch.ones(rows.shape[:2], dtype=torch.long), (0, padding))
     return {
-        "pixel_values": nn.functional.pad(patches, (0, 0, 0, padding), value=1.0),
+        "pixel_values": nn.functional.pad(rows, (0, 0, 0, padding), value=1.0),
         "pixel_attention_mask": mask,
         "spatial_shapes": torch.tensor([grid] * len(pixels)),
     }
@@ -187,7 +189,7 @@ TOWERS: dict[str, Tower] = {
         _siglip2,
         0,
         any_size={},
-        inputs=functools.partial(_patches, padding=0),
+        inputs=functools.partial(patches, padding=0),
         replaceable=False,
     ),
     "siglip2-padded": Tower(
@@ -195,7 +197,8 @@ TOWERS: dict[str, Tower] = {
         _siglip2,
         0,
         any_size={},
-        inputs=functools.partial(_patches, padding=3),
+        inputs=functools.partial(patches, padding=3),
+        bare=functools.partial(patches, padding=0),
         replaceable=False,
     ),
     "idefics2-padded": Tower(
@@ -204,6 +207,7 @@ TOWERS: dict[str, Tower] = {
         0,
         any_size={},
         inputs=_framed,
+        bare=lambda pixels: {"pixel_values": pixels},
         replaceable=False,
         loads=False,
     ),
@@ -216,6 +220,7 @@ TOWERS: dict[str, Tower] = {
         0,
         any_size={},
         inputs=_framed,
+        bare=lambda pixels: {"pixel_values": pixels},
         replaceable=False,
     ),
     "pixtral": Tower("pixtral", _hf("PixtralVisionModel", "PixtralVisionConfig"), 0, any_size={}, replaceable=False),
@@ -228,6 +233,8 @@ TOWERS: dict[str, Tower] = {
         "timm_eva", _timm("eva_giant_patch14_224", mlp_ratio=2, dynamic_img_size=True), 1, False, {}, read_past=("qkv",)
     ),
 }
+
+REPLACEABLE = [name for name, tower in TOWERS.items() if tower.replaceable]
 
 # The methods that change what a tower computes: one line each.
 VISION: dict[str, Callable[[], vltok.Method | list[vltok.Method]]] = {

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import transformers
-from tiny import IDS, SPECIALS, TEXT, TOWER, TinyFamily, tokenizer
+from tiny import BOTH, IDS, SPECIALS, TEXT, TOWER, TinyFamily, tokenizer
 from torch import nn
 
 # In prompts of GLM-V also videos are written with image tokens.
@@ -203,13 +203,20 @@ DEEPSEEK_VL = TinyFamily(
     False,
     (16, 16),
     projects=False,
+    tower=BOTH,
 )
 DEEPSEEK_VL_HYBRID = replace(
     DEEPSEEK_VL, name="deepseek_vl_hybrid", build=_deepseek_hybrid, processor=_deepseek_hybrid_processor
 )
 JANUS = replace(DEEPSEEK_VL, name="janus", build=_janus, processor=_janus_processor)
 GOT_OCR2 = replace(
-    DEEPSEEK_VL, name="got_ocr2", build=_got, processor=_got_processor, image="<img><imgpad></img>", size=(64, 64)
+    DEEPSEEK_VL,
+    name="got_ocr2",
+    build=_got,
+    processor=_got_processor,
+    image="<img><imgpad></img>",
+    size=(64, 64),
+    tower=(),
 )
 # 128 x 64: two crops and a thumbnail of 16 tokens each.
 GOT_OCR2_CROPS = replace(
@@ -221,7 +228,12 @@ GOT_OCR2_CROPS = replace(
     tokens=(48, 16),
 )
 ARIA = replace(
-    DEEPSEEK_VL, name="aria", build=_aria, processor=_aria_processor, image="<fim_prefix><|img|><fim_suffix>"
+    DEEPSEEK_VL,
+    name="aria",
+    build=_aria,
+    processor=_aria_processor,
+    image="<fim_prefix><|img|><fim_suffix>",
+    tower=("tap",),
 )
 # Two crops each: the processor counts the crops of all pictures alike.
 ARIA_CROPS = replace(

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import transformers
-from tiny import IDS, QWEN_SPECIALS, SPECIALS, TEXT, TOWER, WINDOW, TinyFamily, tokenizer
+from tiny import BOTH, IDS, QWEN_SPECIALS, SPECIALS, TEXT, TOWER, WINDOW, TinyFamily, tokenizer
 from torch import nn
 
 
@@ -283,6 +283,7 @@ GRANITE_DOCLING = TinyFamily(
     False,
     (48, 16),
     projects=False,
+    tower=BOTH,
     decoder="text_model",
 )
 GEMMA3N = replace(FAST_VLM, name="gemma3n", build=_gemma3n, processor=_gemma3n_processor, windowed=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from tiny import INTERNVL, LLAVA_ONEVISION, SPECIALS, TEXT, TOWER, WINDOW, TinyFamily, tokenizer
+from tiny import BOTH, INTERNVL, LLAVA_ONEVISION, SPECIALS, TEXT, TOWER, WINDOW, TinyFamily, tokenizer
 from torch import nn
 
 VIDEO_SPECIALS = [*SPECIALS, "<video>"]
@@ -282,6 +282,7 @@ ROWS = [
         (112, 100),
         (56, 112),
         tokens=(88, 56),
+        tower=BOTH,
         video="<video>",
         clip_tokens=16,
     ),
@@ -294,13 +295,14 @@ ROWS = [
         (56, 56),
         (80, 50),
         tokens=(16, 16),
+        tower=BOTH,
         video="<video>",
         clip_tokens=68,
     ),
-    _row("vipllava", _vipllava, _vipllava_processor, "<image>", (56, 56), (80, 50), tokens=(16, 16)),
-    _tiled("aya_vision", _aya_vision, _aya_vision_processor, "<image>", windowed=True),
-    _tiled("cohere2_vision", _cohere2_vision, _cohere2_vision_processor, "<|IMG_PATCH|>", windowed=True),
-    _row("ovis2", _ovis2, _ovis2_processor, "<image>", (112, 100), (56, 56), tokens=(80, 16)),
+    _row("vipllava", _vipllava, _vipllava_processor, "<image>", (56, 56), (80, 50), tokens=(16, 16), tower=BOTH),
+    _tiled("aya_vision", _aya_vision, _aya_vision_processor, "<image>", windowed=True, tower=BOTH),
+    _tiled("cohere2_vision", _cohere2_vision, _cohere2_vision_processor, "<|IMG_PATCH|>", windowed=True, tower=BOTH),
+    _row("ovis2", _ovis2, _ovis2_processor, "<image>", (112, 100), (56, 56), tokens=(80, 16), tower=BOTH),
     # Images of one call have the same number of tiles.
     _row(
         "perception_lm",
@@ -310,12 +312,13 @@ ROWS = [
         (112, 56),
         (56, 112),
         tokens=(48, 48),
+        tower=("tap",),
         video="<video>",
         clip_tokens=64,
     ),
     # 48 x 32: four tiles of four tokens and a thumbnail of six. 32 x 24: a single tile of six.
-    _row("lfm2_vl", _lfm2_vl, _lfm2_vl_processor, "<image>", (48, 32), (32, 24), tokens=(22, 6)),
-    _tiled("qianfan_ocr", _qianfan_ocr, _qianfan_ocr_processor, "<image>"),
+    _row("lfm2_vl", _lfm2_vl, _lfm2_vl_processor, "<image>", (48, 32), (32, 24), tokens=(22, 6), tower=("tap",)),
+    _tiled("qianfan_ocr", _qianfan_ocr, _qianfan_ocr_processor, "<image>", tower=BOTH),
     INTERNVL,
     LLAVA_ONEVISION,
 ]

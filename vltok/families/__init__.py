@@ -128,7 +128,7 @@ def unsupported(model: nn.Module) -> UnsupportedModelError:
         f"{type(model).__name__} has no visual tokens that vltok can reach: no part of it is one of the supported "
         f"families ({', '.join(vlm.VLMS)}); a vision tower or a text model alone has no language model that visual "
         f"tokens enter. Methods that change a vision tower itself know the families {', '.join(towers.TOWERS)}, alone "
-        "or in a LLaVA"
+        "or in a vision-language model"
     )
 
 
