@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 from towers import draw
+from zoo import tiles
 
 import vltok
 
@@ -95,6 +96,9 @@ def _pairs() -> dict[str, Pair]:
         if family in tiny.ALL:
             trained = (*family.tower, "tokenpacker") if family.projects else family.tower
             pairs |= {f"{key}-{name}": Pair(family, TRAINED[name](family), False, name in trained) for name in TRAINED}
+    for family in tiles.ROWS:
+        if family.projects and family not in tiny.ALL:
+            pairs[f"{family.key}-tokenpacker"] = Pair(family, TRAINED["tokenpacker"](family), False, True)
     return pairs
 
 

@@ -446,7 +446,7 @@ INTERNVL = TinyFamily(
     (56, 56),
     True,
     (48, 16),
-    projects=False,
+    packer_scale=4,
     tower=("tap",),  # its attention norms queries and keys
     video="<video>",
     clip_tokens=64,

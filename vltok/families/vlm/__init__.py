@@ -9,7 +9,8 @@ from vltok.families.table import Entry
 
 def _generic(name: str, title: str, model_class: str, **facts: object) -> Entry:
     facts |= {"name": name, "title": title, "model_classes": (model_class,)}
-    return Entry(f"transformers.models.{name}", "generic", facts.pop("family", "Generic"), facts)
+    file, family = facts.pop("file", "generic"), facts.pop("family", "Generic")
+    return Entry(f"transformers.models.{name}", file, family, facts)
 
 
 _GENERIC = [
@@ -39,7 +40,7 @@ _GENERIC = [
     _generic("lfm2_vl", "LFM2-VL", "Lfm2VlModel", unit="run", gap=1),
     _generic("lfm3_vl", "LFM3-VL", "Lfm3VlModel"),
     _generic("lighton_ocr", "LightOnOCR", "LightOnOcrModel"),
-    _generic("llava_next_video", "LLaVA-NeXT-Video", "LlavaNextVideoModel"),
+    _generic("llava_next_video", "LLaVA-NeXT-Video", "LlavaNextVideoModel", file="llava_kin", family="LlavaNextVideo"),
     _generic("minicpmv4_6", "MiniCPM-V 4.6", "MiniCPMV4_6Model", unit="run", gap=3, family="MiniCpm"),
     _generic("minimax_m3_vl", "MiniMax-M3-VL", "MiniMaxM3VLModel", gap=16),
     _generic("mistral3", "Mistral 3", "Mistral3Model"),
@@ -57,7 +58,7 @@ _GENERIC = [
     _generic("step3p7", "Step-3.7", "Step3p7Model"),
     _generic("video_llama_3", "VideoLLaMA 3", "VideoLlama3Model"),
     _generic("video_llava", "Video-LLaVA", "VideoLlavaModel"),
-    _generic("vipllava", "VipLLaVA", "VipLlavaModel"),
+    _generic("vipllava", "VipLLaVA", "VipLlavaModel", file="llava_kin", family="VipLlava"),
 ]
 
 VLMS = {

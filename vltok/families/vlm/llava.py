@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import nn
 
 from vltok.engine.features import Encoding
 from vltok.engine.projector import projector_site
 from vltok.errors import UnsupportedInputError, UnsupportedModelError
-from vltok.families.vlm.base import VlmFamily
+from vltok.families.vlm.base import VlmFamily, mean_over_regions
 from vltok.views import ProjectorSite
 
 TOWERS = ("clip_vision_model", "siglip_vision_model")
@@ -31,7 +29,7 @@ class Llava(VlmFamily):
             )
 
     def projector_site(self, model: nn.Module) -> ProjectorSite:
-        return projector_site(model)
+        return projector_site(model, model.config.vision_feature_select_strategy)
 
     def token_attention(self, model: nn.Module, encoding: Encoding) -> torch.Tensor | None:
         attention = self.row_attention(model, encoding, encoding.lengths[0] if encoding.lengths else 0)
@@ -43,10 +41,7 @@ class Llava(VlmFamily):
         if attention is None:
             return None
         rows, columns = (side // self.patch_size(model) for side in encoding.pixels_shape[-2:])
-        scale = math.isqrt(max(1, attention.shape[1] // length))
-        if scale > 1 and length * scale**2 == rows * columns:  # a token stands for a region
-            regions = attention.unflatten(1, (rows // scale, scale, columns // scale, scale))
-            attention = regions.mean((2, 4)).flatten(1)
+        attention = mean_over_regions(attention, (rows, columns), length)
         prefix = length - attention.shape[1]
         if prefix < 0:
             raise UnsupportedInputError(
