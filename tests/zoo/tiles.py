@@ -282,6 +282,7 @@ ROWS = [
         (112, 100),
         (56, 112),
         tokens=(88, 56),
+        projects=True,
         tower=BOTH,
         video="<video>",
         clip_tokens=16,
