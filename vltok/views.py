@@ -228,7 +228,8 @@ class VisionView(Protocol):
         """Add `module` to a block as its child `name`, and let what attends see its tokens in place of the block's.
 
         It is called as `module(x, grid)` with the tokens that enter the block, (B, N, C), before they are normalised,
-        and returns (B, N, C). The residual path goes around it. It is moved to where the block's weights are.
+        and returns (B, N, C). Where pictures of several sizes come together it is called for each size, with the tokens
+        of these pictures alone. The residual path goes around it. It is moved to where the block's weights are.
 
         Raises:
             UnsupportedModelError: If the block doesn't normalise, attend and add, in this order, its weights are not at
