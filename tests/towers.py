@@ -37,6 +37,7 @@ class Tower:
         inputs: Makes of pictures, (B, 3, H, W), what the model is called with, where it isn't these.
         bare: The same without padding, where `inputs` pads.
         replaceable: Whether its attention can be replaced.
+        grid: Patches of a picture of the size that it is made for.
         loads: Whether transformers finds its class by its name.
     """
 
@@ -50,6 +51,7 @@ class Tower:
     inputs: Callable[[torch.Tensor], dict[str, Any]] | None = None
     bare: Callable[[torch.Tensor], dict[str, Any]] | None = None
     replaceable: bool = True
+    grid: tuple[int, int] = (4, 4)
     loads: bool = True
 
     def model(self, attention: str = "sdpa") -> nn.Module:
@@ -93,7 +95,7 @@ def _hf(name: str, config: str, module: str = "transformers", **extra: Any) -> C
     def build(attention: str) -> nn.Module:
         import transformers
 
-        settings = getattr(transformers, config)(**HF, **extra, attn_implementation=attention)
+        settings = getattr(transformers, config)(**{**HF, **extra}, attn_implementation=attention)
         return getattr(importlib.import_module(module), name)(settings)
 
     return build
@@ -223,7 +225,14 @@ TOWERS: dict[str, Tower] = {
         bare=lambda pixels: {"pixel_values": pixels},
         replaceable=False,
     ),
-    "pixtral": Tower("pixtral", _hf("PixtralVisionModel", "PixtralVisionConfig"), 0, any_size={}, replaceable=False),
+    "pixtral": Tower(
+        "pixtral",
+        _hf("PixtralVisionModel", "PixtralVisionConfig", image_size=64),  # the largest that older versions tell apart
+        0,
+        any_size={},
+        replaceable=False,
+        grid=(8, 8),
+    ),
     "timm-vit": Tower("timm_vit", _timm("vit_tiny_patch16_224", dynamic_img_size=True), 1, False, {}),
     "timm-deit-distilled": Tower("timm_vit", _timm("deit_tiny_distilled_patch16_224"), 2, False),
     "timm-registers": Tower("timm_vit", _timm("vit_small_patch14_reg4_dinov2"), 5, False),

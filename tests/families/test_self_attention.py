@@ -40,7 +40,7 @@ def assert_reads(module: nn.Module, parts: SelfAttention) -> None:
 @pytest.mark.parametrize("name", TOWERS)
 def test_a_tower_has_the_sizes_it_was_made_with(name):
     vision = view(shared_tower(TOWERS[name])).vision
-    assert (vision.dim, vision.depth, vision.grid) == (32, 3, (4, 4))
+    assert (vision.dim, vision.depth, vision.grid) == (32, 3, TOWERS[name].grid)
     assert vision.num_prefix_tokens == TOWERS[name].prefix
 
 

@@ -75,7 +75,7 @@ def _vipllava(attention: str) -> nn.Module:
     config = VipLlavaConfig(
         **_clip_and_llama(),
         image_token_index=4,
-        vision_feature_layer=[-2, -3, 1],
+        vision_feature_layers=[-2, -3, 1],  # in newer versions of transformers the singular is the name, too
         image_seq_length=16,
         attn_implementation=attention,
     )

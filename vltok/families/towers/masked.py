@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from vltok.engine.tower_layout import Layout, Place, layout_at
-from vltok.errors import UnsupportedModelError
+from vltok.errors import UnsupportedInputError, UnsupportedModelError
 from vltok.families.towers.base import TowerFamily
 
 
@@ -85,7 +85,13 @@ class Pixtral(TowerFamily):
         pictures = []
         for first, end in pairwise([*begins, len(rows)]):
             width = max(columns[first:end]) + 1
-            pictures.append(Place(0, first, width, (rows[end - 1] + 1, width)))
+            grid = (rows[end - 1] + 1, width)
+            if grid[0] * grid[1] != end - first:
+                raise UnsupportedInputError(
+                    f"a picture of {end - first} patches is wider than the {part.config.image_size} pixels that this "
+                    "vision tower was made for, which this version of transformers confuses; make it smaller"
+                )
+            pictures.append(Place(0, first, width, grid))
         return layout_at(tokens.shape[:2], pictures)
 
     def num_prefix_tokens(self, tower: nn.Module) -> int:
