@@ -6,6 +6,7 @@ import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 import tiny
@@ -243,6 +244,8 @@ TOWERS: dict[str, Tower] = {
     ),
 }
 
+if find_spec("transformers.models.granite_docling") is None:  # it came after the oldest version
+    del TOWERS["granite-docling"]
 REPLACEABLE = [name for name, tower in TOWERS.items() if tower.replaceable]
 
 # The methods that change what a tower computes: one line each.
