@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import functools
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from matrix import Pair
 from tiny import TinyFamily, picture, shared_model
 
-TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
 PROMPTS = ["w1 <image> w2 w3", "w4 <image> w5 w6 w7 <image> w8 w9 w1", "w3 w4"]
 ALONE = [0, 1, 1]  # the row each picture belongs to
 
@@ -53,12 +54,33 @@ def saved_files(family: TinyFamily) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
+def pixels(inputs: Any) -> dict[str, torch.Tensor]:
+    """The pictures among the inputs."""
+    return {name: value for name, value in inputs.items() if "pixel_values" in name}
+
+
 def positions(model: torch.nn.Module, inputs: Any) -> torch.Tensor:
-    """The rotary positions of unpadded prompts as the model counts them, (B, T) or (3, B, T)."""
+    """The rotary positions of unpadded prompts as the model counts them, (B, T) or (axes, B, T)."""
     if hasattr(model.model, "get_rope_index"):
         names = ("input_ids", "image_grid_thw", "mm_token_type_ids", "attention_mask")
         return model.model.get_rope_index(**{name: inputs[name] for name in names if name in inputs})[0]
     return torch.arange(inputs["input_ids"].shape[1]).expand(len(inputs["input_ids"]), -1)
+
+
+def promise(what: str, check: Callable[[Pair, torch.nn.Module], None], pair: Pair, model: torch.nn.Module) -> None:
+    """Check a promise; or skip it where the family's row says that the unpruned model breaks it, and see that it does.
+
+    Args:
+        what: What it is about, as in `unable` of the row.
+        check: Fails if the promise is broken.
+        pair: The pair.
+        model: The model.
+    """
+    if what not in pair.family.unable:
+        return check(pair, model)
+    with pytest.raises((AssertionError, AttributeError, RuntimeError, TypeError, ValueError)):
+        check(pair.unpruned, model)
+    pytest.skip(f"the unpruned model can't: {what}")
 
 
 @torch.no_grad()
@@ -68,7 +90,7 @@ def logits(model: torch.nn.Module, inputs: Any, **options: Any) -> torch.Tensor:
 
 def generate(model: torch.nn.Module, inputs: Any, steps: int = 5, **options: Any) -> torch.Tensor:
     """The words a model adds, (B, steps)."""
-    options = {"max_new_tokens": steps, "do_sample": False, "eos_token_id": None} | options
+    options = {"max_new_tokens": steps, "min_new_tokens": steps, "do_sample": False, "eos_token_id": None} | options
     return model.generate(**inputs, **options)[:, -steps:]
 
 

@@ -66,15 +66,29 @@ def no_network() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as `full` what repeats a test on further families or towers, and as `quick` all that isn't `full`."""
+    """Mark as `full` what repeats a test on further families or towers, as `quick` all that isn't `full`.
+
+    What runs on a family of tests/zoo is `zoo`, too.
+    """
     first: dict[tuple[str, str], Any] = {}  # by test and method
+    further = _further()
     for item in items:
         family, method = _family(item)
         test = item.nodeid.partition("[")[0]
         if family is not None and first.setdefault((test, method), family) is not family:
             item.add_marker(pytest.mark.full)
+        if id(family) in further:
+            item.add_marker(pytest.mark.zoo)
         if item.get_closest_marker("full") is None:
             item.add_marker(pytest.mark.quick)
+
+
+def _further() -> set[int]:
+    """Ids of the families of tests/zoo that tests/tiny.py doesn't have."""
+    tiny = sys.modules.get("tiny")
+    own = {id(row) for row in (*tiny.ALL, *tiny.WINDOWED)} if tiny else set()
+    zoos = [module for name, module in sys.modules.items() if name.startswith("zoo.")]
+    return {id(row) for module in zoos for row in getattr(module, "ROWS", ())} - own
 
 
 def _family(item: pytest.Item) -> tuple[Any, str]:

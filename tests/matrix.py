@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import tiny
 import torch
+import zoo
 from towers import draw
-from zoo import tiles
 
 import vltok
 
@@ -34,8 +35,12 @@ TRAINED: dict[str, Callable[[tiny.TinyFamily], vltok.Method]] = {
 }
 # On decoders with windows: one selector, and one method that drops inside the decoder as well.
 WINDOWED = ("todre", "stride")
+# On further families: one selector; where much hangs on the decoder, DROPPING has one that drops inside it as well.
+FURTHER_NAMES = ("stride",)
 
-FAMILIES: dict[str, tiny.TinyFamily] = {family.key: family for family in [*tiny.ALL, *tiny.WINDOWED]}
+OWN = [*tiny.ALL, *tiny.WINDOWED]
+FURTHER = [family for family in zoo.ROWS if family not in OWN]
+FAMILIES: dict[str, tiny.TinyFamily] = {family.key: family for family in [*OWN, *FURTHER]}
 
 
 @functools.lru_cache
@@ -50,13 +55,13 @@ class Pair:
 
     Attributes:
         family: The family.
-        method: The method.
+        method: The method, or None.
         prunes: Whether it leaves visual tokens out, and brings no weights.
         works: Whether the family has a place for it.
     """
 
     family: tiny.TinyFamily
-    method: vltok.Method
+    method: vltok.Method | None
     prunes: bool
     works: bool
 
@@ -66,17 +71,26 @@ class Pair:
         return (self.family.axes,) if self.family.axes > 1 else ()
 
     @property
+    def unpruned(self) -> Pair:
+        """The family without the method."""
+        return replace(self, method=None, prunes=False)
+
+    @property
     def tower_refuses_maps(self) -> bool:
         """Whether the tower, which this family asks for maps along with the decoder, has none under this method."""
         return self.family.tower_shows_maps and isinstance(self.method, vltok.SOFT)
 
-    def apply(self, model: torch.nn.Module, processor: Any = None) -> vltok.Handle:
+    def apply(self, model: torch.nn.Module, processor: Any = None) -> Any:
         """Apply the method; weights it brings are drawn large, the same at every call; no test's generator moves."""
+        if self.method is None:
+            return nullcontext()
         with torch.random.fork_rng(devices=[]):
             return draw(vltok.apply(model, self.method, processor=processor or self.family.processor()))
 
     def inputs(self, *args: Any, **kwargs: Any) -> Any:
         """Process prompts as the processor does while the method is on."""
+        if self.method is None:
+            return self.family.inputs(*args, **kwargs)
         processor = self.family.processor()
         with torch.random.fork_rng(devices=[]), vltok.apply(_writer(self.family), self.method, processor=processor):
             return self.family.inputs(*args, **kwargs, processor=processor)
@@ -87,18 +101,21 @@ def _works(family: tiny.TinyFamily, method: vltok.Method) -> bool:
     return family.shows_patches or method.attention_request(family.has_cls) is None
 
 
+def _dropping(family: tiny.TinyFamily) -> vltok.Method:
+    return vltok.ToDRE(keep_ratio=0.3, tau=1.0, depth=family.drop_depth, pivot="center")
+
+
 def _pairs() -> dict[str, Pair]:
     pairs = {}
     for key, family in FAMILIES.items():
-        names = WINDOWED if family in tiny.WINDOWED else PRUNING
+        names = PRUNING if family in tiny.ALL else WINDOWED if family in tiny.WINDOWED else FURTHER_NAMES
         methods = {name: PRUNING[name]() for name in names}
         pairs |= {f"{key}-{name}": Pair(family, each, True, _works(family, each)) for name, each in methods.items()}
         if family in tiny.ALL:
             trained = (*family.tower, "tokenpacker") if family.projects else family.tower
             pairs |= {f"{key}-{name}": Pair(family, TRAINED[name](family), False, name in trained) for name in TRAINED}
-    for family in tiles.ROWS:
-        if family.projects and family not in tiny.ALL:
-            pairs[f"{family.key}-tokenpacker"] = Pair(family, TRAINED["tokenpacker"](family), False, True)
+        elif family in FURTHER and family.projects:
+            pairs[f"{key}-tokenpacker"] = Pair(family, TRAINED["tokenpacker"](family), False, True)
     return pairs
 
 
@@ -106,6 +123,7 @@ EVERY: dict[str, Pair] = _pairs()
 PAIRS = {name: pair for name, pair in EVERY.items() if pair.works}
 REFUSED = {name: pair for name, pair in EVERY.items() if not pair.works}
 SELECTING = {name: pair for name, pair in PAIRS.items() if pair.prunes}
+DROPPING = {f"{family.key}-todre": Pair(family, _dropping(family), True, True) for family in FURTHER}
 BRINGING_WEIGHTS = {name: pair for name, pair in PAIRS.items() if not pair.prunes}
 
 

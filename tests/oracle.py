@@ -46,6 +46,12 @@ def is_recurrent(decoder: nn.Module) -> bool:
     return any(not hasattr(layer, "self_attn") for layer in decoder.layers)
 
 
+def counts_slots(decoder: nn.Module) -> bool:
+    """Whether padding behind a prompt shifts what some layers see: a state, or blocks of keys, runs through it."""
+    kinds = getattr(decoder.config, "layer_types", None) or ()
+    return is_recurrent(decoder) or not set(kinds) <= {f"{kind}_attention" for kind in ("full", "sliding", "chunked")}
+
+
 @contextmanager
 def hidden(decoder: nn.Module, gone: torch.Tensor) -> Iterator[None]:
     """Hide tokens, (B, T), bool, from every query of an unpruned eager decoder in calls without a cache."""

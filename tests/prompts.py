@@ -27,6 +27,7 @@ BATCH = ["two images", "text around", "image first", "text only"]
 # What the installed transformers calls the KV cache, and all words its models take for it.
 CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 CACHE_WORDS = sorted({CACHE, "past_key_values"})
+TOKENS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")  # inputs with a number for each token
 
 
 def pictures(family: TinyFamily, name: str):
@@ -99,20 +100,24 @@ def packed(model: torch.nn.Module, family: TinyFamily, names: list[str]) -> dict
     return {**inputs, **joined, "position_ids": torch.cat(positions, dim=-1).unsqueeze(-2)}
 
 
-def turn(inputs: dict, said: torch.Tensor, new: torch.Tensor) -> dict:
-    """The whole conversation so far, (B, T), with new words (B, N) behind it, and none of its images."""
+def turn(inputs: dict, said: torch.Tensor, new: torch.Tensor, word_type: int = 0) -> dict:
+    """The whole conversation so far, (B, T), with new words (B, N) behind it, and none of its images.
+
+    `word_type` is what `token_type_ids` says of words behind the prompt.
+    """
     ids = torch.cat([said, new], dim=1)
     extra = ids.shape[1] - inputs["attention_mask"].shape[1]
     talk = {"input_ids": ids, "attention_mask": torch.nn.functional.pad(inputs["attention_mask"], (0, extra), value=1)}
-    if "mm_token_type_ids" in inputs:
-        talk["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, extra))
+    for name, value in (("mm_token_type_ids", 0), ("token_type_ids", word_type)):
+        if name in inputs:
+            talk[name] = torch.nn.functional.pad(inputs[name], (0, extra), value=value)
     return talk
 
 
 def hide(inputs: dict, left: int = 0, right: int = 0) -> dict:
     """The inputs with more padding on either side of every row."""
     wide = dict(inputs)
-    for key in ("input_ids", "attention_mask", "mm_token_type_ids"):
+    for key in TOKENS:
         if key in wide:
             wide[key] = torch.nn.functional.pad(wide[key], (left, right))
     return wide

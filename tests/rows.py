@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from matrix import BRINGING_WEIGHTS, PAIRS, REFUSED, SELECTING, Pair, one_of_each, parameters
+from matrix import BRINGING_WEIGHTS, DROPPING, PAIRS, REFUSED, SELECTING, Pair, one_of_each, parameters
 
 
 def only(pairs: dict[str, Pair]) -> pytest.MarkDecorator:
@@ -11,6 +11,9 @@ def only(pairs: dict[str, Pair]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("pair", parameters(pairs), indirect=True)
 
 
+# Further families also with a method that drops inside the decoder, which much hangs on.
+dropping_too = only(PAIRS | DROPPING)
+only_pruning_dropping_too = only(SELECTING | DROPPING)
 only_pruning = only(SELECTING)
 only_trained = only(BRINGING_WEIGHTS)
 refused = only(REFUSED)

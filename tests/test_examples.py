@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import remote
 import timm
 import torch
 import transformers
@@ -19,6 +20,7 @@ from safetensors.torch import save_file
 from tiny import LLAVA, QWEN2_5_VL, TinyFamily, picture, sharpen
 
 import vltok
+from vltok.families.vlm import VLMS
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 CHAT = "{% for part in messages[0].content %}{{ part.text if part.type == 'text' else %r }} {% endfor %}"
@@ -168,6 +170,15 @@ def test_robust_vit_trains_with_both_losses_and_saves_the_model(run, tmp_path):
         model.load_state_dict(torch.load(tmp_path / "robust.pt", weights_only=True))
 
 
+@pytest.mark.parametrize("unit", ["entry", "run"])
+def test_prune_own_model_makes_code_beside_weights_known(run, image, tmp_path, unit):
+    with remote.saved(tmp_path / "own", tmp_path / "modules") as folder:
+        printed = run("prune_own_model.py", folder, image, "w1 <image> w2", "--image-token-id", 4, "--unit", unit)
+    assert VLMS.pop("own").facts["unit"] == unit
+    assert "visual tokens 16 -> 4" in printed
+    assert set(printed.splitlines()[-1].split()) <= {f"w{i}" for i in range(40)}
+
+
 # Run in a process of its own, where nothing says that there is no network; prints what reached for it.
 ALONE = """
 import json, runpy, socket, sys
@@ -193,6 +204,8 @@ def test_no_example_sends_a_request_unless_download_is_asked_for(image, tmp_path
     for label in ("cat", "dog"):
         (tmp_path / "pictures" / label).mkdir(parents=True)
         picture(0).save(tmp_path / "pictures" / label / "0.png")
+    with remote.saved(tmp_path / "own", tmp_path / "modules") as own:
+        pass
     vit = ("--model", "test_vit", "--steps", 1)
     runs = [
         ("prune_llava.py", image, "w1"),
@@ -201,6 +214,7 @@ def test_no_example_sends_a_request_unless_download_is_asked_for(image, tmp_path
         ("tokenpacker_llava.py", image, "w1", "--model", folder),
         ("finetune_tokenpacker.py", name, data, tmp_path / "out"),
         ("finetune_tokenpacker.py", folder, data, tmp_path / "out", "--steps", 1, "--batch", 2),
+        ("prune_own_model.py", own, image, "w1 <image> w2", "--image-token-id", 4),
         ("robust_vit.py", tmp_path / "pictures", tmp_path / "robust.pt", *vit),
         ("soft_vit.py", tmp_path / "pictures", tmp_path / "attention", *vit),
     ]

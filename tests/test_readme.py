@@ -3,18 +3,37 @@
 from __future__ import annotations
 
 import re
+import sys
 import tomllib
+import types
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
+from remote import modeling_remote
 from tiny import LLAVA, picture
+from zoo.qwen import QWEN3_VL
 
 import vltok
+from vltok.families.vlm import VLMS
+from vltok.tokens import keep_count
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+STANDS_FOR = {"llava-hf/llava-1.5-7b-hf": LLAVA, "Qwen/Qwen3-VL-8B-Instruct": QWEN3_VL}
+WORDS = "{% for part in messages[0].content %}{{ part.text or marks[part.type] }} {% endfor %}"
+
+
+def processor_of(name: str | Path) -> Any:
+    """The small processor that stands for a large one, with a template that writes every part of a turn."""
+    family = STANDS_FOR.get(name, LLAVA)  # or it is a folder that the README wrote
+    processor = family.processor()
+    processor.chat_template = f"{{% set marks = {{'image': {family.image!r}, 'video': {family.video!r}}} %}}{WORDS}"
+    return processor
 
 
 def blocks(language: str) -> list[str]:
@@ -23,14 +42,27 @@ def blocks(language: str) -> list[str]:
 
 def test_the_python_of_the_readme_runs_from_top_to_bottom(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(transformers.AutoModelForImageTextToText, "from_pretrained", lambda name, dtype: LLAVA.model())
-    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", lambda name, **options: LLAVA.processor())
+    monkeypatch.setattr(
+        transformers.AutoModelForImageTextToText, "from_pretrained", lambda name, dtype: STANDS_FOR[name].model()
+    )
+    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", lambda name, **options: processor_of(name))
+    monkeypatch.setitem(sys.modules, "modeling_mine", types.SimpleNamespace(MyModel=modeling_remote.RemoteModel))
     picture(0, (80, 50)).save("kitchen.jpg")
+    Path("frames").mkdir()
+    for number in range(4):
+        picture(number, QWEN3_VL.size).save(f"frames/{number}.jpg")
     scope: dict[str, object] = {"__name__": "readme"}
     assert len(blocks("python")) >= 4
-    for block in blocks("python"):
-        exec(compile(block, "README.md", "exec"), scope)
-    assert "visual tokens 16 -> 2" in capsys.readouterr().out
+    try:
+        for block in blocks("python"):
+            exec(compile(block, "README.md", "exec"), scope)
+    finally:
+        registered = VLMS.pop("mine", None)
+    printed = capsys.readouterr().out
+    assert "visual tokens 16 -> 2" in printed
+    assert f"visual tokens 60 -> {keep_count(60, 0.2, None)}" in printed
+    assert "visual tokens 24 -> 12" in printed, "EVS keeps the first of two frames whole"
+    assert registered.facts["marks"] == {"image": 32000} and registered.facts["gap"] == 1
     assert scope["kept"].shape == (2, 58, 1024)
     assert torch.equal(scope["indices"].sort(dim=1).values, scope["indices"])
     vltok.apply(scope["model"], vltok.StrideTokens(num_keep=1)).remove()  # refused if a snippet left its handle on

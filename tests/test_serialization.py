@@ -85,6 +85,7 @@ def test_the_settings_file_says_what_wrote_it_and_every_knob(folder):
                 "keep_ratio": 0.25,
                 "num_keep": None,
                 "positions": "keep",
+                "per": "image",
                 "strategy": "k_center",
                 "pivot": "auto",
                 "relevance": True,

@@ -102,7 +102,12 @@ class TinyFamily:
         decoder: The attribute of the model that holds its decoder.
         real: Whether the processor is transformers' own.
         nested: Whether the processor takes a list of images for each prompt.
+        shares_keys: Whether the last decoder layers attend to the keys that earlier ones made.
         word_type: What `token_type_ids` says of a word that the model wrote.
+        feeds_layers: Whether its decoder makes further inputs of the layers from the embeddings.
+        drop_depth: After which share of its decoder layers tests drop tokens.
+        needs_images: Whether the processor refuses prompts of text alone.
+        unable: Promises that the unpruned model breaks, in the words of tests/contract/.
     """
 
     name: str
@@ -129,7 +134,12 @@ class TinyFamily:
     decoder: str = "language_model"
     real: bool = True
     nested: bool = False
+    shares_keys: bool = False
     word_type: int = 0
+    feeds_layers: bool = False
+    drop_depth: float = 0.5
+    needs_images: bool = False
+    unable: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
@@ -158,19 +168,25 @@ class TinyFamily:
     ) -> Any:
         """Process prompts in which "<image>" stands for an image of `images`, "<video>" for a video of `videos`."""
         processor = processor or self.processor()
+        if self.needs_images and not len(images) and not len(videos):
+            whole = self.inputs(["<image>", *prompts], [picture(0, self.size)], padding_side, processor)
+            shape, real = whole["input_ids"].shape, whole["attention_mask"][1:].any(0)
+            return {name: value[1:, real] for name, value in whole.items() if value.shape == shape}
         text = [prompt.replace("<image>", "\0").replace("<video>", self.video) for prompt in prompts]
         pictures = list(images)
         if self.nested:
             rest = iter(images)
             pictures = [list(islice(rest, prompt.count("<image>"))) for prompt in prompts]
         given = {"images": pictures if images else None} | ({"videos": list(videos)} if len(videos) else {})
-        return processor(
+        inputs = processor(
             text=[each.replace("\0", self.image) for each in text],
             **given,
             padding=True,
             padding_side=padding_side,
             return_tensors="pt",
         )
+        inputs.pop("labels", None)  # some write them for prompts without an answer, too: nothing to learn
+        return inputs
 
 
 def _llava(attention: str, tower: str = "clip", text: Callable[[], Any] | None = None) -> nn.Module:
@@ -344,6 +360,9 @@ def _internvl_processor() -> Any:
     )
 
 
+# What no layer that holds a state can do.
+STATES = ("crop", "crop into the prompt", "batch_select_indices", "batch_repeat_interleave")
+STATES += ("padding between turns", "packing")
 WINDOW = 8  # tokens, where prompts have 20 or more
 # Of four decoder layers every second one sees the whole prompt.
 MIXED = {
@@ -416,7 +435,6 @@ LLAVA_ONEVISION = TinyFamily(
     (168, 150),
     False,
     (88, 79),
-    shows_patches=False,
     tower=BOTH,
     video="<video>",
     clip_tokens=17,

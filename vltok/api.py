@@ -39,14 +39,13 @@ def apply(
         The handle that reports and removes. If anything fails, the model is left as it was.
 
     Raises:
-        TypeError: If `model` is not a module or `method` not a Method.
+        TypeError: If `model` is not a module, `method` not a Method, or an id not an integer.
         UnsupportedModelError: If the model, or a part the method needs, is not one vltok knows, or there are two.
         ValueError: If the method doesn't fit the model, or another one is in the way, or a text names none; or if
             `family` is another word, or ids are given without it.
     """
     methods = _read(method)
-    marks = {"image": image_token_id, "video": video_token_id}
-    marks = {kind: mark for kind, mark in marks.items() if mark is not None}
+    marks = families.checked_marks(image_token_id, video_token_id)
     if family not in (None, "generic") or (family is None and marks):
         raise ValueError(
             f'family must be "generic" or left out, and ids of placeholders need it, got family={family!r} with {marks}'
@@ -60,8 +59,8 @@ def apply(
             settled += (item.settled(view),)
             settled[-1].attach(view, edits, run)
         if edits.added_modules:
-            view.mark_checkpoint(edits, settings(view.family.name, settled))
-        attachment = Attachment(settled, view.family.name, view.host, edits, run, calls, processor)
+            view.mark_checkpoint(edits, settings(view.family.name, settled, marks))
+        attachment = Attachment(settled, view.family.name, view.host, edits, run, calls, processor, marks)
         attachment.leave_on_host()
     except BaseException:
         edits.undo()

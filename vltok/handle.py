@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, TextIO
@@ -35,6 +35,7 @@ class Attachment:
         run: Where the methods leave results.
         calls: The calls of the host.
         processor: The model's processor, if one was passed.
+        marks: The ids that stand for visual tokens, by kind, where they were passed.
         since: When it was made, in ns.
     """
 
@@ -49,6 +50,7 @@ class Attachment:
         run: Run,
         calls: Calls,
         processor: Any = None,
+        marks: Mapping[str, int] | None = None,
     ) -> None:
         self.methods = methods
         self.family = family
@@ -57,6 +59,7 @@ class Attachment:
         self.run = run
         self.calls = calls
         self.processor = processor
+        self.marks = marks or {}
         self.since = time.time_ns()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -184,8 +187,11 @@ class Handle:
         return report
 
     def settings(self) -> dict[str, Any]:
-        """What is on the model, as plain data: the vltok version, the family, and every method with its settings."""
-        return settings(self.family, self.methods)
+        """What is on the model, as plain data: the vltok version, the family, and every method with its settings.
+
+        With family="generic" also the ids of placeholders that `apply` was given.
+        """
+        return settings(self.family, self.methods, self._attachment.marks)
 
     def loss(self) -> torch.Tensor:
         """Sum of the loss terms of the last call of this thread, a scalar to add to the model's own loss.
@@ -234,9 +240,16 @@ def remove(model: nn.Module) -> None:
         handle.remove()
 
 
-def settings(family: str, methods: Iterable[Method]) -> dict[str, Any]:
-    """Describe methods on a model of a family as plain data, the head of every file that vltok writes."""
-    return {"vltok_version": __version__, "family": family, "methods": [method.to_dict() for method in methods]}
+def settings(family: str, methods: Iterable[Method], marks: Mapping[str, int]) -> dict[str, Any]:
+    """Describe methods on a model of a family as plain data, the head of every file that vltok writes.
+
+    Args:
+        family: Its name.
+        methods: The methods.
+        marks: The ids that stand for visual tokens, by kind, where somebody said so.
+    """
+    told = {"vltok_version": __version__, "family": family, "methods": [method.to_dict() for method in methods]}
+    return told | {f"{kind}_token_id": mark for kind, mark in marks.items()}
 
 
 def _with(method: Method, knobs: dict[str, Any]) -> Method:

@@ -6,6 +6,7 @@ loads transformers.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from itertools import islice
@@ -93,6 +94,10 @@ class TokenPackerHDProcessor(ProcessorMixin):
             setattr(self.processor, name, value)
         else:
             super().__setattr__(name, value)
+
+    def __copy__(self) -> TokenPackerHDProcessor:
+        """One whose parts may be set without a trace on this one's."""
+        return type(self)(copy.copy(self.processor), self.max_tiles, self.thumbnail, self.separators)
 
     @classmethod
     def get_attributes(cls) -> list[str]:

@@ -28,6 +28,7 @@ CONFIG_FILE = "vltok_config.json"
 WEIGHTS_FILE = "vltok.safetensors"
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 _FIELDS = {"vltok_version", "family", "methods"}
+_IDS = ("image_token_id", "video_token_id")  # fields beside them where the family is "generic"
 
 
 def save(handle: Handle, folder: str | Path) -> None:
@@ -143,8 +144,9 @@ def from_pretrained(folder: str | Path, *, processor: Any = None, **options: Any
 def _apply_saved(model: nn.Module, content: Any, processor: Any, place: str, files: list[Path]) -> Handle:
     """Apply the methods that `content` describes, as it was found at `place`, and give them their weights."""
     methods = _methods(content, place)
+    generic = {"family": "generic", **{name: content[name] for name in _IDS if name in content}}
     try:
-        handle = apply(model, methods, processor=processor)
+        handle = apply(model, methods, processor=processor, **(generic if content["family"] == "generic" else {}))
     except (ValueError, LookupError, ArithmeticError, RuntimeError) as error:
         if isinstance(error, VltokError | torch.OutOfMemoryError):
             raise
@@ -215,10 +217,13 @@ def _methods(content: Any, place: str) -> list[Method]:
         raise CheckpointError(f"{place} lacks {', '.join(sorted(missing if isinstance(content, dict) else _FIELDS))}")
     check_settings(content, place)
     writer, family, methods = content["vltok_version"], content["family"], content["methods"]
-    if unknown := content.keys() - _FIELDS:
+    if unknown := content.keys() - _FIELDS - set(_IDS if family == "generic" else ()):
         raise CheckpointError(f"{place} has unknown fields {', '.join(sorted(unknown))} (written by vltok {writer})")
     if not isinstance(writer, str) or not isinstance(family, str):
         raise CheckpointError(f"{place}: vltok_version and family must be words, got {writer!r} and {family!r}")
+    for name in _IDS:
+        if not is_integer(content.get(name, 0)) or content.get(name, 0) < 0:
+            raise CheckpointError(f"{place}: {name} must be an integer of at least 0, got {content[name]!r}")
     if not isinstance(methods, list) or not methods or not all(isinstance(settings, dict) for settings in methods):
         raise CheckpointError(f'{place}: "methods" must be a list of settings, one per method, got {methods!r}')
     found = []

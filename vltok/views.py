@@ -26,8 +26,9 @@ class AttentionRequest:
     """Which attention of the vision tower a selector wants to see.
 
     Attributes:
-        kind: "cls" is the attention of the [CLS] query over the patches; "received" is the mean over all queries of the
-            attention a patch receives. Both are means over the heads and are not renormalised.
+        kind: "cls" is the attention of the [CLS] query over the patches; "received" is what a patch receives from all
+            queries together, 1 on average. Both are means over the heads, and of a token over its patches, and are
+            not renormalised.
         layer: Layer of the vision tower, counted as a Python index (-1 is the last one).
     """
 

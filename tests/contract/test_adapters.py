@@ -6,8 +6,9 @@ import copy
 
 import pytest
 import torch
-from calls import TOLERANCE, batch, generate, logits
+from calls import batch, generate, logits
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
+from reference import assert_close
 from rows import few
 
 import vltok
@@ -45,7 +46,7 @@ def test_an_adapter_counts_whether_it_comes_before_the_method_or_after(pair, mod
     late = adapted(late, use_dora=dora)
     if prunes:  # PEFT finds the layers of weights that a method brought as well
         real = inputs["attention_mask"].bool()
-        torch.testing.assert_close(logits(late, inputs)[real], logits(early, inputs)[real], **TOLERANCE)
+        assert_close(logits(late, inputs)[real], logits(early, inputs)[real])
         assert torch.equal(generate(late, inputs), generate(early, inputs))
     assert not torch.equal(logits(late, pair.family.inputs(["w1 w2"])), plain)
     answer = logits(late, inputs)
@@ -61,8 +62,8 @@ def test_an_adapter_that_is_switched_off_or_unloaded_counts_no_more(pair, model)
     expected = logits(host, inputs)
     wrapped = adapted(host)
     with wrapped.disable_adapter():
-        torch.testing.assert_close(logits(wrapped, inputs), expected, **TOLERANCE)
-    torch.testing.assert_close(logits(wrapped.unload(), inputs), expected, **TOLERANCE)
+        assert_close(logits(wrapped, inputs), expected)
+    assert_close(logits(wrapped.unload(), inputs), expected)
     assert handle.is_attached
 
 
@@ -80,7 +81,7 @@ def test_modules_that_are_saved_with_an_adapter_change_nothing(pair, model, orde
     else:
         pair.apply(host)
         host = get_peft_model(host, config).eval()
-    torch.testing.assert_close(logits(host, inputs), expected, **TOLERANCE)
+    assert_close(logits(host, inputs), expected)
 
 
 @few
@@ -99,10 +100,10 @@ def test_a_learned_prefix_stands_before_the_prompt(pair, model):
         except (AttributeError, RuntimeError):
             pytest.skip("PEFT can't put a prefix before this model's prompts")
     with pair.apply(host):
-        torch.testing.assert_close(logits(host, inputs), expected, **TOLERANCE)
+        assert_close(logits(host, inputs), expected)
         answer = logits(host, batch(pair))
         assert answer.isfinite().all()
     if pair.prunes:
         expected, real = logits(host, batch(pair)), batch(pair)["attention_mask"].bool()
         with vltok.apply(host, vltok.StrideTokens(keep_ratio=1.0)):
-            torch.testing.assert_close(logits(host, batch(pair))[real], expected[real], **TOLERANCE)
+            assert_close(logits(host, batch(pair))[real], expected[real])

@@ -11,7 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from calls import PROMPTS, batch, fingerprint, generate, logits, single
-from rows import few, few_pruning
+from oracle import decoder_of
+from rows import dropping_too, few, few_pruning
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from vltok.errors import VltokError
@@ -26,6 +27,7 @@ def busy_threads() -> Iterator[None]:
     sys.setswitchinterval(interval)
 
 
+@dropping_too
 def test_threads_get_the_answers_of_single_calls(pair, model, busy_threads):
     rows = range(len(PROMPTS))
     inputs = [single(pair, row) for row in rows]
@@ -98,7 +100,7 @@ def test_a_call_in_the_middle_of_another_changes_neither(pair, model, share):
 
 @few
 def test_an_interrupt_at_any_point_leaves_nothing_behind(pair, model):
-    inputs, text = batch(pair), model.model.language_model
+    inputs, text = batch(pair), decoder_of(model, pair.family)
     generator = torch.Generator().manual_seed(0)
     words = torch.randint(9, 40, inputs["input_ids"].shape, generator=generator)
     with torch.no_grad():
@@ -127,6 +129,7 @@ def test_an_interrupt_at_any_point_leaves_nothing_behind(pair, model):
         assert torch.equal(logits(model, inputs), expected)
 
 
+@dropping_too
 def test_an_answer_given_up_half_way_leaves_nothing_behind(pair, model):
     """A client hangs up: the streamer raises while generate() is at work."""
 

@@ -6,8 +6,9 @@ import copy
 
 import pytest
 import torch
-from calls import TOLERANCE, batch, generate, logits
+from calls import batch, generate, logits
 from matrix import SELECTING
+from reference import assert_close
 from rows import only
 
 # Two kinds of positions, and windows. Compiling takes seconds.
@@ -37,6 +38,6 @@ def check(pair, model, part):
     with pair.apply(host):
         for module in modules[part]:
             module.compile(backend="eager")
-        torch.testing.assert_close(logits(host, inputs), expected, **TOLERANCE)
+        assert_close(logits(host, inputs), expected)
         assert torch.equal(generate(host, inputs, steps=2), words)
     torch._dynamo.reset()

@@ -6,8 +6,9 @@ import copy
 
 import pytest
 import torch
-from calls import PROMPTS, TOLERANCE, batch, logits, pictures, saved_files
+from calls import PROMPTS, batch, logits, pictures, saved_files
 from peft import LoraConfig, get_peft_model
+from reference import assert_close
 from rows import only_pruning, only_trained
 
 import vltok
@@ -76,4 +77,4 @@ def test_weights_that_an_adapter_trained_in_a_copy_are_the_ones_saved(pair, mode
     with pair.apply(model):
         assert not torch.equal(logits(model, inputs), expected)
     with vltok.load(model, tmp_path, processor=pair.family.processor()):
-        torch.testing.assert_close(logits(model, inputs), expected, **TOLERANCE)
+        assert_close(logits(model, inputs), expected)

@@ -6,42 +6,44 @@ import inspect
 
 import pytest
 import torch
-from calls import TOLERANCE, generate, logits, plain, positions, prompt, same_picks, single
-from prompts import CACHE_WORDS
+from calls import generate, logits, pixels, plain, positions, prompt, same_picks, single
+from oracle import placeholders
+from prompts import CACHE_WORDS, TOKENS
+from reference import assert_close
 from rows import few
 from tiny import picture
 from versions import takes_encoded_images
 
 import vltok
 
-NOT_PIXELS = {"input_ids", "attention_mask", "mm_token_type_ids"}
-
 
 def encode(model: torch.nn.Module, inputs: dict):
     """What the model's own encoder returns for the images of a prompt."""
     known = inspect.signature(model.model.get_image_features).parameters
-    pixels = {name: value for name, value in inputs.items() if name in known and name not in NOT_PIXELS}
+    given = {name.replace("_values_images", "_values"): value for name, value in inputs.items() if name not in TOKENS}
     with torch.no_grad():
-        return model.model.get_image_features(**pixels, return_dict=True)
+        return model.model.get_image_features(
+            **{name: value for name, value in given.items() if name in known}, return_dict=True
+        )
 
 
 def without_pixels(inputs: dict) -> dict:
-    return {name: value for name, value in inputs.items() if name not in ("pixel_values", "image_sizes")}
+    return {name: value for name, value in inputs.items() if name in TOKENS or name.endswith("grid_thw")}
 
 
 @few
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float64, torch.bfloat16], ids=str)
 def test_pixels_of_another_type_count_as_the_same_values(pair, model, dtype):
     inputs = dict(single(pair, 1))
-    values = (inputs["pixel_values"] * 50).clamp(0, 255).to(torch.uint8)
-    given = inputs | {"pixel_values": values.to(dtype)}
+    values = {name: (value * 50).clamp(0, 255).to(torch.uint8) for name, value in pixels(inputs).items()}
+    given = inputs | {name: value.to(dtype) for name, value in values.items()}
     unpruned = plain(pair.family)
     try:
-        logits(model, {**unpruned, "pixel_values": unpruned["pixel_values"].to(dtype)})
+        logits(model, {**unpruned, **{name: value.to(dtype) for name, value in pixels(unpruned).items()}})
     except RuntimeError:
         pytest.skip("the unpruned model doesn't take them")
     with pair.apply(model) as handle:
-        expected = logits(model, inputs | {"pixel_values": values.float()})
+        expected = logits(model, inputs | {name: value.float() for name, value in values.items()})
         kept = handle.report(file=None)
         got = logits(model, given)
         report = handle.report(file=None)
@@ -62,7 +64,7 @@ def test_images_encoded_once_serve_several_prompts(pair, model):
             expected = logits(model, inputs)
             right = handle.report(file=None)
             got = logits(model, {**without_pixels(inputs), "mm_encoder_outputs": encoded})
-            torch.testing.assert_close(got, expected, **TOLERANCE)
+            assert_close(got, expected)
             assert same_picks(handle.report(file=None).keep_indices, right.keep_indices)
             assert handle.report(file=None).relevance == right.relevance
 
@@ -78,7 +80,7 @@ def test_images_encoded_before_others_keep_their_own_picks(pair, model):
         logits(model, other)
         got = logits(model, {**without_pixels(inputs), "mm_encoder_outputs": {"image": encoded}})
         assert same_picks(handle.report(file=None).keep_indices, right)
-        torch.testing.assert_close(got, expected, **TOLERANCE)
+        assert_close(got, expected)
         logits(model, other)
         usual = vars(model.model).get("get_image_features")
         model.model.get_image_features = lambda *args, **options: encoded
@@ -92,7 +94,7 @@ def test_images_encoded_before_others_keep_their_own_picks(pair, model):
             if usual is not None:
                 model.model.get_image_features = usual
     assert same_picks(picks, right)
-    torch.testing.assert_close(got, expected, **TOLERANCE)
+    assert_close(got, expected)
 
 
 @takes_encoded_images
@@ -106,7 +108,7 @@ def test_encodings_from_before_the_method_are_used_rightly_or_refused(pair, mode
         except (vltok.errors.UnsupportedInputError, ValueError):
             return
         if pair.prunes:
-            torch.testing.assert_close(got, expected, **TOLERANCE)
+            assert_close(got, expected)
 
 
 def test_images_merged_into_the_embeddings_are_pruned_alike(pair, model):
@@ -118,10 +120,10 @@ def test_images_merged_into_the_embeddings_are_pruned_alike(pair, model):
         features = encode(model, inputs).pooler_output
         ids = inputs["input_ids"]
         embeds = model.get_input_embeddings()(ids).clone()
-        embeds[ids == model.config.image_token_id] = torch.cat([f.reshape(-1, embeds.shape[-1]) for f in features])
+        embeds[placeholders(model, inputs)] = torch.cat([f.reshape(-1, embeds.shape[-1]) for f in features])
         at = positions(model, inputs).view(*pair.axes, 1, -1)
         merged = {"inputs_embeds": embeds, "attention_mask": inputs["attention_mask"], "position_ids": at}
-        torch.testing.assert_close(logits(model, merged), expected, **TOLERANCE)
+        assert_close(logits(model, merged), expected)
         assert handle.report(file=None).kept_tokens == right.kept_tokens
         if not pair.axes:
             merged.pop("position_ids")

@@ -9,17 +9,18 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from calls import TOLERANCE, batch, positions, same_picks, single
+from calls import batch, positions, same_picks, single
 from checkpointing import recompute
+from oracle import decoder_of, placeholders
 from prompts import CACHE, turn
+from reference import assert_close
 from rows import few, only_pruning
 
 
 def test_labels_give_the_loss_of_the_kept_sequence_and_gradients(pair, model):
     inputs = batch(pair, "right")
     trained = copy.deepcopy(model).train()
-    placeholder = inputs["input_ids"] == model.config.image_token_id
-    labels = inputs["input_ids"].masked_fill(placeholder | ~inputs["attention_mask"].bool(), -100)
+    labels = inputs["input_ids"].masked_fill(placeholders(model, inputs) | ~inputs["attention_mask"].bool(), -100)
     with pair.apply(trained) as handle:
         output = trained(**inputs, labels=labels)
         output.loss.backward()
@@ -85,7 +86,7 @@ def test_answers_do_not_sway_the_decision(pair, model):
                 position_ids=at.expand(*pair.axes, 1, -1),
                 **{CACHE: copy.deepcopy(begun[CACHE])},
             ).logits
-            torch.testing.assert_close(trained.logits[:, length:], rest, **TOLERANCE)
+            assert_close(trained.logits[:, length:], rest)
 
 
 @few
@@ -116,7 +117,7 @@ def test_a_call_without_backward_is_freed(pair, model):
     trained = copy.deepcopy(model).train()
     alive = []
     with pair.apply(trained):
-        for layer in trained.model.language_model.layers:
+        for layer in decoder_of(trained, pair.family).layers:
             layer.register_forward_hook(lambda module, args, output: alive.append(weakref.ref(output)))
         trained(**batch(pair), use_cache=False)
         gc.collect()

@@ -59,7 +59,7 @@ def check_attention(model, eager, kind: str, layer: int) -> None:
     inputs = single(INTERNVL, "two images")  # one tile; two tiles and a thumbnail
     one, three = probe(model, inputs, kind, layer)
     maps = eager.model.vision_tower(inputs["pixel_values"], output_attentions=True).attentions[layer].mean(1)
-    expected = merged((maps[:, 0] if kind == "cls" else maps.mean(1))[:, 1:])
+    expected = merged((maps[:, 0] if kind == "cls" else maps.sum(1))[:, 1:])
     torch.testing.assert_close(one.attention, expected[:1], **CLOSE)
     torch.testing.assert_close(three.attention, expected[1:].reshape(1, -1), **CLOSE)
 
@@ -146,7 +146,7 @@ def test_a_fault_patches_merged_in_a_row_are_caught(monkeypatch):
     """The deliberate fault of this file: four patches side by side taken for a 2 x 2 block."""
 
     def wrong(self, model, encoding):
-        return self.patch_attention(model, encoding).unflatten(1, (-1, 4)).mean(-1).flatten()
+        return encoding.attention[0][:, 1:].unflatten(1, (-1, 4)).mean(-1).flatten()
 
     model = shared_model(INTERNVL)
     right: VisualTokens = probe(model, single(INTERNVL, "image first"), "cls")[0]

@@ -59,10 +59,10 @@ def test_cls_attention_is_the_row_that_the_eager_tower_returns(layer):
 
 @pytest.mark.parametrize("layer", [0, -1, -2])
 @pytest.mark.parametrize(("family", "prefix"), [(LLAVA, 1), (LLAVA_SIGLIP, 0)], ids=["clip", "siglip"])
-def test_received_attention_is_the_column_mean_of_the_eager_map(family, prefix, layer):
+def test_received_attention_is_the_column_sum_of_the_eager_map(family, prefix, layer):
     inputs = single(family, IMAGES)
     (visual,) = probe(shared_model(family), inputs, "received", layer)
-    expected = tower_attention(family, inputs, layer).mean(1)[:, prefix:]
+    expected = tower_attention(family, inputs, layer).sum(1)[:, prefix:]
     torch.testing.assert_close(visual.attention, expected, **CLOSE)
 
 
@@ -150,13 +150,13 @@ def test_what_the_tower_cannot_give_is_refused():
 
 def test_a_fault_attention_of_the_neighbouring_patch_is_caught(monkeypatch):
     """The deliberate fault of this file: what the tower attends to is given to the patch beside it."""
-    right = Llava.read_attention
+    right = Llava.token_attention
 
-    def wrong(self, attention, args, kwargs, kind):
-        return right(self, attention, args, kwargs, kind).roll(1, dims=-1)
+    def wrong(self, model, encoding):
+        return right(self, model, encoding).roll(1)
 
     inputs = single(LLAVA, IMAGES)
-    monkeypatch.setattr(Llava, "read_attention", wrong)
+    monkeypatch.setattr(Llava, "token_attention", wrong)
     (visual,) = probe(shared_model(LLAVA), inputs, "cls")
     expected = tower_attention(LLAVA, inputs, -1)[:, 0, 1:]
     assert not torch.allclose(visual.attention, expected, atol=1e-2)

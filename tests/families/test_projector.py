@@ -70,8 +70,8 @@ def test_the_projector_of_kin_gets_the_patches_of_its_levels_of_every_crop(key):
 
 def test_config_and_processor_of_kin_follow_and_come_back():
     for family, field, before, after in (
-        (KIN["vipllava-no-cls"], "patch_size", 14, 28),
-        (KIN["llava_next_video-no-cls"], "patch_size", 14, 28),
+        (KIN["vipllava-cls"], "patch_size", 14, 28),
+        (KIN["llava_next_video-cls"], "patch_size", 14, 28),
         (KIN["internvl-cls"], "image_seq_length", 16, 4),
     ):
         model, processor = shared_model(family), family.processor()
@@ -93,7 +93,7 @@ def test_config_and_processor_of_kin_follow_and_come_back():
 @settings(max_examples=25, deadline=None)
 @given(width=st.integers(20, 200), height=st.integers(20, 200))
 def test_llava_next_video_lays_out_fewer_tokens_for_pictures_of_any_shape(width, height):
-    family = KIN["llava_next_video-no-cls"]
+    family = KIN["llava_next_video-cls"]
     model, processor = shared_model(family), family.processor()
     shown = [picture(0, (width, height))]
     with vltok.apply(model, vltok.TokenPacker(2, init="pool"), processor=processor):
@@ -104,7 +104,7 @@ def test_llava_next_video_lays_out_fewer_tokens_for_pictures_of_any_shape(width,
 
 
 def test_videos_that_are_pooled_before_the_projector_are_refused_while_it_is_another():
-    family = KIN["llava_next_video-no-cls"]
+    family = KIN["llava_next_video-cls"]
     model, processor = shared_model(family), family.processor()
     video = torch.stack([torch.from_numpy(np.array(picture(seed))) for seed in range(2)]).permute(0, 3, 1, 2)
     inputs = family.inputs(["w1 <video> w2"], videos=[video])
@@ -131,7 +131,7 @@ def test_internvl_condenses_the_frames_of_videos_and_ranks_regions_by_the_mean_o
     torch.testing.assert_close(found.attention, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("key", ["vipllava-no-cls", "internvl-cls"])
+@pytest.mark.parametrize("key", ["vipllava-cls", "internvl-cls"])
 def test_a_projector_with_a_norm_is_not_continued(key):
     family = KIN[key]
     model = shared_model(family)

@@ -57,7 +57,9 @@ WATCHING = [vltok.FasterVLM(keep_ratio=0.5), vltok.ToDRE(keep_ratio=0.5, pivot="
 def test_attention_that_a_pruning_method_reads_stays(method):
     model = shared_model(LLAVA)
     for methods in ([SOFT, method], [method, SOFT]):
-        message = "no q_proj and k_proj to read attention from" if methods[0] is SOFT else "is being watched by"
+        message = (
+            "attends by none of transformers' attention functions" if methods[0] is SOFT else "is being watched by"
+        )
         refused = pytest.raises((UnsupportedModelError, ValueError), match=message)
         with unchanged(model), refused:
             vltok.apply(model, methods)

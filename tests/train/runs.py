@@ -48,7 +48,8 @@ def weights(trainer: VltokTrainer) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def outputs(handle: vltok.Handle, family: TinyFamily = LLAVA) -> torch.Tensor:
+def outputs(handle: vltok.Handle, family: TinyFamily = LLAVA, processor: Any = None) -> torch.Tensor:
     """Logits for a prompt with a picture."""
-    inputs = family.inputs(["w1 <image> w2 w3"], [picture(3, family.size)], processor=handle.processor)
+    processor = processor or handle.processor
+    inputs = family.inputs(["w1 <image> w2 w3"], [picture(3, family.size)], processor=processor)
     return handle.model.eval()(**inputs).logits

@@ -13,15 +13,16 @@ import torch
 import transformers
 from peft import PeftModel
 from safetensors.torch import load_file
-from tiny import LLAVA
+from tiny import INTERNVL, LLAVA, LLAVA_NEXT, QWEN2_5_VL
 from train.records import record, write
 from train.runs import outputs
+from train.templates import CHATS
 from typer.testing import CliRunner
 
 import vltok
 from vltok.errors import CheckpointError
 from vltok.processing import TokenPackerHDProcessor
-from vltok.train.cli import app
+from vltok.train.cli import app, crops
 
 ROOT = Path(__file__).parents[2]
 PACKER = ("--method", "tokenpacker,scale_factor=2,init=pool")
@@ -107,7 +108,7 @@ def test_resume_goes_on_from_the_last_checkpoint(run, tmp_path):
 
 
 def test_lora_leaves_a_peft_adapter_beside_the_methods(run, tmp_path):
-    lora = ("--train", "projector+llm", "--lora-r", 2, "--lora-targets", "q_proj,v_proj")
+    lora = ("--train", "projector+lora", "--lora-r", 2, "--lora-targets", "q_proj,v_proj")
     run(*PACKER, *SHORT, *lora, "--style", "vicuna", "--out", tmp_path)
     handle = vltok.load(LLAVA.model(), tmp_path / "adapter", processor=LLAVA.processor())
     before = outputs(handle)
@@ -125,6 +126,33 @@ def test_pruned_models_train_in_bfloat16_with_masters_of_float32(run, tmp_path):
     model = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
     assert model.dtype == torch.bfloat16
     assert curve(tmp_path)[-1] < curve(tmp_path)[0]
+
+
+@pytest.mark.parametrize("chat", CHATS, ids=lambda chat: chat.family.name)
+def test_any_family_trains_by_lora_under_pruning_and_loads_again(chat, folder, tmp_path):
+    """As one is told to on the command line; then the same weights come out of the files."""
+    chat.model().save_pretrained(tmp_path / "model")
+    chat.processor().save_pretrained(tmp_path / "model")
+    command = ["--model", tmp_path / "model", "--data", folder.file, "--method", "divprune,keep_ratio=0.25", *SHORT]
+    command += ["--recipe", "finetune", "--train", "lora", "--lora-r", 2, "--out", tmp_path / "out"]
+    result = CliRunner().invoke(app, list(map(str, command)), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert f"style chat, answers by {chat.answers_by}" in result.output
+    assert len(curve(tmp_path / "out")) == 4
+    handle = vltok.load(chat.model(), tmp_path / "out/adapter")
+    assert handle.methods == (vltok.DivPrune(keep_ratio=0.25),)
+    before = outputs(handle, chat.family, chat.processor())
+    PeftModel.from_pretrained(handle.model, tmp_path / "out/model")
+    assert not torch.equal(outputs(handle, chat.family, chat.processor()), before)
+
+
+def test_images_are_padded_to_squares_by_default_only_where_they_would_be_cropped():
+    large = LLAVA.processor()
+    assert crops(large)
+    assert not any(crops(family.processor()) for family in (LLAVA_NEXT, QWEN2_5_VL, INTERNVL))
+    with vltok.apply(LLAVA.model(), vltok.TokenPacker(scale_factor=2), processor=large):
+        large.tokenizer.add_tokens([",", "\n"])
+        assert not crops(TokenPackerHDProcessor(large, max_tiles=9))
 
 
 def test_tiles_of_large_pictures_are_trained_on_and_their_processor_is_saved(folder, tmp_path):
@@ -166,6 +194,7 @@ def test_mistakes_are_told_in_a_line(run, folder, saved, tmp_path):
     assert "give a method" in run(*out, fails=True)
     assert "is not here: give the folder of a model" in run(*PACKER, *out, model=tmp_path / "no", fails=True)
     assert "must be parts out of" in run(*PACKER, *out, "--train", "all", fails=True)
+    assert "LoRA settings are for --train lora" in run(*PACKER, *out, "--lora-r", 2, fails=True)
     assert "global batch of 256" in run(*PACKER, *out, "--per-device-batch", 24, fails=True)
     assert "no checkpoint in" in run(*PACKER, *out, "--resume", fails=True)
     assert "unknown method" in run("--method", "no", *out, fails=True)

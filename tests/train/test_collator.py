@@ -12,11 +12,12 @@ from tiny import LLAVA, LLAVA_NEXT, QWEN2_5_VL, TinyFamily, picture
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from train.records import record
 from transformers import PreTrainedTokenizerFast
+from transformers.video_utils import VideoMetadata
 
 import vltok
 from vltok.processing import TokenPackerHDProcessor
 from vltok.train import BadImageError, Collator, SampleError
-from vltok.train.labels import IGNORE
+from vltok.train.collator import IGNORE, tokens_in
 
 FAMILIES = {f"{family.name}-{family.has_cls}": family for family in tiny.ALL}
 # The placeholder stands where each family has it; every answer ends in </s>.
@@ -65,15 +66,14 @@ def test_labels_are_the_answers_and_their_end_tokens(name, style):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_batch_is_what_the_processor_makes_of_each_prompt(name):
-    """The processor is asked for single prompts, and for all pictures at once."""
+    """The processor is asked for single prompts, and for the pictures of all prompts at once."""
     family = FAMILIES[name]
     collator = Collator(processor(family), always_picture=False)
     samples = conversations(family)
     batch = collator(samples)
-    pictures = [image for sample in samples for image in sample.get("image", [])]
-    whole = collator.processor(
-        text=["".join([family.image] * len(pictures))], images=pictures, return_tensors="pt", add_special_tokens=False
-    )
+    pictures = [sample["image"] for sample in samples if "image" in sample]
+    prompts = [family.image * len(own) for own in pictures]
+    whole = collator.processor(text=prompts, images=pictures, padding=True, return_tensors="pt")
     for key in ("pixel_values", "image_sizes", "image_grid_thw"):
         assert (key in batch) == (key in whole)
         if key in whole:
@@ -247,6 +247,17 @@ def test_a_batch_of_texts_gets_a_picture_that_changes_no_loss_and_no_gradient(na
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in projector)
 
 
+def test_a_text_that_was_cut_stays_cut_where_it_gets_a_picture():
+    rows = [record("s", [], "w1", "w2 " * 30)]
+    cut = Collator(processor(LLAVA), max_length=12, always_picture=False)(rows)
+    batch = Collator(processor(LLAVA), max_length=12)(rows)
+    assert cut["labels"].shape[1] == 12
+    for key, value in cut.items():
+        assert torch.equal(batch[key][:, :12], value)
+    assert (batch["input_ids"][:, 12:] == 4).all() and (batch["labels"][:, 12:] == IGNORE).all()
+    assert len(batch["pixel_values"]) == 1
+
+
 def test_workers_count_what_they_drop(tmp_path):
     missing = str(tmp_path / "missing.png")
     rows = [record(f"s{i}", [missing] * (i % 2), "<image>" * (i % 2) + "w1", "w2") for i in range(8)]
@@ -274,12 +285,44 @@ def test_settings_out_of_range_are_refused():
         Collator(processor(LLAVA), max_length=0)
 
 
-def test_a_processor_that_refuses_or_rewrites_a_sample_is_an_error_that_names_it():
+def test_a_processor_that_rewrites_answers_or_tokenises_them_elsewhere_is_an_error_that_names_the_sample():
     class Rewriting(type(LLAVA.processor())):
         def __call__(self, text, **options):
-            return super().__call__(text=[text[0].replace("w1", "w9")], **options)
+            return super().__call__(text=[text[0].replace("w2", "w9")], **options)
+
+    class Elsewhere(type(LLAVA.processor())):
+        def __call__(self, text, **options):
+            return LLAVA.processor()(text=text, **options)
 
     found = processor(LLAVA, "vicuna")
     found.__class__ = Rewriting
-    with pytest.raises(SampleError, match="sample 's': its answers can't be found among the processor's tokens"):
+    with pytest.raises(
+        SampleError, match=r"sample 's': Rewriting refuses it: it makes \['w9</s>'\] of .* \['w2</s>'\]"
+    ):
         Collator(found)([record("s", [picture(0)], "<image>w1", "w2")])
+    found.__class__ = Elsewhere
+    with pytest.raises(SampleError, match="sample 's': its answers can't be followed through Elsewhere"):
+        Collator(found)([record("s", [picture(0)], "<image>w1", "w2")])
+
+
+def test_a_token_that_reaches_into_an_answer_belongs_to_it():
+    offsets = [(0, 0), (0, 5), (4, 6), (5, 9), (9, 9), (9, 12)]
+    assert tokens_in(offsets, [(5, 9)]) == [False, False, True, True, False, False]
+    assert tokens_in(offsets, [(0, 1), (11, 20)]) == [False, True, False, False, False, True]
+
+
+def test_a_video_in_a_file_is_left_to_the_processor_which_takes_frames_from_it(tmp_path, monkeypatch):
+    (tmp_path / "a.mp4").write_bytes(b"film")
+    found = processor(QWEN2_5_VL, "vicuna")
+    frames, asked = tiny.clip(0, QWEN2_5_VL.size), []
+
+    def fetch(files, sample_indices_fn=None):
+        asked.append(files)
+        return [frames], [VideoMetadata(total_num_frames=4, fps=24, frames_indices=[0, 1, 2, 3])]
+
+    monkeypatch.setattr(found.video_processor, "fetch_videos", fetch)
+    from_file = Collator(found)([record("s", [], "<video>w1", "w2") | {"video": str(tmp_path / "a.mp4")}])
+    assert asked == [[str(tmp_path / "a.mp4")]]
+    from_frames = Collator(found)([record("s", [], "<video>w1", "w2") | {"video": frames}])
+    assert from_file.keys() == from_frames.keys()
+    assert all(torch.equal(from_file[key], from_frames[key]) for key in from_file)

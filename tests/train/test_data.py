@@ -8,12 +8,14 @@ import json
 
 import datasets
 import pytest
+import torch
 from PIL import Image
 from tiny import picture
+from train.records import record
 from transformers.image_utils import load_image
 
 from vltok.train import BadImageError, Conversations, Sample, SampleError, Turn, open_image, read_sample
-from vltok.train.data import pad_square
+from vltok.train.data import open_video, pad_square
 
 TURNS = [{"from": "human", "value": "<image>\nw1"}, {"from": "gpt", "value": "w2"}]
 
@@ -78,8 +80,8 @@ def test_answers_before_the_first_question_are_left_out():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"image": None}, "0 pictures but 1 <image>"),
-        ({"image": ["1.png", "2.png"]}, "2 pictures but 1 <image>"),
+        ({"image": None}, "0 images but 1 <image>"),
+        ({"image": ["1.png", "2.png"]}, "2 images but 1 <image>"),
         ({"image": 5}, "a picture must be a file"),
         ({"conversations": None}, "has no turns"),
         ({"conversations": "w1"}, "has no turns"),
@@ -181,3 +183,59 @@ def test_a_picture_is_centred_on_a_square():
 
 def test_grey_pictures_and_those_with_alpha_become_rgb():
     assert open_image(Image.new("LA", (2, 2)), "s").mode == "RGB"
+
+
+def test_videos_are_files_arrays_and_lists_of_frames(tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"film")
+    frames = [picture(index) for index in range(3)]
+    frames[0].save(tmp_path / "0.png")
+    array = torch.zeros(2, 4, 4, 3, dtype=torch.uint8)
+    given = ["a.mp4", ["0.png", *frames[1:]], array]
+    row = record("s", [], "<video> w1 <video> <video>", "w2") | {"video": given}
+    sample = read_sample(row, images=tmp_path)
+    assert sample.media["image"] == ()
+    file, pictures, same = (open_video(source, "s") for source in sample.videos)
+    assert file == str(tmp_path / "a.mp4") and same is array
+    assert pictures.shape == (3, 56, 56, 3)
+    for frame, own in zip(frames, pictures, strict=True):
+        assert Image.fromarray(own.numpy()).tobytes() == frame.tobytes()
+    alone = record("s", [], "<video>w1", "w2")
+    assert read_sample(alone | {"video": "a.mp4"}).videos == ("a.mp4",)
+    assert read_sample(alone | {"videos": array}).videos[0] is array
+    inline = {"role": "user", "content": [{"type": "video", "video": "b.mp4"}, {"type": "text", "text": "w1"}]}
+    assert read_sample({"messages": [inline, {"role": "assistant", "content": "w2"}]}).videos == ("b.mp4",)
+
+
+@pytest.mark.parametrize(
+    ("video", "message"),
+    [
+        (None, "0 videos but 1 <video>"),
+        (["a.mp4", "b.mp4"], "2 videos but 1 <video>"),
+        (7, "a video must be a file, a list of pictures or an array"),
+        (torch.zeros(4, 4, 3), "must be a file"),
+    ],
+)
+def test_a_faulty_video_is_an_error_that_names_its_sample(video, message):
+    with pytest.raises(SampleError, match=f"sample 's'.*{message}"):
+        read_sample(record("s", [], "<video>w1", "w2") | {"video": video})
+
+
+def test_a_video_that_is_missing_is_told_like_an_image():
+    with pytest.raises(BadImageError, match=r"s: can't open no.mp4: there is no such file"):
+        open_video("no.mp4", "s")
+
+
+def test_lines_and_tables_are_read_like_a_list(tmp_path, folder):
+    lines = tmp_path / "data.jsonl"
+    text = "\n".join(json.dumps(row | {"note": "a line\u2028of its own"}, ensure_ascii=False) for row in folder.records)
+    lines.write_text(text + "\n", encoding="utf-8")
+    table = tmp_path / "data.parquet"
+    datasets.Dataset.from_list(folder.records).to_parquet(str(table))
+    expected = Conversations.from_file(folder.file)
+    for file in (lines, table):
+        found = Conversations.from_file(file, folder.path)
+        assert Conversations.from_file(file)[0].images == (tmp_path / "0.png",)
+        assert [found[index] for index in range(len(found))] == [expected[index] for index in range(len(expected))]
+    lines.write_text("[1]\n{", encoding="utf-8")
+    with pytest.raises(SampleError, match="is not a JSON file"):
+        Conversations.from_file(lines)

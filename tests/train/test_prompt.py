@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from tiny import LLAVA, QWEN2_5_VL
+from tiny import LLAVA, LLAVA_ONEVISION, QWEN2_5_VL
+from zoo.gemma import PALIGEMMA
 
 from vltok.train import PromptWriter, Sample, SampleError, Turn
+from vltok.train.prompt import _parts
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}"
@@ -92,7 +94,7 @@ def test_blanks_before_the_end_token_are_learned_with_it():
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{% for m in messages %}{{ m.content[-1].text }}{% endfor %}", "1 pictures, but its text comes out with 0"),
+        ("{% for m in messages %}{{ m.content[-1].text }}{% endfor %}", "1 images, but its text comes out with 0"),
         ("<image>", "leaves out or repeats answers"),
         ("<image>{{ messages[1].content[0].text }}{{ messages[1].content[0].text }}", "leaves out or repeats"),
         ("{{ raise_exception('only w7') }}", "the chat template refuses it: only w7"),
@@ -113,7 +115,7 @@ def test_a_turn_with_the_processors_own_placeholder_or_the_mark_is_refused():
 
 
 def test_a_style_that_cannot_be_written_is_refused():
-    with pytest.raises(ValueError, match="auto, chat, vicuna, plain, got 'llama'"):
+    with pytest.raises(ValueError, match="auto, chat, vicuna, plain, suffix, got 'llama'"):
         PromptWriter(processor(), "llama")
     with pytest.raises(ValueError, match="has none"):
         PromptWriter(processor(), "chat")
@@ -124,3 +126,61 @@ def test_a_style_that_cannot_be_written_is_refused():
     without_end.chat_template = OPEN
     with pytest.raises(SampleError, match="doesn't end answers"):
         written(PLAIN, without_end)
+
+
+GENERATED = (
+    "{% for m in messages %}{{ m.role }} {% if m.role == 'assistant' %}{% generation %}"
+    "think {{ m.content[-1].text | trim }}{{ END }}{% endgeneration %}{{ REST }}{% else %}"
+    "{% for c in m.content %}{{ '<image>' if c.type == 'image' else c.text }}{% endfor %} {% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("inside", "behind", "learned"),
+    [
+        ("<|im_end|>", "", ["think w2<|im_end|>", "think w4 </think><|im_end|>"]),
+        ("<|im_end|>\n", "", ["think w2<|im_end|>", "think w4 </think><|im_end|>"]),  # the line is not the answer's
+        ("", "<|im_end|>\n", ["think w2<|im_end|>", "think w4 </think><|im_end|>"]),  # or nothing would teach to stop
+        ("", " <|im_end|>", ["think w2 <|im_end|>", "think w4 </think> <|im_end|>"]),
+        ("", " ", ["think w2</s>", "think w4 </think></s>"]),
+    ],
+)
+def test_what_a_template_marks_as_generated_is_learned_with_its_end(inside, behind, learned):
+    template = GENERATED.replace("{{ END }}", inside).replace("{{ REST }}", behind)
+    writer = PromptWriter(processor(template))
+    assert writer.answers_by == "template"
+    prompt = writer(LONG)
+    assert prompt.learned == learned
+    rendered = template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    others = writer.processor.apply_chat_template(
+        [{"role": turn.role, "content": _parts(turn.text)} for turn in LONG.turns], chat_template=rendered
+    )
+    assert prompt.text.replace("</s>", "") == others
+
+
+def test_a_template_that_generates_nothing_here_is_an_error():
+    template = "<image>{% if messages | length > 9 %}{% generation %}w1{% endgeneration %}{% endif %}"
+    with pytest.raises(SampleError, match="s: the chat template marks none of its answers as generated"):
+        written(PLAIN, processor(template))
+
+
+def test_videos_are_parts_of_a_message_and_placeholders_of_a_text():
+    film = Sample("s", (Turn("user", "w1 <video> <image>"), Turn("assistant", "w2")), ("1.png",), ("1.mp4",))
+    template = CHATML.replace("'<image>' if c.type == 'image'", "'<%s>' % c.type if c.type != 'text'")
+    text = written(film, processor(template, family=LLAVA_ONEVISION))[0]
+    assert text.startswith("<|im_start|>user\nw1 <video> <image><|im_end|>")
+    assert written(film, processor(family=QWEN2_5_VL))[0] == "USER: w1 <|video_pad|> <|image_pad|> ASSISTANT: w2</s>"
+    with pytest.raises(SampleError, match="s has videos, and LlavaProcessor takes none"):
+        written(film, processor())
+
+
+def test_a_processor_that_takes_answers_apart_gets_them_so_and_in_no_other_way():
+    found = PALIGEMMA.processor()
+    prompt = PromptWriter(found)(PLAIN)
+    assert (prompt.text, prompt.suffix, prompt.answers) == ("<image>w1", "w2 w3", ())
+    with pytest.raises(SampleError, match="one question and its answer, got 4 turns"):
+        PromptWriter(found)(LONG)
+    with pytest.raises(ValueError, match="PaliGemmaProcessor takes answers as a suffix alone, got style='vicuna'"):
+        PromptWriter(found, "vicuna")
+    with pytest.raises(ValueError, match="LlavaProcessor takes no answers as a suffix, got style='suffix'"):
+        PromptWriter(processor(), "suffix")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import INTERNVL, LLAVA, LLAVA_NEXT, QWEN2_5_VL, picture
+from tiny import INTERNVL, LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_5_VL, picture
 from torch.nn import functional as F
 from train.records import record
 from train.runs import losses, make, weights
@@ -18,7 +18,7 @@ from train.runs import losses, make, weights
 import vltok
 from vltok.method import Method, register
 from vltok.train import Collator, Conversations
-from vltok.train.labels import IGNORE
+from vltok.train.collator import IGNORE
 from vltok.train.trainer import answer_sums, check_gathers
 
 STRIDE = vltok.StrideTokens(num_keep=4)
@@ -31,6 +31,7 @@ STRIDE = vltok.StrideTokens(num_keep=4)
         (LLAVA_NEXT, vltok.TokenPacker(scale_factor=3), "projector+llm", None),
         (LLAVA, vltok.TokenPacker(scale_factor=2), "projector+llm", 4),
         (LLAVA, [vltok.TokenPacker(scale_factor=2), vltok.ToDRE(num_keep=2, relevance=False)], "projector", None),
+        (LLAVA_ONEVISION, [vltok.TokenPacker(scale_factor=2), vltok.DivPrune(keep_ratio=0.5)], "projector", None),
         (QWEN2_5_VL, vltok.StrideTokens(num_keep=4), "llm", None),
         (INTERNVL, vltok.ToDRE(num_keep=4, tau=1.0), "projector+llm", None),
         (LLAVA, vltok.FasterVLM(num_keep=4), "tower", None),

@@ -296,6 +296,7 @@ IDEFICS2 = _row(
     tokens=(12, 12),
     tower=("tap",),
     windowed=True,
+    shows_patches=False,
     decoder="text_model",
 )
 # Four quarters and the whole.
@@ -316,7 +317,11 @@ GEMMA3_ROW = _row(
 )
 # 96 x 48: the whole picture and two crops, each an image to the model.
 GEMMA3_CROPS = replace(
-    GEMMA3_ROW, processor=functools.partial(_gemma3_processor, True), variant="crops", tokens=(16, 48)
+    GEMMA3_ROW,
+    processor=functools.partial(_gemma3_processor, True),
+    variant="crops",
+    tokens=(16, 48),
+    unable=("packing",),
 )
 PALIGEMMA = _row(
     "paligemma",
@@ -329,8 +334,19 @@ PALIGEMMA = _row(
     tower=BOTH,
     new_image_in_turn=False,  # all of a prompt sees all of it, but not what a later turn brings
     word_type=1,
+    needs_images=True,
+    unable=(
+        "crop into the prompt",
+        "guesses",
+    ),  # the prompt's tokens have all seen each other
 )
-PALIGEMMA2 = replace(PALIGEMMA, build=functools.partial(_paligemma, text="gemma2"), variant="gemma2", windowed=True)
+PALIGEMMA2 = replace(
+    PALIGEMMA,
+    build=functools.partial(_paligemma, text="gemma2"),
+    variant="gemma2",
+    windowed=True,
+    unable=("ready-made masks", "crop into the prompt", "guesses"),
+)
 # Pictures are scaled to 70 tokens at most. 144 x 8: one row of 35, so also a frame. 40 x 20: five rows of eleven.
 GEMMA4_ROW = _row(
     "gemma4",
@@ -345,15 +361,24 @@ GEMMA4_ROW = _row(
     clip_tokens=105,
     windowed=True,
     nested=True,
+    unable=("packing",),
 )
 MOE = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}
 GEMMA4_MOE = replace(
     GEMMA4_ROW, build=functools.partial(_gemma4, use_bidirectional_attention="vision", **MOE), variant="moe"
 )
-# The small ones: an input of its own for every layer, and the last layers take keys and values of the first.
-SHARED = {"hidden_size_per_layer_input": 8, "layer_types": SLIDING[2:] * 2, "use_double_wide_mlp": True}
+# The small ones: an input of its own for every layer, and the last layers take keys and values of those before, so that
+# tokens can leave before these only.
+SHARED = {"hidden_size_per_layer_input": 8, "use_double_wide_mlp": True}
+SHARED |= {"layer_types": SLIDING[2:] * 3, "num_hidden_layers": 6, "num_kv_shared_layers": 2}
 GEMMA4_SHARED = replace(
-    GEMMA4_ROW, build=functools.partial(_gemma4, num_kv_shared_layers=2, **SHARED), variant="shared"
+    GEMMA4_ROW,
+    build=functools.partial(_gemma4, **SHARED),
+    variant="shared",
+    shares_keys=True,
+    drop_depth=1 / 3,
+    unable=(),
+    feeds_layers=True,
 )
 # 84 x 56: two lines of three tokens. 112 x 112: four of four.
 MISTRAL3 = _row(

@@ -181,6 +181,7 @@ GLM4V = TinyFamily(
     frames=4,  # two are one to the tower
     clip_tokens=24,
     mixes=False,  # image tokens stand for both
+    unable=("copies",),
 )
 GLM4V_MOE = replace(GLM4V, name="glm4v_moe", build=functools.partial(_glm, kind="Glm4vMoe", **MOE))
 GLM46V = replace(
@@ -217,6 +218,8 @@ GOT_OCR2 = replace(
     image="<img><imgpad></img>",
     size=(64, 64),
     tower=(),
+    shows_patches=False,
+    needs_images=True,
 )
 # 128 x 64: two crops and a thumbnail of 16 tokens each.
 GOT_OCR2_CROPS = replace(
@@ -234,6 +237,7 @@ ARIA = replace(
     processor=_aria_processor,
     image="<fim_prefix><|img|><fim_suffix>",
     tower=("tap",),
+    shows_patches=False,
 )
 # Two crops each: the processor counts the crops of all pictures alike.
 ARIA_CROPS = replace(

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import transformers
-from tiny import BOTH, IDS, QWEN_SPECIALS, SPECIALS, TEXT, TOWER, WINDOW, TinyFamily, tokenizer
+from tiny import BOTH, IDS, QWEN_SPECIALS, SPECIALS, STATES, TEXT, TOWER, WINDOW, TinyFamily, tokenizer
 from torch import nn
 
 
@@ -191,7 +191,7 @@ def _gemma3n(attention: str) -> nn.Module:
     inputs = {"altup_num_inputs": 3, "vocab_size_per_layer_input": 56, "hidden_size_per_layer_input": 8}
     ears = {"hidden_size": 32, "conf_num_hidden_layers": 1, "conf_num_attention_heads": 2, "input_feat_size": 16}
     config = transformers.Gemma3nConfig(
-        text_config={**TEXT, **layers, **inputs, "laurel_rank": 8, "num_kv_shared_layers": 0},
+        text_config={**TEXT, **layers, **inputs, "laurel_rank": 8, "num_kv_shared_layers": 2},
         # Not the tower of the checkpoints, which has 300 million weights: 128 x 128 pixels make 4 x 4 tokens.
         vision_config={"architecture": "resnet10t", "hidden_size": 512, "vocab_size": 4, "vocab_offset": 56},
         audio_config={**ears, "sscp_conv_channel_size": (8, 4), "vocab_size": 4, "vocab_offset": 60},
@@ -234,11 +234,23 @@ LFM3_VL = TinyFamily(
     projects=False,
     windowed=True,
     video="<|video_pad|>",
+    unable=STATES,
     clip_tokens=24,
+    shows_patches=False,
 )
 # 96 x 64: six crops of 4 tokens and the whole picture of 16; 64 x 64: the whole picture.
 STEP3P7 = TinyFamily(
-    "step3p7", _step, _step_processor, "<im_patch>", (96, 64), (64, 64), False, (40, 16), projects=False, windowed=True
+    "step3p7",
+    _step,
+    _step_processor,
+    "<im_patch>",
+    (96, 64),
+    (64, 64),
+    False,
+    (40, 16),
+    projects=False,
+    windowed=True,
+    shows_patches=False,
 )
 # Its tokens are those of the grid, one more in every row, one in front and one behind.
 HUNYUAN_VL = TinyFamily(
@@ -253,9 +265,20 @@ HUNYUAN_VL = TinyFamily(
     axes=4,
     projects=False,
     new_image_in_turn=False,
+    # The last axis counts the images of all rows, and there is none for text.
+    unable=("rows", "reorder_cache", "batch_select_indices", "batch_repeat_interleave", "packing"),
 )
 FAST_VLM = TinyFamily(
-    "fast_vlm", _fast_vlm, _fast_vlm_processor, "<image>", (128, 128), (160, 100), False, (16, 16), projects=False
+    "fast_vlm",
+    _fast_vlm,
+    _fast_vlm_processor,
+    "<image>",
+    (128, 128),
+    (160, 100),
+    False,
+    (16, 16),
+    projects=False,
+    shows_patches=False,
 )
 # 128 x 64: the whole picture of 18 tokens and two slices of 16; 64 x 64: the whole picture. Frames are not sliced.
 MINICPMV4_6 = TinyFamily(
@@ -269,6 +292,7 @@ MINICPMV4_6 = TinyFamily(
     (50, 16),
     projects=False,
     video="<|video_pad|>",
+    unable=(*STATES, "guesses"),
     frames=3,
     clip_tokens=54,
 )
@@ -285,6 +309,9 @@ GRANITE_DOCLING = TinyFamily(
     projects=False,
     tower=BOTH,
     decoder="text_model",
+    drop_depth=0.75,  # the first three layers add features of the tower
 )
-GEMMA3N = replace(FAST_VLM, name="gemma3n", build=_gemma3n, processor=_gemma3n_processor, windowed=True)
+GEMMA3N = replace(
+    FAST_VLM, name="gemma3n", build=_gemma3n, processor=_gemma3n_processor, windowed=True, shares_keys=True
+)
 ROWS = [LFM3_VL, STEP3P7, HUNYUAN_VL, FAST_VLM, MINICPMV4_6, GRANITE_DOCLING, GEMMA3N]

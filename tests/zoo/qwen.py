@@ -9,7 +9,7 @@ import functools
 from dataclasses import replace
 from typing import Any
 
-from tiny import IDS, QWEN_PATCHES, QWEN_SPECIALS, SPECIALS, TEXT, TOWER, WINDOW, TinyFamily, tokenizer
+from tiny import IDS, QWEN_PATCHES, QWEN_SPECIALS, SPECIALS, STATES, TEXT, TOWER, WINDOW, TinyFamily, tokenizer
 from torch import nn
 
 MARKS = {"image_token_id": 4, "video_token_id": 5, "vision_start_token_id": 6, "vision_end_token_id": 7}
@@ -241,9 +241,12 @@ QWEN3_VL = _later(name="qwen3_vl", build=functools.partial(_qwen3, name="Qwen3VL
 QWEN3_VL_MOE = _later(
     name="qwen3_vl_moe", build=functools.partial(_qwen3, name="Qwen3VLMoe", tower=_DEEP, text=EXPERTS)
 )
-QWEN3_5 = _later(name="qwen3_5", build=functools.partial(_qwen3, name="Qwen3_5", tower={}, text=LINEAR))
+QWEN3_5 = _later(
+    name="qwen3_5", build=functools.partial(_qwen3, name="Qwen3_5", tower={}, text=LINEAR), unable=(*STATES, "guesses")
+)
 QWEN3_5_MOE = _later(
     name="qwen3_5_moe",
+    unable=(*STATES, "guesses"),
     build=functools.partial(
         _qwen3, name="Qwen3_5Moe", tower={}, text={**LINEAR, **EXPERTS, "shared_expert_intermediate_size": 32}
     ),
@@ -261,7 +264,11 @@ EXAONE4_5 = _kind(
     name="exaone4_5", build=_exaone4_5, processor=functools.partial(_processor, "Exaone4_5_"), windowed=True
 )
 HYPERCLOVAX = _kind(
-    name="hyperclovax_vision_v2", build=_hyperclovax, processor=functools.partial(_processor, "HyperCLOVAXVisionV2")
+    # Positions count the padding in between.
+    unable=("padding between turns",),
+    name="hyperclovax_vision_v2",
+    build=_hyperclovax,
+    processor=functools.partial(_processor, "HyperCLOVAXVisionV2"),
 )
 # A visual token stands for 8 x 8 pixels of an image and for 16 x 16 of one frame of a video, which are of 32 x 32.
 VIDEO_LLAMA_3 = _kind(
@@ -285,7 +292,9 @@ MINIMAX_M3_VL = _kind(
 # padding also where nothing is pruned.
 BLOCKS = {"layer_types": ["full_attention", *["minimax_m3_sparse"] * 3], "index_n_heads": 2, "index_head_dim": 8}
 BLOCKS |= {"index_block_size": 4, "index_topk_blocks": 24}
-MINIMAX_M3_VL_SPARSE = replace(MINIMAX_M3_VL, build=functools.partial(_minimax_m3_vl, **BLOCKS), variant="sparse")
+MINIMAX_M3_VL_SPARSE = replace(
+    MINIMAX_M3_VL, build=functools.partial(_minimax_m3_vl, **BLOCKS), variant="sparse", unable=("packing",)
+)
 # Frames of a video are pooled two by two.
 KIMI_K25 = _kind(
     name="kimi_k25",

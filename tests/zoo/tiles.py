@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from tiny import BOTH, INTERNVL, LLAVA_ONEVISION, SPECIALS, TEXT, TOWER, WINDOW, TinyFamily, tokenizer
+from tiny import BOTH, INTERNVL, LLAVA_ONEVISION, SPECIALS, STATES, TEXT, TOWER, WINDOW, TinyFamily, tokenizer
 from torch import nn
 
 VIDEO_SPECIALS = [*SPECIALS, "<video>"]
@@ -232,7 +232,7 @@ def _lfm2_vl_processor() -> Any:
         """Takes the images of all prompts in a row, as most processors do."""
 
         def __call__(self, images: Any = None, text: Any = None, **options: Any) -> Any:
-            if images is not None:
+            if images is not None and not isinstance(images[0], list):
                 rest = iter(images)
                 images = [[next(rest) for _ in range(each.count(self.image_token))] for each in text]
             return super().__call__(images=images, text=text, **options)
@@ -284,6 +284,7 @@ ROWS = [
         tokens=(88, 56),
         projects=True,
         tower=BOTH,
+        has_cls=True,
         video="<video>",
         clip_tokens=16,
     ),
@@ -296,6 +297,7 @@ ROWS = [
         (56, 56),
         (80, 50),
         tokens=(16, 16),
+        has_cls=True,
         tower=BOTH,
         video="<video>",
         clip_tokens=68,
@@ -308,6 +310,7 @@ ROWS = [
         (56, 56),
         (80, 50),
         tokens=(16, 16),
+        has_cls=True,
         projects=True,
         tower=BOTH,
     ),
@@ -324,12 +327,23 @@ ROWS = [
         (56, 112),
         tokens=(48, 48),
         tower=("tap",),
+        has_cls=True,
         video="<video>",
         clip_tokens=64,
     ),
     # 48 x 32: four tiles of four tokens and a thumbnail of six. 32 x 24: a single tile of six.
-    _row("lfm2_vl", _lfm2_vl, _lfm2_vl_processor, "<image>", (48, 32), (32, 24), tokens=(22, 6), tower=("tap",)),
-    _tiled("qianfan_ocr", _qianfan_ocr, _qianfan_ocr_processor, "<image>", tower=BOTH),
+    _row(
+        "lfm2_vl",
+        _lfm2_vl,
+        _lfm2_vl_processor,
+        "<image>",
+        (48, 32),
+        (32, 24),
+        tokens=(22, 6),
+        unable=STATES,
+        tower=("tap",),
+    ),
+    _tiled("qianfan_ocr", _qianfan_ocr, _qianfan_ocr_processor, "<image>", has_cls=True, tower=BOTH),
     INTERNVL,
     LLAVA_ONEVISION,
 ]

@@ -9,56 +9,78 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vltok.engine.names import CACHE
-from vltok.engine.parts import attention_scale, num_heads
-from vltok.errors import UnsupportedModelError
+from vltok.errors import UnsupportedInputError, UnsupportedModelError
 from vltok.views import AttentionKind, AttentionRequest
 
 # Rows and columns of a softmax attention, exact and without the N x N map
 
 
-def _heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
-    return x.float().unflatten(-1, (num_heads, -1)).transpose(-3, -2)  # (..., S, C) -> (..., H, S, C / H)
-
-
-def cls_attention(query: torch.Tensor, key: torch.Tensor, num_heads: int, scale: float) -> torch.Tensor:
-    """Attention of one query row, a = softmax(scale q K^T), mean over the heads.
+def cls_attention(
+    query: torch.Tensor, key: torch.Tensor, scale: float, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Attention of the first query, mean over the heads.
 
     Args:
-        query: The projected query row, (B, 1, C).
-        key: The projected keys, (B, S, C).
-        num_heads: Attention heads, H; C is divisible by it.
-        scale: Factor of the logits, usually (C / H) ** -0.5.
+        query: Queries, (B, H, S, d).
+        key: Keys, (B, H or fewer, S, d).
+        scale: Factor of their products.
+        mask: What is added to the products, or which of them count, bool: (B or 1, H or 1, S or 1, S). None for all.
 
     Returns:
         Attention, (B, S), float32; each row sums to 1.
     """
-    logits = _heads(query, num_heads) @ _heads(key, num_heads).mT * scale  # (B, H, 1, S)
-    return logits.softmax(-1).mean(1).squeeze(1)
+    return _probabilities(query[:, :, :1], key, scale, None if mask is None else mask[:, :, :1]).mean(1).squeeze(1)
 
 
 def received_attention(
-    query: torch.Tensor, key: torch.Tensor, num_heads: int, scale: float, chunk: int = 256
+    query: torch.Tensor,
+    key: torch.Tensor,
+    scale: float,
+    mask: torch.Tensor | None = None,
+    at_once: int = 2**25,
 ) -> torch.Tensor:
-    """Attention every key receives, the mean over all queries and heads.
+    """Attention that every token receives from all queries together, mean over the heads.
+
+    Tokens that no query may see are padding; they receive nothing, and what they give doesn't count.
 
     Args:
-        query: Projected queries, (B, S, C).
-        key: Projected keys, (B, S, C).
-        num_heads: Attention heads, H.
-        scale: Factor of the logits.
-        chunk: Queries taken at a time; peak memory is B * H * chunk * S floats.
+        query: Queries, (B, H, S, d).
+        key: Keys, (B, H or fewer, S, d).
+        scale: Factor of their products.
+        mask: As in `cls_attention`.
+        at_once: Products to hold at a time, at least those of one query of each row; never all B * H * S * S.
 
     Returns:
-        Attention received, (B, S), float32; each row sums to 1.
+        Attention received, (B, S), float32; the tokens of a row, padding left out, receive 1 on average.
     """
-    keys = _heads(key, num_heads).mT
-    total = key.new_zeros(key.shape[0], key.shape[1], dtype=torch.float32)
-    for rows in query.split(chunk, dim=1):
-        total += (_heads(rows, num_heads) @ keys * scale).softmax(-1).sum(dim=(1, 2))
-    return total / (num_heads * query.shape[1])
+    batch, heads, length, _ = query.shape
+    is_real = query.new_ones(batch, length, dtype=torch.float32)
+    if mask is not None:
+        is_real = is_real * (mask if mask.dtype == torch.bool else mask > _lowest(mask) / 2).any(2).any(1)
+    total = torch.zeros_like(is_real)
+    rows = max(1, at_once // max(1, batch * heads * length))
+    for start in range(0, length, rows):
+        own = slice(start, start + rows)
+        seen = mask if mask is None or mask.shape[2] == 1 else mask[:, :, own]
+        total += (_probabilities(query[:, :, own], key, scale, seen).mean(1) * is_real[:, own, None]).sum(1)
+    return total * is_real
+
+
+def _probabilities(query: torch.Tensor, key: torch.Tensor, scale: float, mask: torch.Tensor | None) -> torch.Tensor:
+    """softmax(scale q K^T + mask), (B, H, Q, S), float32."""
+    key = key.float().repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    logits = query.float() @ key.mT * scale
+    if mask is not None:
+        logits = logits.masked_fill(~mask, _lowest(logits)) if mask.dtype == torch.bool else logits + mask
+    return logits.softmax(-1)
+
+
+def _lowest(values: torch.Tensor) -> float:
+    return torch.finfo(values.dtype).min
 
 
 def indicator_values(columns: torch.Tensor, num_heads: int, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
@@ -126,10 +148,16 @@ class _Reading:
 
 
 class _Held:
-    """Stands for a KV cache in which the keys of this call are already."""
+    """Stands for a KV cache in which the keys of this call are already, and for its layer."""
 
-    def __init__(self, keys: torch.Tensor) -> None:
+    def __init__(self, keys: torch.Tensor, layer: Any, index: int) -> None:
         self.keys = keys
+        self.layer = layer
+        self.layers = {index: self}
+
+    def update_index(self, keys: torch.Tensor) -> torch.Tensor:
+        """The keys by which attention in blocks chooses these."""
+        return self.layer.idx_keys
 
     def update(self, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> tuple:
         return self.keys, value[:, :, :1].expand(*self.keys.shape[:3], value.shape[-1])
@@ -162,7 +190,7 @@ def _read(
 
 @torch.no_grad()
 def decoder_mass(
-    module: nn.Module, args: tuple, kwargs: dict[str, Any], columns: torch.Tensor, held: torch.Tensor | None
+    module: nn.Module, args: tuple, kwargs: dict[str, Any], columns: torch.Tensor, past: Any
 ) -> torch.Tensor:
     """Say how much each query of a decoder layer attends to groups of keys, exactly and without the map.
 
@@ -174,7 +202,7 @@ def decoder_mass(
         args: Its arguments in the forward that just ran.
         kwargs: Its keyword arguments there.
         columns: The groups of keys, (B, E, G), bool.
-        held: All keys that it attended to, (B, H, E, d), where some were in a KV cache before; else None.
+        past: The layer of the KV cache that held some keys before, with all of them in `seen`; else None.
 
     Returns:
         Attention mass, (B, Q, G), float32, mean over the heads.
@@ -188,7 +216,8 @@ def decoder_mass(
     shadow = copy.copy(module)
     shadow.config = _Instead(module.config, _attn_implementation=READ)
     shadow.training = False  # no attention dropout here
-    kwargs = {**kwargs, CACHE: None if held is None else _Held(held), "vltok_reading": reading}
+    held = None if past is None else _Held(past.seen, past, module.layer_idx)
+    kwargs = {**kwargs, CACHE: held, "vltok_reading": reading}
     with contextlib.suppress(_ReadError):
         type(module).forward(shadow, *args, **kwargs)
     if reading.mass is None:
@@ -205,41 +234,104 @@ def unreadable(attention: object) -> UnsupportedModelError:
     )
 
 
-# Reading the attention of a vision tower while it encodes pictures
+# Reading the attention of a vision tower while it encodes pictures, by running it once more for its queries and keys
+
+READ_TOWER = "vltok_read_tower"
 
 
-def rows_of_tower(module: nn.Module, args: tuple, kwargs: dict[str, Any], kind: AttentionKind) -> torch.Tensor:
-    """Attention over the tower's tokens, from the query and key projections as they are now, adapters included.
+def tower_attention(module: nn.Module, args: tuple, kwargs: dict[str, Any], kind: AttentionKind) -> torch.Tensor:
+    """Attention over a tower's tokens, from the queries and keys that the module attends with, whatever made them.
+
+    Norms, rotary positions, windows, adapters and masks are the module's own: it runs as a copy, whose attention
+    function looks at what it is given and returns zeros.
 
     Args:
         module: An attention module, about to run.
         args: Its arguments.
         kwargs: Its keyword arguments.
-        kind: "cls" for the first query's row, "received" for the mean over all queries.
+        kind: "cls" for the first query's row, "received" for what all queries give together.
 
     Returns:
-        Attention, (R, S), float32.
+        Attention, (R, S), float32, in the order in which the tower has its tokens, 0 for padding. Where pictures stand
+        one after another in one row, R is 1.
+
+    Raises:
+        UnsupportedModelError: If the module doesn't attend by one of transformers' attention functions, or timm's.
     """
-    tokens = args[0] if args else kwargs["hidden_states"]
-    norms = [getattr(module, name, None) or nn.Identity() for name in ("q_norm", "k_norm")]
-    queries = module.q_proj(tokens[:, :1] if kind == "cls" else tokens)
-    query, key = norms[0](queries), norms[1](module.k_proj(tokens))
-    heads = num_heads(module)
-    scale = attention_scale(module) or (key.shape[-1] // heads) ** -0.5
-    with torch.autocast(key.device.type, enabled=False):
-        return (cls_attention if kind == "cls" else received_attention)(query, key, heads, scale)
+    if READ_TOWER not in ALL_ATTENTION_FUNCTIONS:
+        ALL_ATTENTION_FUNCTIONS.register(READ_TOWER, _read_tower)
+    shadow = copy.copy(module)
+    shadow.training = False
+    shadow.vltok_reading = kind, (parts := [])
+    if hasattr(module, "fused_attn"):
+        shadow.fused_attn = True
+        with _FusedReading(shadow):
+            type(module).forward(shadow, *args, **kwargs)
+    else:
+        shadow.config = _Instead(module.config, _attn_implementation=READ_TOWER)
+        type(module).forward(shadow, *args, **kwargs)
+    if not parts:
+        raise unreadable_tower(module)
+    return torch.cat(parts, dim=-1)
+
+
+def can_be_read(module: nn.Module | None) -> bool:
+    """Whether an attention module looks like one of transformers, which names its function, or one of timm."""
+    return hasattr(module, "fused_attn") or hasattr(getattr(module, "config", None), "_attn_implementation")
+
+
+class _FusedReading(TorchFunctionMode):
+    """Reads what a module of timm hands to torch's fused attention."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is not nn.functional.scaled_dot_product_attention:
+            return function(*args, **kwargs)
+        output, _ = _read_tower(self.module, *args[:3], kwargs.get("attn_mask"), scaling=kwargs.get("scale"))
+        return output.transpose(1, 2)
+
+
+def _read_tower(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
+) -> tuple[torch.Tensor, None]:
+    kind, parts = module.vltok_reading
+    if attention_mask is not None and not isinstance(attention_mask, torch.Tensor):
+        raise UnsupportedInputError(
+            f"attention in the vision tower can't be read under a mask of type {type(attention_mask).__name__}; load "
+            'the model with attn_implementation="sdpa"'
+        )
+    if attention_mask is not None and attention_mask.dim() == 2:  # which tokens are no padding
+        attention_mask = attention_mask[:, None, None].bool()
+    bounds = kwargs.get("cu_seq_lens_q")
+    lengths = [query.shape[2]] if bounds is None else bounds.diff().tolist()
+    read, scale = (cls_attention if kind == "cls" else received_attention), kwargs.get("scaling")
+    with torch.autocast(query.device.type, enabled=False):
+        for own_query, own_key in zip(query.split(lengths, 2), key.split(lengths, 2), strict=True):
+            parts.append(read(own_query, own_key, scale or query.shape[-1] ** -0.5, attention_mask))
+    return query.new_zeros(*query.shape[:3], value.shape[-1]).transpose(1, 2), None
+
+
+def unreadable_tower(module: nn.Module) -> UnsupportedModelError:
+    """What to say of a vision tower whose attention can't be read."""
+    return UnsupportedModelError(
+        f"{type(module).__name__} attends by none of transformers' attention functions, nor timm's, so it can't be "
+        "read what patches attend to; choose a method that needs no vision attention, such as DivPrune, or ToDRE with "
+        "pivot='center'"
+    )
 
 
 class TowerReader:
     """Stands before the attention of a tower's layer, and reads it for the encoding under way that asked for it."""
 
-    def __init__(self, tape: Any, request: AttentionRequest, read: Any) -> None:
+    def __init__(self, tape: Any, request: AttentionRequest) -> None:
         self.tape = tape
         self.request = request
-        self.read = read
 
     @torch.no_grad()
     def see(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         encoding = self.tape.encoding  # none while a backward pass recomputes a checkpointed layer
         if encoding is not None and encoding.request == self.request:
-            encoding.attention = self.read(module, args, kwargs, self.request.kind)
+            encoding.attention.append(tower_attention(module, args, kwargs, self.request.kind))

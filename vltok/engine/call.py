@@ -41,6 +41,7 @@ class Call:
         groups: For each decoder layer, the number of the layout it works on.
         stores: For each decoder layer, the one whose keys it attends to: itself, or an earlier one that shares them.
         has_entered: Whether the language model has met this call.
+        has_reached_layers: Whether its layers have.
     """
 
     __slots__ = (
@@ -55,6 +56,7 @@ class Call:
         "device",
         "groups",
         "has_entered",
+        "has_reached_layers",
         "length",
         "maps",
         "mask",
@@ -69,7 +71,7 @@ class Call:
         self.length = length
         self.mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
         self.maps = _maps(mask)
-        self.has_entered = False
+        self.has_entered = self.has_reached_layers = False
         self.states: list[torch.Tensor] | None = None
         self._masks: dict[Any, Any] = {}
         self._known: dict[Any, tuple[Keys, bool]] = {}

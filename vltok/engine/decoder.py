@@ -23,7 +23,7 @@ from vltok.engine.picking import pick_tokens
 from vltok.engine.pictures import find_pictures
 from vltok.engine.prompt import Prompt
 from vltok.engine.rules import State, recall, remember
-from vltok.errors import UnsupportedInputError
+from vltok.errors import UnsupportedInputError, UnsupportedModelError
 from vltok.report import RelevanceRecord, Report
 
 
@@ -32,7 +32,11 @@ def before_decoder(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple,
     call = kwargs.get(KEYWORD)
     if not isinstance(call, Call):
         return None
-    embeds = kwargs["inputs_embeds"]
+    if (embeds := kwargs.get("inputs_embeds")) is None:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} is called without the keyword inputs_embeds, by which visual tokens enter; "
+            "remove the handle"
+        )
     call.enter(module.config, len(module.layers), embeds.device)
     if isinstance(call, Prompt):
         kwargs = {**kwargs, **_enter_prompt(call, module, embeds, kwargs)}
@@ -114,6 +118,7 @@ def before_layer(index: int, module: nn.Module, args: tuple, kwargs: dict) -> tu
     call = kwargs.get(KEYWORD)
     if not isinstance(call, Call):
         return None
+    call.has_reached_layers = True
     hidden = args[0] if args else kwargs["hidden_states"]
     kwargs = dict(kwargs)
     if len(args) > 1:  # what else comes without a name may have rows of tokens, too
@@ -181,6 +186,11 @@ def after_decoder(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> 
     call = kwargs.get(KEYWORD)
     if not isinstance(call, Call):
         return None
+    if not call.has_reached_layers:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} hands no keyword arguments to its layers, by which vltok tells them what was "
+            "pruned; remove the handle, or let it hand on its **kwargs"
+        )
     attentions, attending = getattr(output, "attentions", None), call.attending
     if attentions is not None and len(attentions) != len(attending):  # fused attention gives none
         attentions = None

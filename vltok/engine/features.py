@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from vltok.edits import MethodWrapper
+from vltok.errors import UnsupportedInputError
 from vltok.views import AttentionRequest
 
 KINDS = ("image", "video")
@@ -39,7 +40,9 @@ class Encoding:
         pixels_shape: Shape of the pixels.
         arguments: The other arguments they were encoded with.
         request: Which attention was asked for while they were encoded.
-        attention: The attention as read in the tower, (R, S) or (patches,), float32.
+        attention: The attention as read in the tower, (R, S), float32, each time that it ran.
+        seen: Which of these tokens the model takes, (V of `whole`,), bool, where it leaves some out itself.
+        whole: The encoding with all of them.
         rows: A number made from each visual token, (V,), int64, to know them again in merged embeddings.
         notes: What the family works out once.
         decisions: What decoder rules decided on prompts about these pictures, for `generate` without a cache.
@@ -52,10 +55,26 @@ class Encoding:
     lengths: list[int] = field(default_factory=list)
     keys: torch.Tensor | None = None
     spans: list[int] = field(default_factory=list)
-    attention: torch.Tensor | None = None
+    attention: list[torch.Tensor] = field(default_factory=list)
+    seen: torch.Tensor | None = None
+    whole: Encoding | None = None
     rows: torch.Tensor | None = None
     notes: dict[str, Any] = field(default_factory=dict)
     decisions: dict[Any, Any] = field(default_factory=dict)
+
+    @property
+    def tower_attention(self) -> torch.Tensor:
+        """The attention as read in the tower, (R, S), which runs once on pictures that are encoded together.
+
+        Raises:
+            UnsupportedInputError: If it ran more often.
+        """
+        if len(self.attention) != 1:
+            raise UnsupportedInputError(
+                f"the vision tower ran {len(self.attention)} times on pictures that were encoded together, so its "
+                "attention can't be matched with their tokens; choose a method that needs no vision attention"
+            )
+        return self.attention[0]
 
     @property
     def grids(self) -> list[list[int]] | None:
@@ -218,7 +237,7 @@ class Encoder(MethodWrapper):
 
     @torch.no_grad()
     def _finish(self, encoding: Encoding, pixels: Any, output: Any) -> Encoding | None:
-        known = getattr(output, RECORD, None)
+        known = record_of(output)
         if known is not None:  # features computed before, or by the other encoder, to which this one handed them
             return known
         entries = entries_of(output)
@@ -228,17 +247,26 @@ class Encoder(MethodWrapper):
         encoding.lengths = [len(entry) for entry in entries]
         encoding.keys, encoding.spans = self._describe(encoding, pixels)
         encoding.rows = torch.cat([row_keys(entry) for entry in entries]) if entries else torch.zeros(0).long()
-        setattr(output, RECORD, encoding)
-        if isinstance(output.pooler_output, list | tuple):
-            for entry in output.pooler_output:
-                setattr(entry, RECORD, encoding)
+        pooled = getattr(output, "pooler_output", output)
+        for each in (output, *(pooled if isinstance(pooled, list | tuple) else ())):
+            if not isinstance(each, list | tuple):
+                setattr(each, RECORD, encoding)
         self.recent.add(encoding)
         return encoding
 
 
 def entries_of(output: Any) -> list[torch.Tensor] | None:
-    """The entries of encoded pictures, (N, D) each, or None if there are none to be seen."""
+    """The entries of encoded pictures, (N, D) each, or None if there are none to be seen.
+
+    Args:
+        output: An output of transformers with them in `pooler_output`; or they alone, as code outside transformers
+            returns them: (pictures, N, D), (N, D), or a list of (N, D).
+    """
     pooled = getattr(output, "pooler_output", None)
+    if pooled is None and isinstance(output, torch.Tensor):
+        pooled = output.unsqueeze(0) if output.dim() == 2 else output
+    if pooled is None and isinstance(output, list | tuple):
+        pooled = output if all(isinstance(each, torch.Tensor) and each.dim() == 2 for each in output) else None
     if pooled is None:
         return None
     return [entry.flatten(0, -2) for entry in pooled]
@@ -247,7 +275,7 @@ def entries_of(output: Any) -> list[torch.Tensor] | None:
 def record_of(output: Any) -> Encoding | None:
     """The record that encoded pictures carry: on the output, or on its first entry where the output was made anew."""
     record = getattr(output, RECORD, None)
-    pooled = getattr(output, "pooler_output", None)
+    pooled = getattr(output, "pooler_output", output)
     if record is None and isinstance(pooled, list | tuple) and len(pooled):
         record = getattr(pooled[0], RECORD, None)
     return record

@@ -70,7 +70,7 @@ def _alike(prompt: Prompt, family: Any) -> list[list[Part]]:
     groups: dict[Any, list[Part]] = {}
     per = "image" if prompt.selector is None else prompt.selector.per
     for number, picture in enumerate(prompt.pictures):
-        has_attention = picture.encoding is not None and picture.encoding.attention is not None
+        has_attention = picture.encoding is not None and bool(picture.encoding.attention)
         for part in _parts(prompt.model, number, picture, per, family):
             groups.setdefault((part.length, part.grid, part.kind, has_attention), []).append(part)
     return list(groups.values())
@@ -139,7 +139,7 @@ def _known(
     wanted = prompt.engine.request_of(selector)
     picture = prompt.pictures[part.picture]
     encoding = picture.encoding
-    if wanted is not None and (encoding is None or encoding.request != wanted or encoding.attention is None):
+    if wanted is not None and (encoding is None or encoding.request != wanted or not encoding.attention):
         raise UnsupportedInputError(
             f"{type(selector).__name__} ranks visual tokens by attention in the vision tower, which was not read when "
             "these images were encoded: they were encoded before the method was applied, with other settings, or the "
@@ -148,13 +148,21 @@ def _known(
     if encoding is None:
         return None, None, None
     own = slice(picture.offset + part.begin, picture.offset + part.begin + part.length)
-    scores = family.token_attention(prompt.model, encoding) if wanted is not None else None
+    scores = _attention(prompt, encoding, family) if wanted is not None else None
     overview = family.overview(prompt.model, encoding, picture)
     return (
         _key(encoding, own.start, part.length),
         None if scores is None else scores[own],
         None if overview is None else overview[part.begin : part.begin + part.length],
     )
+
+
+def _attention(prompt: Prompt, encoding: Encoding, family: Any) -> torch.Tensor:
+    """The attention that was read, for each visual token of an encoding, (V,), float32."""
+    if "attention" not in encoding.notes:
+        scores = family.token_attention(prompt.model, encoding.whole or encoding)
+        encoding.notes["attention"] = scores if encoding.seen is None else scores[encoding.seen.to(scores.device)]
+    return encoding.notes["attention"]
 
 
 def _key(encoding: Encoding, offset: int, length: int) -> torch.Tensor:

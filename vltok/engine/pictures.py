@@ -168,7 +168,8 @@ def _thinned(encoding: Encoding, mask: torch.Tensor | None) -> Encoding:
     keys, spans = encoding.keys, lengths
     if encoding.spans != encoding.lengths:
         keys, spans = keys.sum(0, keepdim=True), [sum(lengths)]
-    return replace(encoding, lengths=lengths, keys=keys, spans=spans, rows=encoding.rows[mask])
+    known = {"lengths": lengths, "keys": keys, "spans": spans, "rows": encoding.rows[mask]}
+    return replace(encoding, **known, seen=mask, whole=encoding, notes={})
 
 
 def _recognise(entries: list[torch.Tensor] | None, recent: Recent) -> list[Found] | None:
@@ -176,7 +177,8 @@ def _recognise(entries: list[torch.Tensor] | None, recent: Recent) -> list[Found
     if not entries:
         raise UnsupportedInputError(
             "the images of this prompt were not encoded by the model while the method was on it, and their "
-            "features are not to be seen; pass pixel_values"
+            "features are not to be seen; pass pixel_values. get_image_features() of a model must take these, and "
+            "return features, (images, tokens, width), a list of them, or an output that has them as pooler_output"
         )
     features = torch.cat(entries)
     found = recent.find(features.unsqueeze(0))[0]

@@ -197,7 +197,8 @@ class Prompt(Call):
             position_ids: The caller's, (1 | B, T) or (axes, 1 | B, T), or None for those that follow the tokens before.
         """
         device = self.device
-        if position_ids is None:
+        is_counted = position_ids is None
+        if is_counted:
             position_ids = torch.arange(self.base, self.base + self.length, device=device).unsqueeze(0)
         position_ids = position_ids.to(device)
         position_ids = position_ids.expand(*position_ids.shape[:-2], *self.visual.shape)
@@ -211,8 +212,10 @@ class Prompt(Call):
                 left_out = left_out + left_out_before(self.cache, self.mask, self.base).to(device)
             position_ids = position_ids - left_out
         axes = position_ids if position_ids.dim() == 2 else position_ids[-3:].amax(0)
-        # Text goes on behind the farthest axis: an image at the end reaches further on one than on another.
-        self.delta = axes.masked_fill(~attended, -1).amax(1) + 1 - (self.base + self.length)
+        # Text goes on behind the farthest axis: an image at the end reaches further on one than on another. Positions
+        # that the decoder counts by itself go on behind padding, too.
+        last = axes[:, -1] if is_counted else axes.masked_fill(~attended, -1).amax(1)
+        self.delta = last + 1 - (self.base + self.length)
         return self.layouts[0].pack(position_ids, dim=-1)
 
     def drop(self, index: int, gone: torch.Tensor) -> None:

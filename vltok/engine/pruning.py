@@ -25,7 +25,7 @@ from vltok.engine.cache import check_cache, is_pruned
 from vltok.engine.call import Call, Continuation, Hints
 from vltok.engine.decoder import after_attention, after_decoder, before_decoder, before_layer
 from vltok.engine.features import ENCODERS, KEYWORD, KINDS, PIXELS, Encoder, Encoding, Recent, Tape
-from vltok.engine.masks import seen_by_any
+from vltok.engine.masks import seen_by_any, stores_of
 from vltok.engine.names import cache_in
 from vltok.engine.parts import attention_of, layers_read
 from vltok.engine.pictures import sources_in
@@ -83,6 +83,16 @@ class PruningEngine:
             attention = _readable(decoder.layers[index])
             if not hasattr(attention, "config"):
                 raise unreadable(attention)
+            stores = stores_of(decoder.config, len(decoder.layers))
+            shared = [(layer, store) for layer, store in enumerate(stores) if store <= index < layer]
+            if shared:
+                first = min(store for _, store in shared)
+                raise UnsupportedModelError(
+                    f"layer {shared[0][0] + 1} of this decoder takes the keys of layer {shared[0][1] + 1}, so visual "
+                    f"tokens that leave after layer {index + 1} would still be seen there; "
+                    + (f"drop them after layer {first} at the latest (for ToDRE a smaller depth), or " if first else "")
+                    + "use a method that prunes before the decoder (for ToDRE relevance=False)"
+                )
         self.rule = rule
         self.follow()
 
@@ -137,12 +147,13 @@ class PruningEngine:
     def _watch_tower(self, request: AttentionRequest | None) -> None:
         if request is None:
             return
-        attention, read = self.family.attention_module(self.model, request), self.family.read_attention
         with self._lock:
-            hooks = attention._forward_pre_hooks.values()
-            readers = [getattr(hook, "__self__", None) for hook in hooks]
-            if not any(isinstance(r, TowerReader) and r.tape is self.tape and r.request == request for r in readers):
-                self.edits.before(attention, TowerReader(self.tape, request, read).see)
+            for attention in self.family.attention_modules(self.model, request):
+                hooks = attention._forward_pre_hooks.values()
+                known = [getattr(hook, "__self__", None) for hook in hooks]
+                known = [each for each in known if isinstance(each, TowerReader) and each.tape is self.tape]
+                if request not in [each.request for each in known]:
+                    self.edits.before(attention, TowerReader(self.tape, request).see)
 
     # Encoding
 

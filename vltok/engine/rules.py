@@ -52,11 +52,11 @@ class State:
         """What share of its attention each token puts on visual and on text tokens, (N, S, 2), float32."""
         columns = self._by_row(torch.stack([self.is_visual, self.is_text], dim=-1))
         past = self._prompt.past(self._index)
-        held = None if past is None else past.seen
-        if held is not None:  # entries of earlier calls belong to neither group
-            before = columns.new_zeros(len(columns), held.shape[-2] - columns.shape[1], 2)
+        past = None if past is None or past.seen is None else past
+        if past is not None:  # entries of earlier calls belong to neither group
+            before = columns.new_zeros(len(columns), past.seen.shape[-2] - columns.shape[1], 2)
             columns = torch.cat([before, columns], dim=1)
-        return decoder_mass(*self._run, columns, held).to(self._rows.device)[self._rows]
+        return decoder_mass(*self._run, columns, past).to(self._rows.device)[self._rows]
 
     def record(self, alpha_tv: torch.Tensor, alpha_vt: torch.Tensor, dropped: torch.Tensor) -> None:
         """Leave both attention ratios and the decision for the report, (N,) each."""

@@ -11,13 +11,15 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from torch import nn
 
+from vltok.checks import check_choice, check_integer
 from vltok.engine.parts import live
 from vltok.errors import UnsupportedModelError
 from vltok.families import towers, vlm
+from vltok.families.support import ModelSupport, TowerSupport
 from vltok.families.table import Entry
 
 if TYPE_CHECKING:
@@ -25,33 +27,116 @@ if TYPE_CHECKING:
     from vltok.families.vlm.view import VlmView
 
 Kind = Literal["vlm", "tower"]
+Unit = Literal["entry", "run", "row"]
+_PACKAGES = {"vlm": vlm, "tower": towers}
 _TABLES = {"vlm": vlm.VLMS, "tower": towers.TOWERS}
 
 
-def supported_models() -> dict[Kind, list[str]]:
-    """Names of the families that methods can be put on, by kind: "vlm", vision-language models, and "tower", ViTs."""
-    return {kind: list(table) for kind, table in _TABLES.items()}
+class Supported(TypedDict):
+    """Families by name, of each kind."""
+
+    vlm: dict[str, ModelSupport]
+    tower: dict[str, TowerSupport]
 
 
-def register_family(kind: Kind, name: str, defined_in: str, module: str, class_name: str) -> None:
+def supported_models() -> Supported:
+    """What methods can be put on: for each kind, "vlm" and "tower", its families by name, with what is known of each.
+
+    `python -m vltok families` prints it. Families of your own are among them, see `register_family`.
+    """
+    told = {"vlm": ModelSupport.of, "tower": TowerSupport.of}
+    return {
+        kind: {name: told[kind](_family(_PACKAGES[kind], entry)) for name, entry in table.items()}
+        for kind, table in _TABLES.items()
+    }
+
+
+def refusals() -> dict[str, str]:
+    """Models of transformers that have pictures and can't be handled: what they are called, and why."""
+    return dict(vlm.REFUSED.values())
+
+
+def register_family(
+    kind: Kind,
+    name: str,
+    defined_in: str | type[nn.Module],
+    module: str | None = None,
+    class_name: str | None = None,
+    *,
+    image_token_id: int | None = None,
+    video_token_id: int | None = None,
+    unit: Unit | None = None,
+    gap: int | None = None,
+) -> None:
     """Make a family known that is not vltok's own. Nothing is imported until a model of it is met.
+
+    A subclass of a supported model needs no registration: it is found by its bases.
 
     Args:
         kind: "vlm" for vision-language models, "tower" for vision towers.
         name: A word for the family, which saved files use.
-        defined_in: Full name of the module, or package, that defines the model's class.
-        module: Full name of the module that describes the family.
+        defined_in: The model's class, without the head; or the full name of the module, or package, that defines it.
+        module: Full name of the module that describes the family. Without one, `defined_in` must be the class of a
+            vision-language model that has a `get_image_features` and a decoder with `layers`, called language_model or
+            text_model.
         class_name: The class in it, a subclass of `vltok.families.vlm.base.VlmFamily` or
             `vltok.families.towers.base.TowerFamily`.
+        image_token_id: The id that stands for visual tokens of images, where the config doesn't say so. This and what
+            follows are for families without a module.
+        video_token_id: The same for videos.
+        unit: What an image is, see `VlmFamily`; "entry" by default.
+        gap: How many words may stand between tiles of one image, see `VlmFamily`; 0 by default.
 
     Raises:
-        ValueError: If the kind is unknown, or the name is taken.
+        TypeError: If an id or the gap is no integer.
+        ValueError: If the kind is unknown, the name is taken, or a value out of range; or if the family is described
+            twice or not at all.
     """
     if kind not in _TABLES:
         raise ValueError(f"kind must be one of {', '.join(map(repr, _TABLES))}, got {kind!r}")
-    if any(name in table for table in _TABLES.values()):
+    if name == "generic" or any(name in table for table in _TABLES.values()):
         raise ValueError(f"a family named {name!r} is already registered; choose another name")
-    _TABLES[kind][name] = Entry(defined_in, module, class_name)
+    facts = {"image_token_id": image_token_id, "video_token_id": video_token_id, "unit": unit, "gap": gap}
+    facts = {fact: value for fact, value in facts.items() if value is not None}
+    cls = defined_in if isinstance(defined_in, type) else None
+    place = defined_in if cls is None else cls.__module__
+    if (module is None) != (class_name is None) or (module is not None and facts):
+        raise ValueError(
+            "a family is described by a module and a class in it, or by facts such as unit; got "
+            f"module={module!r}, class_name={class_name!r} and {facts}"
+        )
+    if module is None:
+        if cls is None or kind != "vlm":
+            raise ValueError(
+                f"pass the class of a vision-language model, or say which module and which class in it describe the "
+                f"family; got {defined_in!r} as a {kind!r} without a module"
+            )
+        module, class_name = "generic", "Generic"
+        facts = {"name": name, "title": cls.__name__, "model_classes": (cls.__name__,), **_checked(**facts)}
+    _TABLES[kind][name] = Entry(place, module, class_name, facts)
+
+
+def _checked(
+    image_token_id: int | None = None, video_token_id: int | None = None, unit: Unit = "entry", gap: int = 0
+) -> dict[str, Any]:
+    """Facts that somebody gave, as a generic family takes them."""
+    check_choice("unit", unit, Unit)
+    check_integer("gap", gap, least=0)
+    return {"unit": unit, "gap": gap, "marks": checked_marks(image_token_id, video_token_id)}
+
+
+def checked_marks(image_token_id: int | None, video_token_id: int | None) -> dict[str, int]:
+    """The ids that stand for visual tokens, by kind, where they are given.
+
+    Raises:
+        TypeError: If one is no integer.
+        ValueError: If one is negative.
+    """
+    marks = {"image": image_token_id, "video": video_token_id}
+    marks = {kind: mark for kind, mark in marks.items() if mark is not None}
+    for kind, mark in marks.items():
+        check_integer(f"{kind}_token_id", mark, least=0)
+    return marks
 
 
 def view(model: nn.Module, processor: Any = None) -> VlmView | TowerView:
@@ -90,24 +175,25 @@ def generic_view(model: nn.Module, marks: dict[str, int], processor: Any = None)
         TypeError: If `model` is not an nn.Module.
         UnsupportedModelError: If no part of it has what a family needs, or no id is known.
     """
-    from vltok.families.vlm.generic import Generic
+    from vltok.families.vlm.generic import Generic, decoder_of
     from vltok.families.vlm.view import VlmView
 
     if not isinstance(model, nn.Module):
         raise TypeError(f"apply() takes a model (torch.nn.Module), got {type(model).__name__}")
+    if refused := _refusal(model):
+        raise refused
     path = {part: (name, parent) for name, part, parent in _live_parts(model)}
-    fitting = [
-        part
-        for part in path
-        if hasattr(part, "get_image_features")
-        and hasattr(getattr(part, "language_model", getattr(part, "text_model", None)), "layers")
-    ]
-    if not fitting:
+    fitting = {decoder_of(part): part for part in path if Generic.fits(part)}  # a head may show parts as its own
+    outer = [part for part in fitting.values() if not any(part in _inside(other) for other in fitting.values())]
+    if len(outer) > 1:
+        raise _several(model, "generic models", [(path[part][0], part) for part in outer])
+    if not outer:
         raise UnsupportedModelError(
             f"{type(model).__name__} can't be pruned as a generic model: no part of it has both get_image_features() "
-            "and a decoder with `layers`, called language_model or text_model; describe it with vltok.register_family()"
+            "and a decoder with `layers`, called language_model or text_model, and a config of each; describe it with "
+            "vltok.register_family()"
         )
-    part = fitting[-1]  # a head may show the parts of the model in it as its own
+    part = outer[0]
     family = Generic("generic", type(part).__name__, (type(part).__name__,), marks=marks)
     family.check(part)
     return VlmView(family, part, _with_head(part, path), processor)
@@ -124,12 +210,37 @@ def find_tower(model: nn.Module) -> TowerView | None:
 
 def unsupported(model: nn.Module) -> UnsupportedModelError:
     """What to say of a model that visual tokens don't pass through, as far as vltok can tell."""
+    if refused := _refusal(model):
+        return refused
     return UnsupportedModelError(
-        f"{type(model).__name__} has no visual tokens that vltok can reach: no part of it is one of the supported "
-        f"families ({', '.join(vlm.VLMS)}); a vision tower or a text model alone has no language model that visual "
-        f"tokens enter. Methods that change a vision tower itself know the families {', '.join(towers.TOWERS)}, alone "
-        "or in a vision-language model"
+        f"{type(model).__name__} has no visual tokens that vltok can reach: no part of it belongs to one of the "
+        f"{len(vlm.VLMS)} vision-language families that `python -m vltok families` lists; a vision tower or a text "
+        f"model alone has no language model that visual tokens enter. Methods that change a vision tower itself know "
+        f"the families {', '.join(towers.TOWERS)}, alone or in a vision-language model. For further models see "
+        'vltok.register_family(), and family="generic" of vltok.apply()'
     )
+
+
+def _refusal(model: nn.Module) -> UnsupportedModelError | None:
+    """Why a model is refused whose visual tokens pass where nothing can be left out; None for others."""
+    bases = {base for part in model.modules() for base in type(part).__mro__}
+    for place, (title, reason) in vlm.REFUSED.items():
+        if any(_is_defined_in(base, place) for base in bases):
+            return UnsupportedModelError(f"{type(model).__name__} can't be pruned, as no {title} can: {reason}")
+    return None
+
+
+def _several(model: nn.Module, kind: str, parts: list[tuple[str, nn.Module]]) -> UnsupportedModelError:
+    """What to say of a model that holds several of a kind side by side, each with its name."""
+    names = ", ".join(f"{name} ({type(part).__name__})" for name, part in parts)
+    return UnsupportedModelError(
+        f"{type(model).__name__} holds {len(parts)} {kind} side by side: {names}; vltok can't tell which one is "
+        "meant, so pass that one, and call apply() once for each that is to be changed"
+    )
+
+
+def _inside(part: nn.Module) -> set[nn.Module]:
+    return set(part.modules()) - {part}
 
 
 @dataclass(frozen=True)
@@ -166,11 +277,7 @@ def _find(model: nn.Module, package: ModuleType, table: dict[str, Entry]) -> _Fo
     outer = [each for each in found if not any(_belongs(each, other) for other in found if other is not each)]
     if len(outer) > 1:
         kind = "vision-language models" if package is vlm else "vision towers"
-        names = ", ".join(f"{each.name} ({type(each.whole).__name__})" for each in outer)
-        raise UnsupportedModelError(
-            f"{type(model).__name__} holds {len(outer)} {kind} side by side: {names}; vltok can't tell which one is "
-            "meant, so pass that one, and call apply() once for each that is to be changed"
-        )
+        raise _several(model, kind, [(each.name, each.whole) for each in outer])
     return outer[0] if outer else None
 
 
@@ -184,13 +291,22 @@ def _belongs(one: _Found, other: _Found) -> bool:
 def _family_of(part: nn.Module, package: ModuleType, table: dict[str, Entry]) -> Any | None:
     for base in type(part).__mro__:
         for entry in table.values():
-            if base.__module__ == entry.defined_in or base.__module__.startswith(f"{entry.defined_in}."):
-                own = f"{package.__name__}.{entry.module}"
-                file = import_module(own if "." not in entry.module and find_spec(own) else entry.module)
-                family = getattr(file, entry.class_name)(**entry.facts)
+            if _is_defined_in(base, entry.defined_in):
+                family = _family(package, entry)
                 if base.__name__ in family.model_classes:
                     return family
     return None
+
+
+def _family(package: ModuleType, entry: Entry) -> Any:
+    """The family that an entry of a table stands for."""
+    own = f"{package.__name__}.{entry.module}"
+    file = import_module(own if "." not in entry.module and find_spec(own) else entry.module)
+    return getattr(file, entry.class_name)(**entry.facts)
+
+
+def _is_defined_in(cls: type, place: str) -> bool:
+    return cls.__module__ == place or cls.__module__.startswith(f"{place}.")
 
 
 def _live_parts(

@@ -42,6 +42,7 @@ class StyleName(StrEnum):
     chat = "chat"
     vicuna = "vicuna"
     plain = "plain"
+    suffix = "suffix"
 
 
 class FaultName(StrEnum):
@@ -63,6 +64,7 @@ def _option(group: str, text: str, *names: str) -> Any:
     return typer.Option(*names, help=text, rich_help_panel=group)
 
 
+LORA_RANK = 128
 MODEL, DATA, TRAIN, RUN = "Model", "Data", "Training (defaults come from the recipe)", "Run"
 
 
@@ -70,7 +72,7 @@ MODEL, DATA, TRAIN, RUN = "Model", "Data", "Training (defaults come from the rec
 def main(
     *,
     model: Annotated[str, _option(MODEL, "Folder of the model, or its name on the hub.")],
-    data: Annotated[Path, _option(DATA, "LLaVA JSON file, or a folder of datasets' save_to_disk.")],
+    data: Annotated[Path, _option(DATA, "LLaVA JSON or .jsonl, .parquet, or a folder of datasets' save_to_disk.")],
     method: Annotated[
         list[str] | None,
         _option(
@@ -83,24 +85,27 @@ def main(
         DtypeName, _option(MODEL, "Frozen weights and arithmetic; what trains is float32. auto: bfloat16 on GPUs.")
     ] = DtypeName.auto,
     download: Annotated[bool, _option(MODEL, "Fetch the model if it is not on this machine.", "--download")] = False,
-    images: Annotated[Path | None, _option(DATA, "Folder of the pictures; by default the JSON file's.")] = None,
+    images: Annotated[Path | None, _option(DATA, "Folder of images and videos; by default the data file's.")] = None,
     eval_data: Annotated[Path | None, _option(DATA, "The same for evaluation.")] = None,
     hd: Annotated[
         int | None, _option(DATA, "TokenPacker-HD: cut large pictures into at most so many tiles (9, 16 or 25).")
     ] = None,
     style: Annotated[StyleName | None, _option(DATA, "How prompts look.")] = None,
     max_length: Annotated[int | None, _option(DATA, "Most tokens of a sample, with its visual tokens.")] = None,
-    pad_to_square: Annotated[bool | None, _option(DATA, "Pad pictures to a square first.")] = None,
-    on_bad_image: Annotated[FaultName, _option(DATA, "For pictures that can't be opened.")] = FaultName.stop,
+    pad_to_square: Annotated[
+        bool | None, _option(DATA, "Pad images to a square first; finetune does where they would be cropped to one.")
+    ] = None,
+    on_bad_image: Annotated[FaultName, _option(DATA, "For images and videos that can't be opened.")] = FaultName.stop,
     on_too_long: Annotated[FaultName, _option(DATA, "For samples without answer in max-length.")] = FaultName.stop,
     num_workers: Annotated[int | None, _option(DATA, "Processes that load data.")] = None,
     recipe: Annotated[
         RecipeName, _option(TRAIN, "Published settings: pretrain trains the projector, finetune also the LLM.")
     ] = RecipeName.pretrain,
     train: Annotated[
-        str | None, _option(TRAIN, 'Parts that train: projector, llm, tower, joined by "+". The rest is frozen.')
+        str | None,
+        _option(TRAIN, 'Parts that train: projector, tower, llm or lora (the LLM by LoRA), joined by "+"; or full.'),
     ] = None,
-    lora_r: Annotated[int | None, _option(TRAIN, "Train the LLM by LoRA of this rank.")] = None,
+    lora_r: Annotated[int | None, _option(TRAIN, "Rank of the LoRA; 128 by default.")] = None,
     lora_alpha: Annotated[float | None, _option(TRAIN, "LoRA scale times rank; twice the rank by default.")] = None,
     lora_targets: Annotated[str | None, _option(TRAIN, "Layers: q_proj,v_proj; all of the decoder by default.")] = None,
     lr: Annotated[float | None, _option(TRAIN, "Peak learning rate.")] = None,
@@ -140,11 +145,14 @@ def main(
             raise FileNotFoundError(f"there is no checkpoint in {out} to resume; leave out --resume to start")
         set_seed(seed)
         handle = load_handle(model, method or [], low, download)
-        counts = set_trainable(handle, train or plan.train)
+        names = (train or plan.train).split("+")
+        if "lora" not in names and (lora_r, lora_alpha, lora_targets) != (None, None, None):
+            raise ValueError(f'LoRA settings are for --train lora or "projector+lora", got --train {"+".join(names)}')
+        counts = set_trainable(handle, "+".join("llm" if name == "lora" else name for name in names))
         trained = handle.model
-        if lora_r is not None:
+        if "lora" in names:
             targets = lora_targets.split(",") if lora_targets else None
-            trained = add_lora(handle, lora_r, alpha=lora_alpha, targets=targets)
+            trained = add_lora(handle, lora_r or LORA_RANK, alpha=lora_alpha, targets=targets)
         for parameter in trained.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
@@ -155,7 +163,7 @@ def main(
             max_length=max_length or plan.max_length,
             on_bad_image=on_bad_image,
             on_too_long=on_too_long,
-            pad_to_square=plan.pad_to_square and hd is None if pad_to_square is None else pad_to_square,
+            pad_to_square=plan.pad_to_square and crops(processor) if pad_to_square is None else pad_to_square,
         )
         samples = Conversations.from_file(data, images)
         held_out = None if eval_data is None else Conversations.from_file(eval_data, images)
@@ -166,7 +174,8 @@ def main(
     if trainer.is_world_process_zero():
         size = sum(parameter.numel() for parameter in trained.parameters() if parameter.requires_grad)
         typer.echo(
-            f"{handle}\n{size:,} parameters train ({', '.join(part for part, count in counts.items() if count)}), on "
+            f"{handle}\nstyle {collator.write.style}, answers by {collator.write.answers_by}\n"
+            f"{size:,} parameters train ({', '.join(part for part, count in counts.items() if count)}), on "
             f"{len(samples):,} samples, {args.per_device_train_batch_size} x {args.world_size} x "
             f"{args.gradient_accumulation_steps} of them per step"
         )
@@ -175,6 +184,14 @@ def main(
     if hd is not None and trainer.is_world_process_zero():
         processor.save_pretrained(out / "processor")
     trainer.accelerator.end_training()
+
+
+def crops(processor: Any) -> bool:
+    """Whether a processor cuts off the sides of an image that is no square, so that it had better be padded to one."""
+    makes_tiles = isinstance(processor, TokenPackerHDProcessor) or hasattr(
+        processor.image_processor, "image_grid_pinpoints"
+    )
+    return bool(getattr(processor.image_processor, "do_center_crop", False)) and not makes_tiles
 
 
 def load_handle(model: str, methods: list[str], dtype: torch.dtype, download: bool = False) -> Handle:

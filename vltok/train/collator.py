@@ -1,10 +1,13 @@
-"""Collator: samples to a padded batch with labels on the answers alone, pictures whole."""
+"""Collator: samples to a padded batch with labels on the answers alone, images and videos whole."""
 
 from __future__ import annotations
 
+import copy
 import logging
+import re
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import Value
 from typing import Any, Literal, get_args
 
@@ -12,23 +15,61 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from vltok.train.data import BadImageError, Sample, SampleError, open_image, pad_square, read_sample
-from vltok.train.labels import IGNORE, AlignmentError, PictureRun, label_tokens, tokens_in
-from vltok.train.prompt import PromptText, PromptWriter, Style
+from vltok.train.data import (
+    BadImageError,
+    Sample,
+    SampleError,
+    open_image,
+    open_video,
+    pad_square,
+    read_sample,
+)
+from vltok.train.prompt import PromptText, PromptWriter, Style, places_of_marks, unmark
 
 logger = logging.getLogger(__name__)
 OnFault = Literal["raise", "drop"]
+IGNORE = -100  # the label that losses skip
 TOKEN_KEYS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")  # one entry per token
 GREY_SIZE = (224, 224)  # of pictures that stand in for others
+_LEARNED = "assistant_masks"  # as transformers calls it
+
+
+class _Reader:
+    """Stands in for a processor's tokenizer: takes the marks of answers out of the text and notes their tokens."""
+
+    def __init__(self, tokenizer: Any, prompt: PromptText) -> None:
+        self._tokenizer, self._prompt = tokenizer, prompt
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def __len__(self) -> int:
+        return len(self._tokenizer)
+
+    def __call__(self, text: Any, *args: Any, **options: Any) -> Any:
+        (prompt,) = [unmark(each) for each in ([text] if isinstance(text, str) else text)]
+        if prompt.learned != self._prompt.learned:
+            raise ValueError(f"it makes {prompt.learned} of the answers {self._prompt.learned}")
+        encoded = self._tokenizer([prompt.text], *args, **options, return_offsets_mapping=True)
+        (offsets,) = encoded.pop("offset_mapping")
+        encoded[_LEARNED] = [tokens_in(offsets, prompt.answers)]
+        marks = places_of_marks(text if isinstance(text, str) else text[0])
+        token_at = encoded.char_to_token  # some processors look for places in the text that they passed
+        encoded.char_to_token = lambda row, place: token_at(row, place - bisect_left(marks, place))
+        return encoded
+
+
+def tokens_in(offsets: Sequence[tuple[int, int]], places: Sequence[tuple[int, int]]) -> list[bool]:
+    """Say for each token, given by its first character and the one behind its last, whether it reaches into a place."""
+    return [any(start < stop and start < end and stop > begin for begin, end in places) for start, stop in offsets]
 
 
 @dataclass
 class _Encoded:
-    """One sample in tokens: what the processor returned, its labels, (T,), and where its pictures are."""
+    """One sample in tokens: what the processor returned, and its labels, (T,)."""
 
-    features: dict[str, torch.Tensor]
+    features: dict[str, Any]
     labels: torch.Tensor
-    runs: list[PictureRun]
 
     def cut(self, length: int) -> None:
         """Leave out the tokens from `length` on."""
@@ -38,13 +79,25 @@ class _Encoded:
                 self.features[key] = self.features[key][:, :length]
 
 
+@dataclass(frozen=True)
+class _Opened:
+    """A sample's prompt and its media, opened; without a loss if one of them couldn't be."""
+
+    prompt: PromptText
+    images: list[Image.Image]
+    videos: list[Any]
+    name: str
+    is_good: bool = True
+
+
 class Collator:
     """Makes batches: prompts in the model's style, labels -100 on everything but answers and their end-of-turn tokens.
 
-    Works with any processor that replaces each placeholder in the text by the picture's tokens. A conversation longer
-    than `max_length` loses its end; a picture that would be cut through goes with it. A dropped sample stays in the
-    batch without labels, and with grey pictures for its own if one can't be opened: it trains nothing, and the batch
-    keeps its shape on every process. `dropped` counts these.
+    Works with any processor that replaces placeholders in the text by the tokens of images and videos: answers are
+    followed through it by marks in the text. A conversation longer than `max_length` loses its end; an image or video
+    that would be cut through goes with it. A dropped sample stays in the batch without labels, and with a grey picture
+    for its own if one can't be opened: it trains nothing, and the batch keeps its shape on every process. `dropped`
+    counts these.
 
     A batch of texts gets a grey picture behind its shortest text, where causal attention lets nothing learn from it. So
     every process calls vision tower and projector in every step, as distributed training expects.
@@ -53,7 +106,8 @@ class Collator:
         processor: The model's processor, as the methods on the model have set it.
         style: How prompts look, see `PromptWriter`.
         max_length: Most tokens of a sample, visual tokens included.
-        on_bad_image: "raise" for an error about a picture that can't be opened, or "drop" to warn and drop the sample.
+        on_bad_image: "raise" for an error about an image or video that can't be opened, or "drop" to warn and drop the
+            sample.
         on_too_long: "raise" for an error about a sample without any answer token in `max_length`, or "drop".
         pad_to_square: Pad pictures to a square in the colour of the image processor's mean first (LLaVA's stage 2).
         always_picture: Whether batches of texts get that grey picture; needless where only the language model trains.
@@ -95,8 +149,9 @@ class Collator:
         Raises:
             SampleError: If a sample can't be trained on, and is not to be dropped.
         """
-        encoded = [self._encode(item if isinstance(item, Sample) else read_sample(item)) for item in samples]
-        if self.always_picture and not any(item.runs for item in encoded):
+        prompts = [self._open(item if isinstance(item, Sample) else read_sample(item)) for item in samples]
+        encoded = [self._fit(prompt) for prompt in prompts]
+        if self.always_picture and not any("pixel" in key for item in encoded for key in item.features):
             self._append_picture(min(encoded, key=lambda item: len(item.labels)))
         length = max(len(item.labels) for item in encoded)
         padding = self.processor.tokenizer.pad_token_id
@@ -109,77 +164,100 @@ class Collator:
             batch[key] = _concatenate(parts)
         return batch
 
-    def _encode(self, sample: Sample) -> _Encoded:
-        """Tokenise one sample, within `max_length`."""
+    def _open(self, sample: Sample) -> _Opened:
+        """Write a sample's prompt and open its media."""
         prompt = self.write(sample)
         try:
-            images, is_good = [open_image(source, sample.name) for source in sample.images], True
+            images = [open_image(source, sample.name) for source in sample.images]
+            videos = [open_video(source, sample.name) for source in sample.videos]
         except BadImageError as error:
             if self.on_bad_image == "raise":
                 raise
             self._drop("bad image", str(error))
-            images, is_good = [self._grey_picture()] * len(sample.images), False
+            text = self.write.placeholders["image"]
+            return _Opened(PromptText(text), [self._grey_picture()], [], sample.name, is_good=False)
         if self.pad_to_square:
             images = [pad_square(image, self._background()) for image in images]
-        encoded = self._fit(prompt, images, sample.name)
-        if not is_good:
-            encoded.labels.fill_(IGNORE)
-        elif (encoded.labels == IGNORE).all():
-            message = f"{sample.name} has no answer within max_length={self.max_length} tokens; raise max_length"
+        return _Opened(prompt, images, videos, sample.name)
+
+    def _fit(self, opened: _Opened) -> _Encoded:
+        """Tokenise one sample, within `max_length`."""
+        encoded = self._tokenise(opened)
+        if len(encoded.labels) > self.max_length:
+            # The processor must not see the media that don't fit: tokens and pixels go together.
+            encoded = self._tokenise(self._shorten(opened))
+            encoded.cut(self.max_length)
+        if opened.is_good and (encoded.labels == IGNORE).all():
+            message = f"{opened.name} has no answer within max_length={self.max_length} tokens; raise max_length"
             if self.on_too_long == "raise":
                 raise SampleError(f'{message}, or leave such samples out with on_too_long="drop"')
             self._drop("too long", message)
         return encoded
 
-    def _fit(self, prompt: PromptText, images: list[Image.Image], name: str) -> _Encoded:
-        encoded = self._tokenise(prompt, images, name)
-        if len(encoded.labels) <= self.max_length:
-            return encoded
-        over = [run for run in encoded.runs if run.stop > self.max_length]
-        if over:  # the processor must not see the pictures that don't fit: tokens and pixels go together
-            keep = sum(run.pictures for run in encoded.runs if run.stop <= self.max_length)
-            stop = _find(prompt.text, self.processor.image_token, keep)
-            places = tuple((first, min(last, stop)) for first, last in prompt.answers if first < stop)
-            before = prompt.text[:stop] if prompt.text[:stop].strip() else self.processor.tokenizer.eos_token
-            encoded = self._tokenise(PromptText(before, places), images[:keep], name)
-        encoded.cut(self.max_length)
-        return encoded
+    def _shorten(self, opened: _Opened) -> _Opened:
+        """Cut the text before the first image or video that ends beyond `max_length`."""
+        tokens = "|".join(map(re.escape, self.write.placeholders.values()))
+        places = list(re.finditer(tokens, opened.prompt.text))
+        while places and len(self._tokenise(self._before(opened, places[-1].end())).labels) > self.max_length:
+            opened = self._before(opened, places.pop().start())
+        return opened
 
-    def _tokenise(self, prompt: PromptText, images: list[Image.Image], name: str) -> _Encoded:
-        processor, tokenizer = self.processor, self.processor.tokenizer
-        has_bos = tokenizer.bos_token is not None and prompt.text.startswith(tokenizer.bos_token)
-        options = {"add_special_tokens": False} if has_bos else {}
-        plain = tokenizer(prompt.text, return_offsets_mapping=True, **options)
+    def _before(self, opened: _Opened, stop: int) -> _Opened:
+        """The first characters of a prompt, with the media in them."""
+        prompt = opened.prompt.cut(stop)
+        if not prompt.text.strip():
+            prompt = PromptText(self.processor.tokenizer.eos_token)
+        counts = {kind: prompt.text.count(token) for kind, token in self.write.placeholders.items()}
+        images, videos = opened.images[: counts.get("image", 0)], opened.videos[: counts.get("video", 0)]
+        return replace(opened, prompt=prompt, images=images, videos=videos)
+
+    def _tokenise(self, opened: _Opened) -> _Encoded:
+        processor = copy.copy(self.processor)  # shows every change that a handle makes, and is this call's own
+        processor.tokenizer = _Reader(self.processor.tokenizer, opened.prompt)
+        bos, text = processor.tokenizer.bos_token, opened.prompt.marked()
+        options: dict[str, Any] = {}
+        if bos is not None and opened.prompt.text.startswith(bos):
+            options["add_special_tokens"] = False
+        if opened.prompt.suffix is not None:
+            options["suffix"] = [opened.prompt.suffix]
+        if opened.images:
+            # Some don't cut images into tiles where a prompt has several; a single one needs no list of lists.
+            options["images"] = [opened.images] if len(opened.images) > 1 else opened.images
+        if opened.videos:
+            options["videos"] = [opened.videos]
+            if not any(isinstance(video, str) for video in opened.videos):
+                options["do_sample_frames"] = False  # frames were picked already
         try:
-            features = dict(processor(text=[prompt.text], images=images or None, return_tensors="pt", **options))
-            labels, runs = label_tokens(
-                plain["input_ids"],
-                tokens_in(plain["offset_mapping"], prompt.answers),
-                features["input_ids"][0].tolist(),
-                processor.image_token_id,
-                getattr(processor, "image_token_ids", None) or (),
-                getattr(processor, "separator_ids", ()),
+            features = dict(processor(text=[text], return_tensors="pt", **options))
+        except Exception as error:
+            raise SampleError(f"{opened.name}: {type(self.processor).__name__} refuses it: {error}") from error
+        ids, learned = features["input_ids"], features.pop(_LEARNED, None)
+        if self.write.style == "suffix":  # the processor says itself which tokens are the answer's
+            learned = features.pop("labels") != IGNORE
+        if learned is None or learned.shape != ids.shape:
+            raise SampleError(
+                f"{opened.name}: its answers can't be followed through {type(self.processor).__name__}, which doesn't "
+                "hand the prompt to its tokenizer as text"
             )
-        except AlignmentError as error:
-            raise SampleError(f"{name}: its answers can't be found among the processor's tokens: {error}") from error
-        except (ValueError, TypeError) as error:
-            raise SampleError(f"{name}: {type(processor).__name__} refuses it: {error}") from error
-        return _Encoded(features, torch.tensor(labels), runs)
+        return _Encoded(features, ids[0].masked_fill(~learned[0].bool(), IGNORE))
 
     def _append_picture(self, encoded: _Encoded) -> None:
-        """Put a grey picture behind a text."""
-        grey = self._tokenise(PromptText(self.processor.image_token, ()), [self._grey_picture()], "the grey picture")
-        (run,) = grey.runs
+        """Put a grey picture behind a text, of which nothing is learned."""
+        prompt = PromptText(self.write.placeholders["image"])
+        grey = self._tokenise(_Opened(prompt, [self._grey_picture()], [], "the grey picture"))
         for key, value in grey.features.items():
-            own = value[:, run.start : run.stop] if key in TOKEN_KEYS else value
-            encoded.features[key] = torch.cat([encoded.features[key], own], dim=1) if key in TOKEN_KEYS else own
-        encoded.labels = F.pad(encoded.labels, (0, run.stop - run.start), value=IGNORE)
+            if key in TOKEN_KEYS:
+                own = encoded.features.get(key, value.new_zeros(1, len(encoded.labels)))
+                value = torch.cat([own, value], dim=1)
+            encoded.features[key] = value
+        encoded.labels = torch.cat([encoded.labels, grey.labels])
 
     def _grey_picture(self) -> Image.Image:
         return Image.new("RGB", GREY_SIZE, self._background())
 
     def _background(self) -> tuple[int, int, int]:
-        return tuple(round(255 * mean) for mean in self.processor.image_processor.image_mean)
+        means = getattr(self.processor.image_processor, "image_mean", None) or (0.5, 0.5, 0.5)
+        return tuple(round(255 * mean) for mean in means)
 
     def _drop(self, reason: str, message: str) -> None:
         with self._dropped[reason].get_lock():
@@ -187,15 +265,13 @@ class Collator:
         logger.warning("dropped (%s): %s", reason, message)
 
 
-def _find(text: str, word: str, index: int) -> int:
-    """Where the word stands that has `index` others of its kind before it."""
-    start = -1
-    for _ in range(index + 1):
-        start = text.index(word, start + 1)
-    return start
-
-
-def _concatenate(parts: list[torch.Tensor]) -> torch.Tensor:
-    """Put the rows of all samples below each other; AnyRes pictures get as many crops as the largest has."""
-    crops = max(part.shape[1] for part in parts) if parts[0].dim() == 5 else 0
-    return torch.cat([F.pad(part, (*[0] * 7, crops - part.shape[1])) if crops else part for part in parts])
+def _concatenate(parts: list[Any]) -> Any:
+    """Put the rows of all samples below each other, as wide as the widest: what has no crop or pixel there is 0."""
+    if not isinstance(parts[0], torch.Tensor):
+        return [row for part in parts for row in part]
+    widest = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
+    padded = []
+    for part in parts:
+        missing = [wide - own for wide, own in zip(widest, part.shape[1:], strict=True)]
+        padded.append(F.pad(part, [side for gap in reversed(missing) for side in (0, gap)]))
+    return torch.cat(padded)

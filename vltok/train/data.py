@@ -1,4 +1,4 @@
-"""Conversations about pictures: from a LLaVA JSON file or a table of the datasets library to samples, checked."""
+"""Conversations about images and videos: from LLaVA JSON or a table of the datasets library to samples, checked."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from PIL import Image, ImageOps
 
 from vltok.errors import VltokError
 
-IMAGE = "<image>"  # stands in a question for each of its pictures, whatever a model's own placeholder is
+# What stands in a question for each of its images and videos, whatever a model's own placeholders are.
+MEDIA = {"image": "<image>", "video": "<video>"}
 ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 Role = Literal["system", "user", "assistant"]
 _SHOWN = 5  # faulty samples that an error lists
@@ -35,9 +36,12 @@ class BadImageError(SampleError):
     """A picture that is missing or can't be decoded. The message names the file and the sample."""
 
 
+Picture = str | Path | bytes | Image.Image
+
+
 @dataclass(frozen=True)
 class Turn:
-    """One turn of a conversation; pictures stand in its text as "<image>"."""
+    """One turn of a conversation; images stand in its text as "<image>", videos as "<video>"."""
 
     role: Role
     text: str
@@ -45,35 +49,43 @@ class Turn:
 
 @dataclass(frozen=True)
 class Sample:
-    """One conversation: alternating questions and answers, perhaps a system turn before, and its pictures in order.
+    """One conversation: alternating questions and answers, perhaps a system turn before, and its media in order.
 
     Attributes:
         name: What errors and warnings call it.
         turns: The turns.
         images: A picture each: a file, the bytes of one, or a PIL image.
+        videos: A file each, pictures of its frames, or an array (frames, height, width, 3).
     """
 
     name: str
     turns: tuple[Turn, ...]
-    images: tuple[str | Path | bytes | Image.Image, ...] = ()
+    images: tuple[Picture, ...] = ()
+    videos: tuple[Any, ...] = ()
+
+    @property
+    def media(self) -> dict[str, tuple[Any, ...]]:
+        """Images and videos by their kind."""
+        return {"image": self.images, "video": self.videos}
 
 
 def read_sample(record: Mapping[str, Any], name: str | None = None, images: str | Path | None = None) -> Sample:
     """Read a record as LLaVA writes it, or a row with the columns usual for `datasets`.
 
     Pictures are in "image" or "images": a file or PIL image, the dict that an undecoded datasets.Image gives, or a list
-    of these. Turns are in "conversations" ({"from": "human" | "gpt", "value": ...}) or "messages" ({"role": "user" |
-    "assistant", "content": a text, or parts of type "text" and "image"}). An answer that no question precedes is left
-    out, as LLaVA does.
+    of these. Videos are in "video" or "videos": a file, an array of frames, or a list of these, in which a list of
+    pictures is a video, too. Turns are in "conversations" ({"from": "human" | "gpt", "value": ...}) or "messages"
+    ({"role": "user" | "assistant", "content": a text, or parts of type "text", "image" and "video"}). An answer that no
+    question precedes is left out, as LLaVA does.
 
     Args:
         record: The record.
         name: Its name, if it has no "id".
-        images: Folder that paths of pictures count from.
+        images: Folder that paths of images and videos count from.
 
     Raises:
         SampleError: If something is missing or of another kind, if turns don't alternate, or if there are more or fewer
-            "<image>" than pictures.
+            "<image>" than images or "<video>" than videos.
     """
     if not isinstance(record, Mapping):
         raise SampleError(f"{name or 'a sample'} must be an object with an image and conversations, got {record!r}")
@@ -81,26 +93,29 @@ def read_sample(record: Mapping[str, Any], name: str | None = None, images: str 
     turns = record.get("conversations") or record.get("messages")
     if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
         raise SampleError(f'{name} has no turns: "conversations" or "messages" must be a list of them, got {turns!r}')
-    inline: list[Any] = []
+    inline: dict[str, list[Any]] = {kind: [] for kind in MEDIA}
     read = [_read_turn(turn, name, inline) for turn in turns]
     first = next((index for index, turn in enumerate(read) if turn.role != "system"), len(read))
     while first < len(read) and read[first].role == "assistant":
         del read[first]
     _check_order(read, name)
-    given = next((record[key] for key in ("image", "images") if record.get(key) is not None), inline)
-    given = list(given) if isinstance(given, (list, tuple)) else [given]
-    pictures = tuple(_source(item, name, Path(images) if images is not None else None) for item in given)
-    count = sum(turn.text.count(IMAGE) for turn in read)
-    if count != len(pictures):
-        raise SampleError(
-            f"{name} has {len(pictures)} pictures but {count} {IMAGE} in its questions; write one {IMAGE} where each "
-            "picture belongs"
-        )
-    return Sample(name, tuple(read), pictures)
+    folder = Path(images) if images is not None else None
+    media = {}
+    for kind, mark in MEDIA.items():
+        given = next((record[key] for key in (kind, f"{kind}s") if record.get(key) is not None), inline[kind])
+        given = list(given) if isinstance(given, (list, tuple)) else [given]
+        media[kind] = tuple((_source if kind == "image" else _video)(item, name, folder) for item in given)
+        count = sum(turn.text.count(mark) for turn in read)
+        if count != len(given):
+            raise SampleError(
+                f"{name} has {len(given)} {kind}s but {count} {mark} in its questions; write one {mark} where each "
+                f"{kind} belongs"
+            )
+    return Sample(name, tuple(read), media["image"], media["video"])
 
 
-def _read_turn(turn: Any, name: str, inline: list[Any]) -> Turn:
-    """Read one turn; pictures that stand in it are appended to `inline`."""
+def _read_turn(turn: Any, name: str, inline: dict[str, list[Any]]) -> Turn:
+    """Read one turn; media that stand in it are appended to `inline`."""
     if not isinstance(turn, Mapping):
         raise SampleError(f"{name}: a turn must be an object, got {turn!r}")
     who, content = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
@@ -110,19 +125,22 @@ def _read_turn(turn: Any, name: str, inline: list[Any]) -> Turn:
         content = "".join(_read_part(part, name, inline) for part in content)
     if not isinstance(content, str):
         raise SampleError(f"{name}: the text of a turn must be a string, got {content!r}")
-    if IMAGE in content and ROLES[who] != "user":
-        raise SampleError(f"{name}: {IMAGE} stands in a turn from {who!r}; pictures belong into questions")
+    for kind, mark in MEDIA.items():
+        if mark in content and ROLES[who] != "user":
+            raise SampleError(f"{name}: {mark} stands in a turn from {who!r}; {kind}s belong into questions")
     return Turn(ROLES[who], content)
 
 
-def _read_part(part: Any, name: str, inline: list[Any]) -> str:
+def _read_part(part: Any, name: str, inline: dict[str, list[Any]]) -> str:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind == "text" and isinstance(part.get("text"), str):
         return part["text"]
-    if kind == "image":
-        inline += [part[key] for key in ("image", "path") if part.get(key) is not None][:1]
-        return IMAGE
-    raise SampleError(f'{name}: a part of a turn must be of type "text" (with a text) or "image", got {part!r}')
+    if kind in MEDIA:
+        inline[kind] += [part[key] for key in (kind, "path") if part.get(key) is not None][:1]
+        return MEDIA[kind]
+    raise SampleError(
+        f'{name}: a part of a turn must be of type "text" (with a text), "image" or "video", got {part!r}'
+    )
 
 
 def _check_order(turns: Sequence[Turn], name: str) -> None:
@@ -134,7 +152,7 @@ def _check_order(turns: Sequence[Turn], name: str) -> None:
         raise SampleError(f"{name} has no answer to learn from")
 
 
-def _source(item: Any, name: str, folder: Path | None) -> str | Path | bytes | Image.Image:
+def _source(item: Any, name: str, folder: Path | None) -> Picture:
     if isinstance(item, Mapping):
         item = item.get("bytes") or item.get("path")
     if isinstance(item, (bytes, Image.Image)):
@@ -144,7 +162,20 @@ def _source(item: Any, name: str, folder: Path | None) -> str | Path | bytes | I
     return item if folder is None else folder / item
 
 
-def open_image(source: str | Path | bytes | Image.Image, name: str) -> Image.Image:
+def _video(item: Any, name: str, folder: Path | None) -> Any:
+    if isinstance(item, (list, tuple)) and item and not isinstance(item[0], (list, tuple, int)):
+        return tuple(_source(frame, name, folder) for frame in item)
+    path = item.get("path") if isinstance(item, Mapping) else item
+    if isinstance(path, (str, Path)):
+        return path if folder is None else folder / path
+    if getattr(item, "ndim", 0) == 4:
+        return item
+    raise SampleError(
+        f"{name}: a video must be a file, a list of pictures or an array (frames, height, width, 3), got {item!r}"
+    )
+
+
+def open_image(source: Picture, name: str) -> Image.Image:
     """Open and decode a picture as RGB, the way up that its EXIF orientation says.
 
     Raises:
@@ -158,6 +189,25 @@ def open_image(source: str | Path | bytes | Image.Image, name: str) -> Image.Ima
     except _UNREADABLE as error:
         file = "a picture given as bytes" if isinstance(source, bytes) else str(source)
         raise BadImageError(f"{name}: can't open {file}: {error}") from error
+
+
+def open_video(source: Any, name: str) -> Any:
+    """What a processor takes for a video: the name of its file, from which it picks frames itself, or an array.
+
+    Raises:
+        BadImageError: If the file is missing, or a frame can't be decoded.
+    """
+    if isinstance(source, (str, Path)):
+        if not Path(source).is_file():
+            raise BadImageError(f"{name}: can't open {source}: there is no such file")
+        return str(source)
+    if isinstance(source, tuple):
+        return torch.stack([_pixels(open_image(frame, name)) for frame in source])
+    return source
+
+
+def _pixels(image: Image.Image) -> torch.Tensor:
+    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
 
 
 def pad_square(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
@@ -175,7 +225,7 @@ class Conversations(torch.utils.data.Dataset):
 
     Args:
         records: A list of records, or a `datasets.Dataset`; see `read_sample`.
-        images: Folder that paths of pictures count from.
+        images: Folder that paths of images and videos count from.
     """
 
     def __init__(self, records: Sequence[Mapping[str, Any]], images: str | Path | None = None) -> None:
@@ -186,23 +236,28 @@ class Conversations(torch.utils.data.Dataset):
 
     @classmethod
     def from_file(cls, path: str | Path, images: str | Path | None = None) -> Conversations:
-        """Open a LLaVA JSON file, all of whose samples are checked, or a folder of `Dataset.save_to_disk`.
+        """Open a LLaVA JSON file, all of whose samples are checked, or a table of the datasets library.
 
         Args:
-            path: The file or folder.
-            images: Folder that paths of pictures count from; by default the one the JSON file is in.
+            path: A JSON list of samples, one as JSON to a line (.jsonl), a table (.parquet), or a folder of
+                `Dataset.save_to_disk`.
+            images: Folder that paths of images and videos count from; by default the one the file is in.
 
         Raises:
             FileNotFoundError: If there is no such file.
-            SampleError: If the file is no JSON list of samples; the first faulty samples are listed.
+            SampleError: If a JSON file holds no samples; the first faulty samples are listed.
         """
         path = Path(path)
-        if path.is_dir():
+        if path.is_dir() or path.suffix == ".parquet":
             import datasets
 
-            return cls(datasets.load_from_disk(str(path)), images)
+            if path.is_dir():
+                return cls(datasets.load_from_disk(str(path)), images)
+            return cls(datasets.Dataset.from_parquet(str(path)), path.parent if images is None else images)
         try:
-            records = json.loads(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+            is_lines = path.suffix == ".jsonl"
+            records = [json.loads(line) for line in text.split("\n") if line.strip()] if is_lines else json.loads(text)
         except (ValueError, RecursionError) as error:
             raise SampleError(f"{path} is not a JSON file: {error}") from error
         if not isinstance(records, list):

@@ -32,7 +32,7 @@ class Recipe:
         weight_decay: Weight decay.
         max_length: Most tokens of a sample, visual tokens included.
         style: How prompts look, see `PromptWriter`.
-        pad_to_square: Whether pictures are padded to a square.
+        pad_to_square: Whether pictures are padded to a square, where a processor would crop them to one.
     """
 
     train: str

@@ -12,26 +12,27 @@ from vltok.api import Handle
 from vltok.errors import UnsupportedModelError
 
 PARTS = ("projector", "llm", "tower")
-# Where the parts are below the part of the model that the family is about. The more special name comes first.
+# Where the parts are below the part of the model that the family is about. The first that fits counts.
 _PLACES = {
-    "visual.merger": "projector",
-    "multi_modal_projector": "projector",
-    "image_newline": "llm",  # an embedding, as those of words are
-    "language_model": "llm",
-    "vision_tower": "tower",
-    "visual": "tower",
+    r"(visual|vision_model)\.(\w*merger\w*|downsample)": "projector",
+    r"language_model|text_model|image_newline": "llm",  # image_newline is an embedding, as those of words are
+    r"(\w+_)?(vision_tower|vision_model|vision_encoder|image_tower|video_tower|audio_tower|visual)": "tower",
+    r"vqmodel|generation_\w+": "tower",  # these make pictures
+    r"\w*(projector|projection|connector|aligner|resampler)|embed_vision|embed_audio": "projector",
+    r"visual_embeddings_table|high_res_vision_\w+": "projector",
 }
 
 
 def set_trainable(handle: Handle, parts: str) -> dict[str, int]:
     """Let parts of a model train and freeze all the rest.
 
-    "projector" is the projector and all that the handle's methods added, "llm" the language model with its head and the
-    newline embedding of AnyRes pictures, "tower" the vision tower.
+    "projector" is what turns features of the vision tower into visual tokens, with all that the handle's methods added,
+    "llm" the language model with its head and the newline embedding of AnyRes pictures, "tower" the vision tower, and
+    "full" all of these.
 
     Args:
         handle: The methods on the model.
-        parts: Parts joined by "+": "projector" (the published stage 1), "projector+llm" (stage 2), "llm", ...
+        parts: Parts joined by "+": "projector" (the published stage 1), "projector+llm" (stage 2), "llm", "full", ...
 
     Returns:
         Trainable parameters of each part, 0 for frozen ones.
@@ -39,9 +40,9 @@ def set_trainable(handle: Handle, parts: str) -> dict[str, int]:
     Raises:
         ValueError: If a part is unknown, or named twice.
     """
-    names = parts.split("+")
+    names = list(PARTS) if parts == "full" else parts.split("+")
     if not set(names) <= set(PARTS) or len(set(names)) != len(names):
-        raise ValueError(f'train must be parts out of {", ".join(PARTS)} joined by "+", got {parts!r}')
+        raise ValueError(f'train must be parts out of {", ".join(PARTS)} joined by "+", or "full", got {parts!r}')
     counts = dict.fromkeys(PARTS, 0)
     for part, parameters in parts_of(handle).items():
         for parameter in parameters:
@@ -66,7 +67,7 @@ def parts_of(handle: Handle) -> dict[str, list[nn.Parameter]]:
         elif path is None:  # beside the family's part of the model there is only the head
             part = "llm"
         else:
-            part = next((part for place, part in _PLACES.items() if f"{path}.".startswith(f"{place}.")), None)
+            part = next((part for place, part in _PLACES.items() if re.match(rf"({place})(\.|$)", path)), None)
         if part is None:
             raise UnsupportedModelError(
                 f"{name} of {type(handle.model).__name__} is in none of the parts {', '.join(PARTS)}; set "
@@ -74,6 +75,12 @@ def parts_of(handle: Handle) -> dict[str, list[nn.Parameter]]:
             )
         found[part].append(parameter)
     return found
+
+
+def decoder_of(handle: Handle) -> nn.Module:
+    """The language model without its head."""
+    host = handle.host
+    return host.language_model if hasattr(host, "language_model") else host.text_model
 
 
 def add_lora(
@@ -106,7 +113,7 @@ def add_lora(
             "LoRA trains the language model and what methods such as TokenPacker added, but the model's own projector "
             'or tower is to be trained too, and a LoRA file has no place for them; use train="llm", or train in full'
         )
-    decoder = handle.host.language_model
+    decoder = decoder_of(handle)
     linear = {name.rpartition(".")[2] for name, module in decoder.named_modules() if isinstance(module, nn.Linear)}
     wanted = linear if targets is None else set(targets)
     if not wanted <= linear or not wanted:

@@ -17,9 +17,8 @@ from transformers.utils import logging
 
 from vltok.api import Handle
 from vltok.train.checkpoint import TrainedWeights
-from vltok.train.collator import Collator
+from vltok.train.collator import IGNORE, Collator
 from vltok.train.data import Conversations
-from vltok.train.labels import IGNORE
 from vltok.train.method_loss import method_loss
 from vltok.train.trainable import parts_of
 
@@ -35,7 +34,7 @@ def answer_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 
 class VltokTrainer(Trainer):
-    """Trains a model with methods on it. The loss is the model's, averaged over answer tokens, plus `handle.loss()`.
+    """Trains a model with methods on it. The loss is a mean over all answer tokens of a step, plus `handle.loss()`.
 
     Each checkpoint holds what `TrainedWeights` writes: the methods alone if nothing but what they added trains, and the
     optimizer's state. `train(resume_from_checkpoint=...)` goes on exactly. Evaluation gives the loss per answer token
@@ -95,6 +94,8 @@ class VltokTrainer(Trainer):
             compute_metrics=answer_metrics,
             **options,
         )
+        # Many models would average over each batch by itself, so the loss is ours: of a whole step, told its tokens.
+        self.model_accepts_loss_kwargs = True
         if self.is_fsdp_enabled:
             check_gathers(self.accelerator.state.fsdp_plugin)
         # The Trainer turns the cache off in the config, which is saved with the model: here it is off call by call.
@@ -123,8 +124,11 @@ class VltokTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
-        inputs = {**inputs, "use_cache": False}
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        outputs = model(**inputs, use_cache=False)  # with labels, which tell methods where answers begin
+        sums = answer_sums(outputs.logits, inputs["labels"])
+        loss = sums[:, 0].sum() / (sums[:, 2].sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # the gradients of all processes are averaged
         loss = loss + method_loss(self, self.handle, num_items_in_batch).to(loss)
         return (loss, outputs) if return_outputs else loss
 

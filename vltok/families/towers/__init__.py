@@ -3,32 +3,28 @@
 from vltok.families.table import Entry
 
 
-def _alike(class_name: str, name: str, model: str, model_class: str, file: str, **facts: object) -> Entry:
+def _alike(family: str, name: str, title: str, place: str, model_class: str, **facts: object) -> Entry:
     """A tower that is like others, of a model of transformers."""
-    facts |= {"name": name, "model_class": model_class}
-    return Entry(f"transformers.models.{model}", file, class_name, facts)
+    file, class_name = family.split(".")
+    facts |= {"name": name, "title": title, "model_class": model_class}
+    return Entry(f"transformers.models.{place}", file, class_name, facts)
 
 
+_PATCHES, _INTERN, _IDEFICS = "transformers_vit.PatchesAlone", "transformers_vit.InternViT", "masked.Idefics"
 _ALIKE = [
-    _alike("PatchesAlone", "janus_vision", "janus", "JanusVisionModel", "transformers_vit"),
-    _alike("PatchesAlone", "ovis2_vision", "ovis2", "Ovis2VisionModel", "transformers_vit", first_norm="rms_norm1"),
-    _alike(
-        "PatchesAlone",
-        "granite_docling_vision",
-        "granite_docling",
-        "GraniteDoclingVisionModel",
-        "transformers_vit",
-    ),
-    _alike("InternViT", "internvl_vision", "internvl", "InternVLVisionModel", "transformers_vit"),
-    _alike("InternViT", "qianfan_ocr_vision", "qianfan_ocr", "QianfanOCRVisionModel", "transformers_vit"),
-    _alike("Idefics", "idefics2_vision", "idefics2", "Idefics2VisionTransformer", "masked"),
-    _alike("Idefics", "idefics3_vision", "idefics3", "Idefics3VisionTransformer", "masked"),
-    _alike("Idefics", "smolvlm_vision", "smolvlm", "SmolVLMVisionTransformer", "masked"),
+    _alike(_PATCHES, "janus_vision", "Janus", "janus", "JanusVisionModel"),
+    _alike(_PATCHES, "ovis2_vision", "Ovis2", "ovis2", "Ovis2VisionModel", first_norm="rms_norm1"),
+    _alike(_PATCHES, "granite_docling_vision", "Granite Docling", "granite_docling", "GraniteDoclingVisionModel"),
+    _alike(_INTERN, "internvl_vision", "InternViT", "internvl", "InternVLVisionModel"),
+    _alike(_INTERN, "qianfan_ocr_vision", "Qianfan-OCR", "qianfan_ocr", "QianfanOCRVisionModel"),
+    _alike(_IDEFICS, "idefics2_vision", "Idefics2", "idefics2", "Idefics2VisionTransformer"),
+    _alike(_IDEFICS, "idefics3_vision", "Idefics3, Aria", "idefics3", "Idefics3VisionTransformer"),
+    _alike(_IDEFICS, "smolvlm_vision", "SmolVLM", "smolvlm", "SmolVLMVisionTransformer"),
 ]
 
 TOWERS = {
     "clip": Entry("transformers.models.clip", "transformers_vit", "Clip"),
-    "siglip": _alike("PatchesAlone", "siglip", "siglip", "SiglipVisionModel", "transformers_vit"),
+    "siglip": _alike(_PATCHES, "siglip", "SigLIP", "siglip", "SiglipVisionModel"),
     "vit": Entry("transformers.models.vit", "transformers_vit", "ViT"),
     "dinov2": Entry("transformers.models.dinov2", "transformers_vit", "Dinov2"),
     "dinov2_with_registers": Entry(

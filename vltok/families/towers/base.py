@@ -17,7 +17,11 @@ class TowerFamily:
     """A family is stateless: everything it knows it reads from the tower it is given."""
 
     name: ClassVar[str]
+    title: ClassVar[str] = ""
     model_classes: ClassVar[tuple[str, ...]]
+    # What people are told, see `vltok.families.support.TowerSupport`; tests hold it against tiny models.
+    methods: ClassVar[tuple[str, ...]] = ("SOFT", "TAP", "ADL")
+    refuses: ClassVar[str] = ""
     returns_maps: ClassVar[bool] = True  # attention modules return (tokens, attention map or None)
     first_norm: ClassVar[str] = "norm1"  # child of a block that normalises what attends
     # Whether pictures are padded, or stand in one row, and masks say no more than which tokens are of one picture.

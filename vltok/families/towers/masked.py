@@ -21,9 +21,11 @@ class Siglip2(TowerFamily):
     """SigLIP 2 in its flexible form: patches come in rows, padded to the longest."""
 
     name = "siglip2"
+    title = "SigLIP 2"
     model_classes = ("Siglip2VisionModel",)
     first_norm = "layer_norm1"
     is_masked = True
+    methods = ("TAP", "ADL")
 
     def patch_layer(self, tower: nn.Module) -> nn.Module:
         return tower.embeddings
@@ -46,9 +48,10 @@ class Idefics(TowerFamily):
 
     first_norm = "layer_norm1"
     is_masked = True
+    methods = ("TAP", "ADL")
 
-    def __init__(self, name: str, model_class: str) -> None:
-        self.name, self.model_classes = name, (model_class,)
+    def __init__(self, name: str, title: str, model_class: str) -> None:
+        self.name, self.title, self.model_classes = name, title, (model_class,)
 
     def patch_layer(self, tower: nn.Module) -> nn.Module:
         return tower.embeddings
@@ -67,9 +70,11 @@ class Pixtral(TowerFamily):
     """Pixtral: all pictures stand in one row, and rotary positions say where their patches are."""
 
     name = "pixtral"
+    title = "Pixtral"
     model_classes = ("PixtralVisionModel",)
     first_norm = "attention_norm"
     is_masked = True
+    methods = ("TAP", "ADL")
 
     def patch_layer(self, tower: nn.Module) -> nn.Module:
         """What gets the places of all patches, right after these are made."""

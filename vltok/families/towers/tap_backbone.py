@@ -14,6 +14,8 @@ class TapBackbone(TowerFamily):
     """tap_fan_base_16_p4_hybrid and tap_rvt_base_plus, for the loss that they were trained with."""
 
     name = "tap_backbone"
+    title = "TAP's backbones, of vltok.models"
+    methods = ("ADL",)
     model_classes = ("TapBackbone",)
     returns_maps = False
 

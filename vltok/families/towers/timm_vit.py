@@ -16,6 +16,7 @@ class VisionTransformer(TowerFamily):
     """A ViT of timm, with or without [CLS], distillation and register tokens."""
 
     name = "timm_vit"
+    title = "ViTs of timm"
     model_classes = ("VisionTransformer",)
     returns_maps = False
     block_classes: ClassVar[tuple[str, ...]] = ("Block",)  # those that normalise, attend and add
@@ -63,6 +64,8 @@ class Eva(VisionTransformer):
     """An EVA-like ViT of timm."""
 
     name = "timm_eva"
+    title = "EVA of timm"
+    refuses = "SOFT and ADL where positions are rotary"
     model_classes = ("Eva",)
     block_classes = ("EvaBlock",)
 

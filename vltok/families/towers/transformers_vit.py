@@ -13,6 +13,7 @@ class Clip(TowerFamily):
     """CLIP: a [CLS] token before the patches."""
 
     name = "clip"
+    title = "CLIP"
     model_classes = ("CLIPVisionModel",)
     first_norm = "layer_norm1"
 
@@ -22,12 +23,13 @@ class PatchesAlone(TowerFamily):
 
     Args:
         name: The family's name.
+        title: What people call it.
         model_class: Name of the tower's class.
         first_norm: Child of a block that normalises what attends.
     """
 
-    def __init__(self, name: str, model_class: str, first_norm: str = "layer_norm1") -> None:
-        self.name, self.model_classes, self.first_norm = name, (model_class,), first_norm
+    def __init__(self, name: str, title: str, model_class: str, first_norm: str = "layer_norm1") -> None:
+        self.name, self.title, self.model_classes, self.first_norm = name, title, (model_class,), first_norm
 
     def num_prefix_tokens(self, tower: nn.Module) -> int:
         return 0
@@ -37,6 +39,7 @@ class ViT(TowerFamily):
     """ViT: a [CLS] token before the patches."""
 
     name = "vit"
+    title = "ViT"
     model_classes = ("ViTModel",)
     first_norm = "layernorm_before"
 
@@ -46,19 +49,22 @@ class InternViT(TowerFamily):
 
     Args:
         name: The family's name.
+        title: What people call it.
         model_class: Name of the tower's class.
     """
 
     first_norm = "layernorm_before"
+    refuses = "SOFT where queries and keys are normalised"
 
-    def __init__(self, name: str, model_class: str) -> None:
-        self.name, self.model_classes = name, (model_class,)
+    def __init__(self, name: str, title: str, model_class: str) -> None:
+        self.name, self.title, self.model_classes = name, title, (model_class,)
 
 
 class Dinov2(TowerFamily):
     """DINOv2, also as a backbone: a [CLS] token before the patches."""
 
     name = "dinov2"
+    title = "DINOv2"
     model_classes = ("Dinov2Model", "Dinov2Backbone")
 
     def guard(self, config: Any) -> dict[str, Any]:
@@ -69,6 +75,7 @@ class Dinov2WithRegisters(TowerFamily):
     """DINOv2 with registers: [CLS] and the registers before the patches."""
 
     name = "dinov2_with_registers"
+    title = "DINOv2 with registers"
     model_classes = ("Dinov2WithRegistersModel", "Dinov2WithRegistersBackbone")
 
     def num_prefix_tokens(self, tower: nn.Module) -> int:

@@ -7,20 +7,23 @@ from __future__ import annotations
 
 import math
 from itertools import accumulate
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
+from transformers.vision_utils import get_vision_window_index
 
 from vltok.edits import Edits
-from vltok.engine.attention import rows_of_tower
+from vltok.engine.attention import can_be_read, unreadable_tower
 from vltok.engine.features import KINDS, Encoding, pixel_keys
 from vltok.engine.parts import attention_of, live
+from vltok.engine.patches import Order, by_picture, token_scores
 from vltok.engine.pictures import Picture
 from vltok.engine.projector import CoarserPatches, ProjectorChanges, patch_grid, swap_projector
 from vltok.errors import UnsupportedModelError
 from vltok.method import Run
-from vltok.views import AttentionKind, AttentionRequest, ProjectorSite
+from vltok.tokens import Grid3
+from vltok.views import AttentionRequest, ProjectorSite
 
 PROJECTING = ("llava", "llava_next", "llava_onevision", "vipllava", "llava_next_video", "internvl")
 
@@ -37,13 +40,26 @@ class VlmFamily:
     # filmed one after another in one video.
     unit: ClassVar[str] = "entry"
     gap: ClassVar[int] = 0
-    reads_attention: ClassVar[bool] = True  # whether the family knows which patches a visual token stands for
-    attention_parts: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj")  # what attention in the tower is read from
+    # How the tower has the patches that visual tokens stand for; None where a token stands for none in particular.
+    patches: ClassVar[Order | None] = None
     patch_counters: ClassVar[tuple[str, ...]] = ()  # methods of the model that count a picture's patches by its config
+
+    # What people are told, see `vltok.families.support.ModelSupport`; tests hold it against tiny models.
+    also: ClassVar[tuple[str, ...]] = ()
+    videos: ClassVar[Literal["no", "yes", "frames"]] = "no"
+    cls: ClassVar[str] = "no"
+    axes: ClassVar[bool] = False
+    windows: ClassVar[bool] = False
+    real_processor: ClassVar[bool] = True
+    refuses: ClassVar[str] = ""
 
     def tower(self, model: nn.Module) -> nn.Module:
         """The vision tower."""
         return live(model.vision_tower)
+
+    def towers(self, model: nn.Module) -> list[nn.Module]:
+        """All vision towers, of images and of videos."""
+        return [self.tower(model)]
 
     def has_cls(self, model: nn.Module) -> bool:
         """Whether the vision tower has a [CLS] token whose attention can be read."""
@@ -158,28 +174,68 @@ class VlmFamily:
                     return torch.cat([pixel_keys(own) for own in cut])
         return pixel_keys(pixels)
 
-    def read_attention(
-        self, attention: nn.Module, args: tuple, kwargs: dict[str, Any], kind: AttentionKind
-    ) -> torch.Tensor:
-        """Read attention in the tower as its attention module is about to run; by rows, as `rows_of_tower` gives it."""
-        return rows_of_tower(attention, args, kwargs, kind)
+    @property
+    def reads_attention(self) -> bool:
+        """Whether selectors may ask for attention in the vision tower: it is known which patches a token stands for."""
+        return self.patches is not None
 
-    def token_attention(self, model: nn.Module, encoding: Encoding) -> torch.Tensor | None:
+    def token_attention(self, model: nn.Module, encoding: Encoding) -> torch.Tensor:
         """The attention that was read, for each visual token of the encoding, (V,), float32.
 
         -inf where a token stands for no patch, such as the newline tokens of AnyRes layouts.
         """
-        raise NotImplementedError
+        return self.projected_attention(model, encoding, sum(encoding.lengths))
+
+    def projected_attention(self, model: nn.Module, encoding: Encoding, count: int) -> torch.Tensor:
+        """The same for each of the `count` tokens that the projector returns, (count,)."""
+        attention, merges = encoding.tower_attention, None
+        if encoding.grids is not None:
+            merges = [self._merge(model, encoding, entry) for entry in range(len(encoding.grids))]
+        if self.patches == "windows":
+            attention = self._out_of_windows(model, encoding, merges[0])
+        grids, has_padding = self.patch_grids(model, encoding)
+        pictures = by_picture(attention, grids, has_padding)
+        if merges is None:
+            patches = sum(math.prod(grid) for _, grid in pictures)
+            merges = [math.isqrt(max(1, patches // max(1, count)))] * len(pictures)
+        elif len(merges) < len(pictures):  # frames apart
+            merges = [merge for merge, grid in zip(merges, grids, strict=True) for _ in range(grid[0])]
+        return token_scores(pictures, merges, self.patches, count)
+
+    def patch_grids(self, model: nn.Module, encoding: Encoding) -> tuple[list[Grid3], bool]:
+        """Patches of the pictures that the tower saw, and whether rows of it may have padding behind them."""
+        shapes, sizes = (encoding.arguments.get(name) for name in ("spatial_shapes", "image_sizes"))
+        if encoding.grids is not None:
+            return [tuple(grid) for grid in encoding.grids], True
+        if shapes is not None:
+            return [(1, *shape) for shape in shapes.tolist()], True
+        side, (rows, length) = self.patch_size(model), encoding.tower_attention.shape
+        own = [] if sizes is None else [(1, int(height) // side, int(width) // side) for height, width in sizes]
+        if rows == 1 and length == sum(map(math.prod, own)):  # one after another, without what pads the pixels
+            return own, False
+        height, width = encoding.pixels_shape[-2:]
+        return [(1, height // side, width // side)] * rows, False
+
+    def _out_of_windows(self, model: nn.Module, encoding: Encoding, merge: int) -> torch.Tensor:
+        """What was read in a tower that has its patches window by window, picture by picture, (1, patches)."""
+        attention, tower = encoding.tower_attention, self.tower(model)
+        order, _ = get_vision_window_index(
+            torch.tensor(encoding.grids),
+            spatial_merge_size=merge,
+            window_size=tower.window_size,
+            patch_size=tower.patch_size,
+        )
+        return attention.view(-1, merge**2)[order.argsort().to(attention.device)].view(1, -1)
 
     def overview(self, model: nn.Module, encoding: Encoding, picture: Picture) -> torch.Tensor | None:
         """Which tokens of a picture show the whole of it, (N,), bool; None if all do."""
         return None
 
-    def attention_module(self, model: nn.Module, request: AttentionRequest) -> nn.Module:
-        """Find the attention module of a tower layer by its index.
+    def attention_modules(self, model: nn.Module, request: AttentionRequest) -> list[nn.Module]:
+        """Find the attention module of a layer by its index, in each vision tower.
 
         Raises:
-            UnsupportedModelError: If the tower has no [CLS] token to ask for.
+            UnsupportedModelError: If there is no attention to read, or no [CLS] token to ask for.
             ValueError: If there is no such layer.
         """
         if not self.reads_attention:
@@ -188,23 +244,26 @@ class VlmFamily:
                 "attention in the vision tower; choose a method that needs none, such as DivPrune, or ToDRE with "
                 "pivot='center'"
             )
-        tower = self.tower(model)
         if request.kind == "cls" and not self.has_cls(model):
             raise UnsupportedModelError(
-                f"{type(tower).__name__} has no [CLS] token; use a method or pivot that needs none "
+                f"{type(self.tower(model)).__name__} has no [CLS] token; use a method or pivot that needs none "
                 "(for ToDRE pivot='center', 'farthest' or 'random'), or a model with a CLIP or InternViT tower"
             )
-        layers = max((m for m in tower.modules() if isinstance(m, nn.ModuleList)), key=len)
-        if not -len(layers) <= request.layer < len(layers):
-            raise ValueError(f"the vision tower has {len(layers)} layers; there is no layer {request.layer}")
-        attention = attention_of(layers[request.layer])
-        if missing := [name for name in self.attention_parts if not hasattr(attention, name)]:
-            raise UnsupportedModelError(
-                f"{type(attention or layers[request.layer]).__name__} has no {' and '.join(missing)} to read attention "
-                "from; CLIP, SigLIP and InternVL vision towers have; choose a method that needs no vision attention, "
-                "such as pivot='center'"
-            )
-        return attention
+        found = []
+        for tower in self.towers(model):
+            layers = max((m for m in tower.modules() if isinstance(m, nn.ModuleList)), key=len)
+            if not -len(layers) <= request.layer < len(layers):
+                raise ValueError(f"the vision tower has {len(layers)} layers; there is no layer {request.layer}")
+            attention = attention_of(layers[request.layer])
+            if not can_be_read(attention):
+                raise unreadable_tower(attention or layers[request.layer])
+            found.append(attention)
+        return found
+
+    @classmethod
+    def has_projector_site(cls) -> bool:
+        """Whether the projector can be replaced in members of this family."""
+        return cls.projector_site is not VlmFamily.projector_site
 
     def projector_site(self, model: nn.Module) -> ProjectorSite:
         """Say where the projector stands.
@@ -250,23 +309,6 @@ class VlmFamily:
         """Side of a patch in pixels."""
         size = self.tower(model).config.patch_size
         return size if isinstance(size, int) else size[0]
-
-    def patch_attention(self, model: nn.Module, encoding: Encoding) -> torch.Tensor | None:
-        """The attention that was read, without the prefix tokens, (R, patches)."""
-        if encoding.attention is None:
-            return None
-        side = self.patch_size(model)
-        patches = (encoding.pixels_shape[-2] // side) * (encoding.pixels_shape[-1] // side)
-        return encoding.attention[:, -patches:]
-
-
-def mean_over_regions(attention: torch.Tensor, grid: tuple[int, int], length: int) -> torch.Tensor:
-    """Attention of tokens that stand for square regions of a grid, (R, H * W) -> (R, length); as it is for others."""
-    rows, columns = grid
-    scale = math.isqrt(max(1, attention.shape[1] // length))
-    if scale == 1 or length * scale**2 != rows * columns:
-        return attention
-    return attention.unflatten(1, (rows // scale, scale, columns // scale, scale)).mean((2, 4)).flatten(1)
 
 
 def image_seq_length(config: Any, grid: tuple[int, int], scale_factor: int) -> dict[str, int]:

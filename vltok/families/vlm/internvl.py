@@ -14,7 +14,7 @@ from vltok.engine.pictures import Picture
 from vltok.engine.projector import ProjectorChanges, hidden_states_of, patch_grid
 from vltok.engine.weights import check_at_hand
 from vltok.errors import UnsupportedModelError
-from vltok.families.vlm.base import VlmFamily, mean_over_regions
+from vltok.families.vlm.base import VlmFamily
 from vltok.method import Run
 from vltok.views import ProjectorSite
 
@@ -26,20 +26,15 @@ class InternVL(VlmFamily):
     title = "InternVL"
     model_classes = ("InternVLModel",)
     unit = "run"
+    patches = "rows"
+    videos = "frames"
+    cls = "yes"
+    windows = True
 
     def overview(self, model: nn.Module, encoding: Encoding, picture: Picture) -> torch.Tensor | None:
         overview = torch.zeros(picture.length, dtype=torch.bool)
         overview[-encoding.lengths[picture.entries.stop - 1] :] = True  # the thumbnail comes last
         return overview
-
-    def token_attention(self, model: nn.Module, encoding: Encoding) -> torch.Tensor | None:
-        """Mean attention of the patches behind each visual token, (V,)."""
-        attention = self.patch_attention(model, encoding)
-        if attention is None:
-            return None
-        rows, columns = (side // self.patch_size(model) for side in encoding.pixels_shape[-2:])
-        length = encoding.lengths[0] if encoding.lengths else 1
-        return mean_over_regions(attention, (rows, columns), length).flatten()
 
     def projector_site(self, model: nn.Module) -> ProjectorSite:
         config, vision = model.config, model.config.vision_config

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
+from vltok.edits import Edits
 from vltok.engine.features import Encoding, pixel_keys
 from vltok.engine.pictures import Picture
+from vltok.errors import UnsupportedInputError
+from vltok.families.vlm.base import VlmFamily
 from vltok.families.vlm.llava import Llava
+from vltok.method import Run
+from vltok.tokens import Grid3
 
 
 class LlavaNext(Llava):
@@ -18,13 +25,12 @@ class LlavaNext(Llava):
     title = "LLaVA-NeXT"
     model_classes = ("LlavaNextModel",)
     patch_counters = ("pack_image_features",)
+    windows = False
 
-    def token_attention(self, model: nn.Module, encoding: Encoding) -> torch.Tensor | None:
+    def token_attention(self, model: nn.Module, encoding: Encoding) -> torch.Tensor:
         numbers, length = self._numbers(model, encoding)
-        attention = self.row_attention(model, encoding, length)
-        if attention is None:
-            return None
-        flat = torch.cat([attention.flatten(), attention.new_full((1,), -torch.inf)])  # number -1: a newline
+        attention = self.projected_attention(model, encoding, sum(self._crops(model, encoding)) * length)
+        flat = nn.functional.pad(attention, (0, 1), value=-torch.inf)  # number -1: a newline
         return flat[torch.cat(numbers).to(flat.device)]
 
     def overview(self, model: nn.Module, encoding: Encoding, picture: Picture) -> torch.Tensor | None:
@@ -68,3 +74,48 @@ class LlavaNext(Llava):
             )
             encoding.notes["numbers"] = [each.flatten().long() for each in packed], length
         return encoding.notes["numbers"]
+
+
+class LlavaNextVideo(LlavaNext):
+    """LLaVA-NeXT-Video: images as in LLaVA-NeXT, and videos whose frames are pooled."""
+
+    name = "llava_next_video"
+    title = "LLaVA-NeXT-Video"
+    model_classes = ("LlavaNextVideoModel",)
+    videos = "yes"
+
+    def swap_projector(
+        self,
+        edits: Edits,
+        run: Run,
+        model: nn.Module,
+        processor: Any,
+        projector: nn.Module,
+        levels: tuple[int, ...],
+        scale_factor: int,
+    ) -> dict[str, dict[str, Any]]:
+        """Replace the projector for images, and refuse videos."""
+        before = super().swap_projector(edits, run, model, processor, projector, levels, scale_factor)
+        edits.before(model.vision_resampler, _refuse_videos)
+        return before
+
+    def token_attention(self, model: nn.Module, encoding: Encoding) -> torch.Tensor:
+        if encoding.kind == "video":
+            return self.projected_attention(model, encoding, sum(encoding.lengths))
+        return super().token_attention(model, encoding)
+
+    def overview(self, model: nn.Module, encoding: Encoding, picture: Picture) -> torch.Tensor | None:
+        return None if encoding.kind == "video" else super().overview(model, encoding, picture)
+
+    def grid(self, model: nn.Module, encoding: Encoding, offset: int, length: int) -> Grid3 | None:
+        return VlmFamily.grid(self, model, encoding, offset, length) if encoding.kind == "video" else None
+
+    def pixel_keys(self, model: nn.Module, encoding: Encoding, pixels: torch.Tensor) -> torch.Tensor:
+        return pixel_keys(pixels) if encoding.kind == "video" else super().pixel_keys(model, encoding, pixels)
+
+
+def _refuse_videos(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    raise UnsupportedInputError(
+        "LLaVA-NeXT-Video pools the frames of videos before its projector, and the one in its place reads whole grids "
+        "of patches; give images, or take the method off for videos"
+    )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import nn
+from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
 
 from vltok.engine.features import Encoding
 from vltok.engine.projector import ProjectorChanges, projector_site
@@ -13,13 +15,41 @@ from vltok.views import ProjectorSite
 
 
 class LlavaOnevision(VlmFamily):
-    """How LLaVA-OneVision is put together. It interpolates between the tokens of many crops, so they show no patch."""
+    """How LLaVA-OneVision is put together."""
 
     name = "llava_onevision"
     title = "LLaVA-OneVision"
     model_classes = ("LlavaOnevisionModel",)
-    reads_attention = False
+    patches = "rows"
     patch_counters = ("pack_image_features", "apply_pooling")
+    videos = "yes"
+
+    def token_attention(self, model: nn.Module, encoding: Encoding) -> torch.Tensor:
+        """The attention that was read, for each visual token: packed, pooled and interpolated as the tokens are."""
+        rows, vision = len(encoding.tower_attention), model.config.vision_config
+        coarser = getattr(vars(model).get("pack_image_features"), "scale", 1)  # where a projector condenses
+        length = (vision.image_size // vision.patch_size // coarser) ** 2
+        projected = self.projected_attention(model, encoding, rows * length).view(rows, length, 1)
+        if encoding.kind == "video":
+            pooled = model.apply_pooling(projected).view(len(encoding.lengths), -1)
+            return nn.functional.pad(pooled, (0, 1), value=-torch.inf).flatten()
+        packed, _ = model.pack_image_features(
+            projected.split(self._crops(model, encoding)),
+            encoding.arguments["image_sizes"],
+            image_newline=projected.new_full((1,), -torch.inf),
+            vision_aspect_ratio=encoding.arguments.get("vision_aspect_ratio") or model.config.vision_aspect_ratio,
+        )
+        return torch.cat([each.flatten() for each in packed])
+
+    def _crops(self, model: nn.Module, encoding: Encoding) -> list[int]:
+        """Rows of the tower that each picture has: one alone where a prompt has several."""
+        config, counts = model.config, encoding.arguments.get("batch_num_images")
+        sizes = encoding.arguments["image_sizes"]
+        is_cut = [True] * len(sizes) if counts is None else [count == 1 for count in counts for _ in range(count)]
+        return [
+            image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size) if cut else 1
+            for size, cut in zip(sizes, is_cut, strict=True)
+        ]
 
     def grid(self, model: nn.Module, encoding: Encoding, offset: int, length: int) -> tuple[int, int, int] | None:
         return super().grid(model, encoding, offset, length) if encoding.kind == "video" else None
