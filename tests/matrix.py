@@ -112,7 +112,10 @@ def _pairs() -> dict[str, Pair]:
         methods = {name: PRUNING[name]() for name in names}
         pairs |= {f"{key}-{name}": Pair(family, each, True, _works(family, each)) for name, each in methods.items()}
         if family in tiny.ALL:
-            pairs |= {f"{key}-{name}": Pair(family, TRAINED[name](family), False, family.projects) for name in TRAINED}
+            trained = (*family.tower, "tokenpacker") if family.projects else family.tower
+            pairs |= {f"{key}-{name}": Pair(family, TRAINED[name](family), False, name in trained) for name in TRAINED}
+        elif family in FURTHER and family.projects:
+            pairs[f"{key}-tokenpacker"] = Pair(family, TRAINED["tokenpacker"](family), False, True)
     return pairs
 
 

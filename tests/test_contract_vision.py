@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from towers import PAIRS, VisionPair, pixels, shared_tower
+from towers import EVERY, PAIRS, REFUSED, VisionPair, draw, pixels, shared_tower
 from unchanged import unchanged
 
 import vltok
-from vltok.errors import EditConflictError, UnsupportedInputError
+from vltok.errors import CheckpointError, EditConflictError, UnsupportedInputError, UnsupportedModelError
 from vltok.nn import SoftmaxFreeAttention
 
 # Of the largest number: float32 sums in another order, through three blocks. Measured: 2e-6 at most.
@@ -22,7 +22,7 @@ TOLERANCE = 2e-5
 
 @pytest.fixture(params=PAIRS)
 def pair(request) -> VisionPair:
-    return PAIRS[request.param]
+    return EVERY[request.param]
 
 
 def only(condition) -> pytest.MarkDecorator:
@@ -31,6 +31,13 @@ def only(condition) -> pytest.MarkDecorator:
 
 weighted = only(lambda pair: pair.brings_weights)
 only_soft = only(lambda pair: pair.has(vltok.SOFT))
+
+
+@pytest.mark.parametrize("pair", REFUSED, indirect=True)
+def test_attention_that_is_more_than_softmax_over_one_grid_is_refused_and_stays(pair, model):
+    words = r"takes pictures of several sizes at once|by rotary positions|has further weights, q_norm\.weight"
+    with unchanged(model), pytest.raises(UnsupportedModelError, match=words):
+        pair.apply(model)
 
 
 @pytest.fixture
@@ -145,7 +152,8 @@ def test_a_deepcopy_runs_on_its_own_weights(pair, model):
 @weighted
 def test_two_models_with_different_settings_coexist(pair, model):
     other, expected = copy.deepcopy(model), changed(pair)
-    with vltok.apply(other, vltok.SOFT(ratio=4, blocks=(0, 1))):
+    others = vltok.SOFT(ratio=4, blocks=(0, 1)) if pair.tower.replaceable else vltok.TAP(num_scales=5, blocks=(0, 1))
+    with draw(vltok.apply(other, others)):
         alone = answer(pair, other)
         with pair.apply(model):
             assert torch.equal(answer(pair, model), expected)
@@ -199,7 +207,7 @@ def gradients(pair: VisionPair, model: nn.Module, **options) -> dict[str, torch.
 
 def test_gradients_reach_every_new_parameter_and_the_patches(pair, model):
     grads = gradients(pair, model)
-    patches = [name for name in grads if "patch_embed" in name]
+    patches = [name for name in grads if "patch" in name]
     assert patches and all(grads[name].abs().sum() > 0 for name in patches)
 
 
@@ -237,6 +245,10 @@ def test_a_checkpoint_with_new_weights_loads_with_vltok_and_not_without(pair, mo
     guard = (RuntimeError, "negative") if getattr(model.config, "use_swiglu_ffn", False) else (KeyError, "vltok")
     with pytest.raises(guard[0], match=guard[1]):
         type(model).from_pretrained(tmp_path)
+    if not pair.tower.loads:
+        with pytest.raises(CheckpointError, match="holds no model that transformers can build"):
+            vltok.from_pretrained(tmp_path)
+        return
     loaded = vltok.from_pretrained(tmp_path)
     assert type(loaded.model) is type(model)
     assert loaded.methods == handle.methods

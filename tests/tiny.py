@@ -89,7 +89,8 @@ class TinyFamily:
         variant: What tells it from the other rows of its family, "" for the plain one.
         axes: How many rotary positions a token has.
         shows_patches: Whether vltok knows which patches a visual token stands for, and so ranks them by attention.
-        projects: Whether its projector can be replaced and its vision tower changed.
+        projects: Whether its projector can be replaced.
+        tower: Which methods that bring weights can change its vision tower, by their names in the matrix.
         packer_scale: A scale factor of TokenPacker that divides its patch grid.
         new_image_in_turn: Whether the unpruned generate() takes an image on top of a filled cache.
         windowed: Whether some decoder layers see fewer tokens than the prompts have.
@@ -121,6 +122,7 @@ class TinyFamily:
     axes: int = 1
     shows_patches: bool = True
     projects: bool = True
+    tower: tuple[str, ...] = ()
     packer_scale: int = 2
     new_image_in_turn: bool = True
     windowed: bool = False
@@ -390,8 +392,18 @@ def _chunked_llama4() -> Any:
     return Llama4TextConfig(**TEXT, **experts, **chunks)
 
 
+BOTH = ("soft", "tap")
 LLAVA = TinyFamily(
-    "llava", _llava, _llava_processor, "<image>", (56, 56), (80, 50), True, (16, 16), tower_shows_maps=True
+    "llava",
+    _llava,
+    _llava_processor,
+    "<image>",
+    (56, 56),
+    (80, 50),
+    True,
+    (16, 16),
+    tower_shows_maps=True,
+    tower=BOTH,
 )
 LLAVA_SIGLIP = replace(
     LLAVA,
@@ -401,7 +413,16 @@ LLAVA_SIGLIP = replace(
 )
 # 84 x 50: a thumbnail, four crops of which a strip above and below is cut off, and four newlines. 42 x 84: two crops.
 LLAVA_NEXT = TinyFamily(
-    "llava_next", _llava_next, _llava_next_processor, "<image>", (84, 50), (42, 84), True, (37, 33), packer_scale=3
+    "llava_next",
+    _llava_next,
+    _llava_next_processor,
+    "<image>",
+    (84, 50),
+    (42, 84),
+    True,
+    (37, 33),
+    packer_scale=3,
+    tower=BOTH,
 )
 # 112 x 100: a thumbnail, four crops of which two rows are cut off, and a newline in every row; 168 x 150 is shrunk.
 # A video: four tokens of each frame, and a newline.
@@ -414,6 +435,7 @@ LLAVA_ONEVISION = TinyFamily(
     (168, 150),
     False,
     (88, 79),
+    tower=BOTH,
     video="<video>",
     clip_tokens=17,
 )
@@ -442,7 +464,8 @@ INTERNVL = TinyFamily(
     (56, 56),
     True,
     (48, 16),
-    projects=False,
+    packer_scale=4,
+    tower=("tap",),  # its attention norms queries and keys
     video="<video>",
     clip_tokens=64,
 )

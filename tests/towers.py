@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 import tiny
@@ -33,6 +35,11 @@ class Tower:
         call: The method that encodes pictures, where it isn't the model's call.
         read_past: Ends of the names of linear layers whose weights are read past their forward, so that adapters on
             them don't count.
+        inputs: Makes of pictures, (B, 3, H, W), what the model is called with, where it isn't these.
+        bare: The same without padding, where `inputs` pads.
+        replaceable: Whether its attention can be replaced.
+        grid: Patches of a picture of the size that it is made for.
+        loads: Whether transformers finds its class by its name.
     """
 
     family: str
@@ -42,6 +49,11 @@ class Tower:
     any_size: dict[str, Any] | None = field(default=None, hash=False)
     call: str = "__call__"
     read_past: tuple[str, ...] = ()
+    inputs: Callable[[torch.Tensor], dict[str, Any]] | None = None
+    bare: Callable[[torch.Tensor], dict[str, Any]] | None = None
+    replaceable: bool = True
+    grid: tuple[int, int] = (4, 4)
+    loads: bool = True
 
     def model(self, attention: str = "sdpa") -> nn.Module:
         """A model with sharp weights, in eval mode."""
@@ -53,12 +65,15 @@ class Tower:
 
     def output(self, model: nn.Module, pixels: torch.Tensor, **options: Any) -> Any:
         """What the model returns for pictures, (B, 3, H, W)."""
+        if self.inputs is not None:
+            return getattr(model, self.call)(**self.inputs(pixels), **options)
         return getattr(model, self.call)(pixels, **options)
 
     def answer(self, model: nn.Module, pixels: torch.Tensor, **options: Any) -> torch.Tensor:
-        """The first tensor of what the model returns."""
+        """The first tensor of what the model returns, (B, ...)."""
         output = self.output(model, pixels, **options)
-        return output if isinstance(output, torch.Tensor) else output[0]
+        first = output if isinstance(output, torch.Tensor) else output[0]
+        return first if len(first) == len(pixels) else first.view(len(pixels), -1, first.shape[-1])
 
     def checkpoint(self, model: nn.Module, reentrant: bool) -> bool:
         """Turn gradient checkpointing on; whether it is of the reentrant kind, which timm has no word for."""
@@ -77,14 +92,21 @@ class Tower:
         return model.forward_features(pixels)
 
 
-def _hf(name: str, config: str, **extra: Any) -> Callable[[str], nn.Module]:
+def _hf(name: str, config: str, module: str = "transformers", **extra: Any) -> Callable[[str], nn.Module]:
     def build(attention: str) -> nn.Module:
         import transformers
 
-        settings = getattr(transformers, config)(**HF, **extra, attn_implementation=attention)
-        return getattr(transformers, name)(settings)
+        settings = getattr(transformers, config)(**{**HF, **extra}, attn_implementation=attention)
+        return getattr(importlib.import_module(module), name)(settings)
 
     return build
+
+
+def _siglip2(attention: str) -> nn.Module:
+    from transformers import Siglip2VisionConfig, Siglip2VisionModel
+
+    config = Siglip2VisionConfig(**WIDTHS, patch_size=PATCH, num_patches=16, attn_implementation=attention)
+    return Siglip2VisionModel(config)
 
 
 def _clip_model(attention: str) -> nn.Module:
@@ -108,6 +130,27 @@ def _timm(name: str, **extra: Any) -> Callable[[str], nn.Module]:
     return build
 
 
+def patches(pixels: torch.Tensor, padding: int) -> dict[str, Any]:
+    """Patches of pictures in rows, with some more behind them that are none."""
+    grid = tuple(side // PATCH for side in pixels.shape[-2:])
+    rows = pixels.unfold(2, PATCH, PATCH).unfold(3, PATCH, PATCH).permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
+    mask = nn.functional.pad(torch.ones(rows.shape[:2], dtype=torch.long), (0, padding))
+    return {
+        "pixel_values": nn.functional.pad(rows, (0, 0, 0, padding), value=1.0),
+        "pixel_attention_mask": mask,
+        "spatial_shapes": torch.tensor([grid] * len(pixels)),
+    }
+
+
+def _framed(pixels: torch.Tensor) -> dict[str, Any]:
+    """Pictures with a patch more to the right, and one below, that are none."""
+    mask = torch.ones(len(pixels), *(side // PATCH for side in pixels.shape[-2:]), dtype=torch.bool)
+    return {
+        "pixel_values": nn.functional.pad(pixels, (0, PATCH, 0, PATCH), value=1.0),
+        "patch_attention_mask": nn.functional.pad(mask, (0, 1, 0, 1)),
+    }
+
+
 INTERPOLATE = {"interpolate_pos_encoding": True}
 TOWERS: dict[str, Tower] = {
     "clip": Tower("clip", _hf("CLIPVisionModel", "CLIPVisionConfig"), any_size=INTERPOLATE),
@@ -123,6 +166,74 @@ TOWERS: dict[str, Tower] = {
         any_size={},
     ),
     "clip-model": Tower("clip", _clip_model, any_size=INTERPOLATE, call="get_image_features"),
+    "internvit": Tower("internvl_vision", _hf("InternVLVisionModel", "InternVLVisionConfig"), any_size={}),
+    "internvit-norms": Tower(
+        "internvl_vision",
+        _hf("InternVLVisionModel", "InternVLVisionConfig", use_qk_norm=True, norm_type="rms_norm"),
+        any_size={},
+        replaceable=False,
+    ),
+    "qianfan": Tower(
+        "qianfan_ocr_vision", _hf("QianfanOCRVisionModel", "QianfanOCRVisionConfig", drop_path_rate=0.0), any_size={}
+    ),
+    "janus": Tower("janus_vision", _hf("JanusVisionModel", "JanusVisionConfig"), 0, any_size=INTERPOLATE),
+    "ovis2": Tower(
+        "ovis2_vision",
+        _hf("Ovis2VisionModel", "Ovis2VisionConfig", "transformers.models.ovis2.modeling_ovis2", vocab_size=32),
+        0,
+        loads=False,
+    ),
+    "granite-docling": Tower(
+        "granite_docling_vision", _hf("GraniteDoclingVisionModel", "GraniteDoclingVisionConfig"), 0
+    ),
+    # Pictures that are padded, or stand in one row: with padding and without.
+    "siglip2": Tower(
+        "siglip2",
+        _siglip2,
+        0,
+        any_size={},
+        inputs=functools.partial(patches, padding=0),
+        replaceable=False,
+    ),
+    "siglip2-padded": Tower(
+        "siglip2",
+        _siglip2,
+        0,
+        any_size={},
+        inputs=functools.partial(patches, padding=3),
+        bare=functools.partial(patches, padding=0),
+        replaceable=False,
+    ),
+    "idefics2-padded": Tower(
+        "idefics2_vision",
+        _hf("Idefics2VisionTransformer", "Idefics2VisionConfig", "transformers.models.idefics2.modeling_idefics2"),
+        0,
+        any_size={},
+        inputs=_framed,
+        bare=lambda pixels: {"pixel_values": pixels},
+        replaceable=False,
+        loads=False,
+    ),
+    "idefics3": Tower(
+        "idefics3_vision", _hf("Idefics3VisionTransformer", "Idefics3VisionConfig"), 0, any_size={}, replaceable=False
+    ),
+    "smolvlm-padded": Tower(
+        "smolvlm_vision",
+        _hf("SmolVLMVisionTransformer", "SmolVLMVisionConfig"),
+        0,
+        any_size={},
+        inputs=_framed,
+        bare=lambda pixels: {"pixel_values": pixels},
+        replaceable=False,
+    ),
+    "pixtral": Tower(
+        "pixtral",
+        _hf("PixtralVisionModel", "PixtralVisionConfig", image_size=64),  # the largest that older versions tell apart
+        0,
+        any_size={},
+        replaceable=False,
+        grid=(8, 8),
+    ),
     "timm-vit": Tower("timm_vit", _timm("vit_tiny_patch16_224", dynamic_img_size=True), 1, False, {}),
     "timm-deit-distilled": Tower("timm_vit", _timm("deit_tiny_distilled_patch16_224"), 2, False),
     "timm-registers": Tower("timm_vit", _timm("vit_small_patch14_reg4_dinov2"), 5, False),
@@ -132,6 +243,10 @@ TOWERS: dict[str, Tower] = {
         "timm_eva", _timm("eva_giant_patch14_224", mlp_ratio=2, dynamic_img_size=True), 1, False, {}, read_past=("qkv",)
     ),
 }
+
+if find_spec("transformers.models.granite_docling") is None:  # it came after the oldest version
+    del TOWERS["granite-docling"]
+REPLACEABLE = [name for name, tower in TOWERS.items() if tower.replaceable]
 
 # The methods that change what a tower computes: one line each.
 VISION: dict[str, Callable[[], vltok.Method | list[vltok.Method]]] = {
@@ -184,11 +299,13 @@ def _methods(made: vltok.Method | list[vltok.Method]) -> tuple[vltok.Method, ...
     return tuple(made) if isinstance(made, list) else (made,)
 
 
-PAIRS: dict[str, VisionPair] = {
+EVERY: dict[str, VisionPair] = {
     f"{key}-{name}": VisionPair(tower, _methods(make()))
     for name, make in VISION.items()
     for key, tower in TOWERS.items()
 }
+PAIRS = {name: pair for name, pair in EVERY.items() if pair.tower.replaceable or not pair.has(vltok.SOFT)}
+REFUSED = {name: pair for name, pair in EVERY.items() if name not in PAIRS}
 
 
 @functools.lru_cache

@@ -7,6 +7,7 @@ together with its model, and the copy acts on the copied modules.
 from __future__ import annotations
 
 import copy
+import inspect
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -188,6 +189,11 @@ class MethodWrapper:
     name: str
     under: tuple[Callable[..., Any], ...] = ()
     is_on: bool = False
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """That of the method, which some callers look at."""
+        return inspect.signature(getattr(type(self.owner), self.name).__get__(self.owner))
 
     def around(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Do what the wrapper is for; `call` is what is underneath."""

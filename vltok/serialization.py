@@ -134,7 +134,7 @@ def from_pretrained(folder: str | Path, *, processor: Any = None, **options: Any
     try:
         with _silence():  # it would list the new weights as strangers, and miss the old ones
             model = model_class.from_pretrained(folder, config=config, local_files_only=True, **options)
-    except (LookupError, TypeError, AttributeError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{folder} holds no model that transformers can build: {error!r}") from error
     for name, parameter in model.named_parameters():
         check_finite(name, parameter, folder)

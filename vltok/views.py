@@ -170,8 +170,11 @@ class ScoreWatcher(Protocol):
     def start(self, call: object) -> None:
         """Pictures enter the tower."""
 
-    def see(self, call: object, block: int, query: torch.Tensor, key: torch.Tensor, scale: float) -> None:
-        """A block attends by softmax(scale * query key^T); both are (B, heads, N, d), with their graphs."""
+    def see(self, call: object, block: int, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], scale: float) -> None:
+        """A block attends by softmax(scale * query key^T), in each picture apart.
+
+        Pictures of one size are a pair (query, key), both (B, heads, N, d), with their graphs.
+        """
 
     def see_map(self, call: object, block: int, attention: torch.Tensor) -> None:
         """A block, whose queries and keys are not the whole story, attends by these probabilities, (B, heads, N, N)."""
@@ -226,7 +229,8 @@ class VisionView(Protocol):
         """Add `module` to a block as its child `name`, and let what attends see its tokens in place of the block's.
 
         It is called as `module(x, grid)` with the tokens that enter the block, (B, N, C), before they are normalised,
-        and returns (B, N, C). The residual path goes around it. It is moved to where the block's weights are.
+        and returns (B, N, C). Where pictures of several sizes come together it is called for each size, with the tokens
+        of these pictures alone. The residual path goes around it. It is moved to where the block's weights are.
 
         Raises:
             UnsupportedModelError: If the block doesn't normalise, attend and add, in this order, its weights are not at

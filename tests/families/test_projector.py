@@ -11,12 +11,16 @@ from prompts import probe, single
 from tiny import LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, LLAVA_SIGLIP, QWEN2_5_VL, picture, shared_model, sharpen
 from torch import nn
 from unchanged import unchanged
+from zoo import tiles
 
 import vltok
 from vltok.errors import UnsupportedModelError
 
 WORDS = ["w1 <image> w2", "<image> w3 <image>"]
 PACKER = vltok.TokenPacker(scale_factor=2)
+
+
+KIN = {row.key: row for row in tiles.ROWS if row.projects}
 
 
 def pictures(family):
@@ -33,6 +37,107 @@ def test_the_projector_gets_the_patches_of_its_levels(family):
         states = model.model.vision_tower(inputs["pixel_values"], output_hidden_states=True).hidden_states
         patches = [states[level][:, 1:] if family.has_cls else states[level] for level in (0, 1, 3)]
         assert torch.equal(found, handle.added_modules[0](torch.cat(patches, dim=-1)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("key", KIN)
+def test_the_projector_of_kin_gets_the_patches_of_its_levels_of_every_crop(key):
+    """Rows of the tower that the model itself takes, without the first one."""
+    family = KIN[key]
+    model, processor = shared_model(family), family.processor()
+    method, seen, given = vltok.TokenPacker(family.packer_scale, levels=(0, 1, 3)), [], []
+    with vltok.apply(model, method, processor=processor) as handle:
+        projector = handle.added_modules[0]
+        hooks = [
+            projector.register_forward_hook(lambda module, args, output: seen.append((args[0], output))),
+            model.model.vision_tower.register_forward_pre_hook(
+                lambda module, args, options: given.append(args[0] if args else options["pixel_values"]),
+                with_kwargs=True,
+            ),
+        ]
+        inputs = family.inputs(WORDS, pictures(family), processor=processor)
+        logits = model(**inputs).logits
+        for hook in hooks:
+            hook.remove()
+        (features, output), (pixels,) = *seen, given
+        states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
+        has_cls = states[0].shape[1] > projector.grid[0] * projector.grid[1]
+        expected = torch.cat([states[level][:, int(has_cls) :] for level in (0, 1, 3)], dim=-1)
+    assert torch.equal(features, expected)
+    assert output.shape[1] == projector.grid[0] * projector.grid[1] // family.packer_scale**2
+    assert logits.isfinite().all()
+
+
+def test_config_and_processor_of_kin_follow_and_come_back():
+    for family, field, before, after in (
+        (KIN["vipllava-cls"], "patch_size", 14, 28),
+        (KIN["llava_next_video-cls"], "patch_size", 14, 28),
+        (KIN["internvl-cls"], "image_seq_length", 16, 4),
+    ):
+        model, processor = shared_model(family), family.processor()
+        one = family.inputs(WORDS[:1], pictures(family)[:1], processor=processor)["input_ids"].shape[1]
+        with unchanged(model):
+            handle = vltok.apply(model, vltok.TokenPacker(family.packer_scale), processor=processor)
+            assert getattr(processor, field) == after
+            fewer = family.inputs(WORDS[:1], pictures(family)[:1], processor=processor)["input_ids"].shape[1]
+            assert fewer < one
+            other = pytest.raises(ValueError, match=f"the processor's {field} is {after}, the model's {before}")
+            with other:
+                vltok.apply(family.model(), vltok.TokenPacker(family.packer_scale), processor=processor)
+            handle.remove()
+        assert getattr(processor, field) == before
+        assert processor.to_dict() == family.processor().to_dict()
+
+
+@torch.no_grad()
+@settings(max_examples=25, deadline=None)
+@given(width=st.integers(20, 200), height=st.integers(20, 200))
+def test_llava_next_video_lays_out_fewer_tokens_for_pictures_of_any_shape(width, height):
+    family = KIN["llava_next_video-cls"]
+    model, processor = shared_model(family), family.processor()
+    shown = [picture(0, (width, height))]
+    with vltok.apply(model, vltok.TokenPacker(2, init="pool"), processor=processor):
+        inputs = family.inputs(["w1 <image> w2"], shown, processor=processor)
+        assert model(**inputs).logits.isfinite().all()
+    full = (family.inputs(["w1 <image> w2"], shown)["input_ids"] == 4).sum()
+    assert (inputs["input_ids"] == 4).sum() < full / 2
+
+
+def test_videos_that_are_pooled_before_the_projector_are_refused_while_it_is_another():
+    family = KIN["llava_next_video-cls"]
+    model, processor = shared_model(family), family.processor()
+    video = torch.stack([torch.from_numpy(np.array(picture(seed))) for seed in range(2)]).permute(0, 3, 1, 2)
+    inputs = family.inputs(["w1 <video> w2"], videos=[video])
+    expected = model(**inputs).logits
+    with vltok.apply(model, PACKER, processor=processor), pytest.raises(ValueError, match="pools the frames of videos"):
+        model(**inputs)
+    assert torch.equal(model(**inputs).logits, expected)
+
+
+@torch.no_grad()
+def test_internvl_condenses_the_frames_of_videos_and_ranks_regions_by_the_mean_over_their_patches():
+    family = KIN["internvl-cls"]
+    model, processor = shared_model(family), family.processor()
+    video = torch.stack([torch.from_numpy(np.array(picture(seed))) for seed in range(3)]).permute(0, 3, 1, 2)
+    shown = pictures(family)[:1]
+    tower, pixels = shared_model(family, "eager").model.vision_tower, family.inputs(WORDS[:1], shown)["pixel_values"]
+    maps = tower(pixels, output_attentions=True).attentions[-1].mean(1)[:, 0, 1:]
+    with vltok.apply(model, vltok.TokenPacker(4), processor=processor):
+        frames = family.inputs(["w1 <video> w2"], videos=[video], processor=processor)
+        assert (frames["input_ids"] == 4).sum() == 3 * 4
+        assert model(**frames).logits.isfinite().all()
+        (found,) = probe(model, family.inputs(WORDS[:1], shown, processor=processor), "cls")
+    expected = nn.functional.avg_pool2d(maps.view(-1, 1, 8, 8), 4).reshape(1, -1)
+    torch.testing.assert_close(found.attention, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("key", ["vipllava-cls", "internvl-cls"])
+def test_a_projector_with_a_norm_is_not_continued(key):
+    family = KIN[key]
+    model = shared_model(family)
+    refused = pytest.raises(UnsupportedModelError, match='is built otherwise; use init="random"')
+    with unchanged(model), refused:
+        vltok.apply(model, vltok.TokenPacker(family.packer_scale, init="pool"), processor=family.processor())
 
 
 def test_config_and_processor_follow_and_come_back():

@@ -8,14 +8,14 @@ import pytest
 import tiny
 import torch
 from tiny import LLAVA, LLAVA_NEXT, picture, shared_model
-from towers import HF, TIMM, TOWERS, draw, pixels, shared_tower
+from towers import HF, REPLACEABLE, TIMM, TOWERS, draw, pixels, shared_tower
 from unchanged import unchanged
 
 import vltok
 from vltok.errors import EditConflictError, UnsupportedModelError
 
 SOFT = vltok.SOFT(ratio=2)
-ANY_SIZE = [name for name, tower in TOWERS.items() if tower.any_size is not None]
+ANY_SIZE = [name for name in REPLACEABLE if TOWERS[name].any_size is not None]
 
 
 def grids_told(handle: vltok.Handle) -> list[tuple[int, int]]:

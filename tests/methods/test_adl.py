@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,12 +20,14 @@ FUSED = pytest.mark.parametrize("attention", ["sdpa", "eager"])
 
 
 def maps(name: str, model: torch.nn.Module) -> list[torch.Tensor]:
-    """The attention maps of all blocks, (B, heads, N, N), as the library itself gives them."""
+    """The attention maps of all blocks, (B, heads, N, N), as the library itself gives them for each picture alone."""
     tower = TOWERS[name]
     if name == "clip-model":
         model = model.vision_model
     if tower.is_hf:
-        return list(model(pixels(), output_attentions=True).attentions)
+        tower = replace(tower, call="__call__", inputs=tower.bare or tower.inputs)
+        alone = [tower.output(model, picture, output_attentions=True).attentions for picture in pixels().split(1)]
+        return [torch.cat(own) for own in zip(*alone, strict=True)]
     seen = []
     hooks = [b.attn.attn_drop.register_forward_hook(lambda m, args, out: seen.append(args[0])) for b in model.blocks]
     tower.tokens(model, pixels())

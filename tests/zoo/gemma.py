@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from tiny import IDS, SPECIALS, TEXT, TOWER, WINDOW, TinyFamily, tokenizer
+from tiny import BOTH, IDS, SPECIALS, TEXT, TOWER, WINDOW, TinyFamily, tokenizer
 from torch import nn
 
 NEWLINES = ["\n", "\n\n"]  # tokens, as they are in the vocabularies of trained models
@@ -271,6 +271,7 @@ SMOLVLM = _row(
     (96, 40),
     (64, 56),
     tokens=(27, 45),
+    tower=("tap",),
     video="<video>",
     clip_tokens=36,
     nested=True,
@@ -293,6 +294,7 @@ IDEFICS2 = _row(
     (56, 28),
     (40, 40),
     tokens=(12, 12),
+    tower=("tap",),
     windowed=True,
     shows_patches=False,
     decoder="text_model",
@@ -309,6 +311,7 @@ GEMMA3_ROW = _row(
     (64, 64),
     (96, 48),
     tokens=(16, 16),
+    tower=BOTH,
     windowed=True,
     nested=True,
     unable=("words behind embeddings",),
@@ -329,6 +332,7 @@ PALIGEMMA = _row(
     (32, 32),
     (48, 32),
     tokens=(16, 16),
+    tower=BOTH,
     new_image_in_turn=False,  # all of a prompt sees all of it, but not what a later turn brings
     word_type=1,
     needs_images=True,
@@ -376,7 +380,9 @@ GEMMA4_SHARED = replace(
     feeds_layers=True,
 )
 # 84 x 56: two lines of three tokens. 112 x 112: four of four.
-MISTRAL3 = _row("mistral3", _mistral3, _mistral3_processor, "[IMG]", (84, 84), (112, 100), tokens=(9, 16))
+MISTRAL3 = _row(
+    "mistral3", _mistral3, _mistral3_processor, "[IMG]", (84, 84), (112, 100), tokens=(9, 16), tower=("tap",)
+)
 MISTRAL3_SLIDING = replace(
     MISTRAL3, build=functools.partial(_mistral3, sliding_window=WINDOW), variant="sliding", windowed=True
 )

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import transformers
-from tiny import IDS, SPECIALS, TEXT, TOWER, TinyFamily, tokenizer
+from tiny import BOTH, IDS, SPECIALS, TEXT, TOWER, TinyFamily, tokenizer
 from torch import nn
 
 # In prompts of GLM-V also videos are written with image tokens.
@@ -204,6 +204,7 @@ DEEPSEEK_VL = TinyFamily(
     False,
     (16, 16),
     projects=False,
+    tower=BOTH,
 )
 DEEPSEEK_VL_HYBRID = replace(
     DEEPSEEK_VL, name="deepseek_vl_hybrid", build=_deepseek_hybrid, processor=_deepseek_hybrid_processor
@@ -216,6 +217,7 @@ GOT_OCR2 = replace(
     processor=_got_processor,
     image="<img><imgpad></img>",
     size=(64, 64),
+    tower=(),
     shows_patches=False,
     needs_images=True,
 )
@@ -234,6 +236,7 @@ ARIA = replace(
     build=_aria,
     processor=_aria_processor,
     image="<fim_prefix><|img|><fim_suffix>",
+    tower=("tap",),
     shows_patches=False,
 )
 # Two crops each: the processor counts the crops of all pictures alike.

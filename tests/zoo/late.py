@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import transformers
-from tiny import IDS, QWEN_SPECIALS, SPECIALS, STATES, TEXT, TOWER, WINDOW, TinyFamily, tokenizer
+from tiny import BOTH, IDS, QWEN_SPECIALS, SPECIALS, STATES, TEXT, TOWER, WINDOW, TinyFamily, tokenizer
 from torch import nn
 
 
@@ -307,6 +307,7 @@ GRANITE_DOCLING = TinyFamily(
     False,
     (48, 16),
     projects=False,
+    tower=BOTH,
     decoder="text_model",
     unable=("merged embeddings", "words behind embeddings"),
     drop_depth=0.75,  # the first three layers add features of the tower

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from tiny import INTERNVL, LLAVA_ONEVISION, SPECIALS, STATES, TEXT, TOWER, WINDOW, TinyFamily, tokenizer
+from tiny import BOTH, INTERNVL, LLAVA_ONEVISION, SPECIALS, STATES, TEXT, TOWER, WINDOW, TinyFamily, tokenizer
 from torch import nn
 
 VIDEO_SPECIALS = [*SPECIALS, "<video>"]
@@ -75,7 +75,7 @@ def _vipllava(attention: str) -> nn.Module:
     config = VipLlavaConfig(
         **_clip_and_llama(),
         image_token_index=4,
-        vision_feature_layer=[-2, -3, 1],
+        vision_feature_layers=[-2, -3, 1],  # in newer versions of transformers the singular is the name, too
         image_seq_length=16,
         attn_implementation=attention,
     )
@@ -274,6 +274,8 @@ ROWS = [
         (112, 100),
         (56, 112),
         tokens=(88, 56),
+        projects=True,
+        tower=BOTH,
         has_cls=True,
         video="<video>",
         clip_tokens=16,
@@ -288,14 +290,36 @@ ROWS = [
         (80, 50),
         tokens=(16, 16),
         has_cls=True,
+        tower=BOTH,
         video="<video>",
         clip_tokens=68,
     ),
-    _row("vipllava", _vipllava, _vipllava_processor, "<image>", (56, 56), (80, 50), tokens=(16, 16), has_cls=True),
-    _tiled("aya_vision", _aya_vision, _aya_vision_processor, "<image>", windowed=True),
-    _tiled("cohere2_vision", _cohere2_vision, _cohere2_vision_processor, "<|IMG_PATCH|>", windowed=True),
+    _row(
+        "vipllava",
+        _vipllava,
+        _vipllava_processor,
+        "<image>",
+        (56, 56),
+        (80, 50),
+        tokens=(16, 16),
+        has_cls=True,
+        projects=True,
+        tower=BOTH,
+    ),
+    _tiled("aya_vision", _aya_vision, _aya_vision_processor, "<image>", windowed=True, tower=BOTH),
+    _tiled("cohere2_vision", _cohere2_vision, _cohere2_vision_processor, "<|IMG_PATCH|>", windowed=True, tower=BOTH),
     # Its words around tiles are made by the vision tower.
-    _row("ovis2", _ovis2, _ovis2_processor, "<image>", (112, 100), (56, 56), tokens=(80, 16), unable=EMBEDDINGS),
+    _row(
+        "ovis2",
+        _ovis2,
+        _ovis2_processor,
+        "<image>",
+        (112, 100),
+        (56, 56),
+        tokens=(80, 16),
+        unable=EMBEDDINGS,
+        tower=BOTH,
+    ),
     # Images of one call have the same number of tiles.
     _row(
         "perception_lm",
@@ -305,6 +329,7 @@ ROWS = [
         (112, 56),
         (56, 112),
         tokens=(48, 48),
+        tower=("tap",),
         has_cls=True,
         video="<video>",
         clip_tokens=64,
@@ -320,8 +345,9 @@ ROWS = [
         tokens=(22, 6),
         unable=STATES,
         nested=True,
+        tower=("tap",),
     ),
-    _tiled("qianfan_ocr", _qianfan_ocr, _qianfan_ocr_processor, "<image>", has_cls=True),
+    _tiled("qianfan_ocr", _qianfan_ocr, _qianfan_ocr_processor, "<image>", has_cls=True, tower=BOTH),
     INTERNVL,
     LLAVA_ONEVISION,
 ]

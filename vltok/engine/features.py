@@ -7,7 +7,6 @@ reaches the language model: from the model's forward, from `generate`, from a ca
 
 from __future__ import annotations
 
-import inspect
 import threading
 import weakref
 from collections import deque
@@ -215,10 +214,6 @@ class Encoder(MethodWrapper):
         self.recent = recent
         self._begin = begin
         self._describe = describe
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(getattr(type(self.owner), self.name).__get__(self.owner))
 
     def around(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         kwargs.pop(KEYWORD, None)  # some models hand it to their encoders

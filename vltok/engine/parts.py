@@ -129,8 +129,15 @@ def split_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torc
     """
     given = {**{f"argument {place}": value for place, value in enumerate(args)}, **kwargs}
     tokens = given.pop(next(iter(given)))
-    tensors = [name for name, value in given.items() if isinstance(value, torch.Tensor) and value.dim() > 0]
+    tensors = [name for name, value in given.items() if _has_tensor(value)]
     return tokens, tensors + [name for name in ("is_causal",) if given.get(name) is True]
+
+
+def _has_tensor(value: Any) -> bool:
+    """Whether an argument is a tensor of more than one number, or several of these, as rotary positions are."""
+    if isinstance(value, tuple | list):
+        return any(map(_has_tensor, value))
+    return isinstance(value, torch.Tensor) and value.dim() > 0
 
 
 def num_heads(module: nn.Module) -> int:

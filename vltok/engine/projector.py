@@ -1,7 +1,9 @@
-"""Putting another projector into a LLaVA-like model: what it stands between, and what must follow it."""
+"""Putting another projector into a vision-language model: what it stands between, and what must follow it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -15,51 +17,74 @@ from vltok.report import Condensed
 from vltok.views import ProjectorSite
 
 
-def projector_site(model: nn.Module) -> ProjectorSite:
+@dataclass(frozen=True)
+class ProjectorChanges:
+    """What follows a projector that makes fewer tokens.
+
+    Attributes:
+        config: Fields of the model's config, with what they hold from then on.
+        counted: What the processor counts placeholders by: each field with its value now, and from then on.
+        shared: Further fields of the processor, with what they must hold.
+    """
+
+    config: dict[str, Any]
+    counted: dict[str, tuple[Any, Any]]
+    shared: dict[str, Any]
+
+
+def projector_site(model: nn.Module, strategy: str, levels: str = "vision_feature_layer") -> ProjectorSite:
     """Say where the projector of a model stands that has a CLIP-like tower and `multi_modal_projector`.
+
+    Args:
+        model: The model.
+        strategy: Which rows of the tower the projector gets: "default" is all but the first, "full" is all.
+        levels: Field of the config that says which hidden states it reads.
 
     Raises:
         UnsupportedModelError: If the projector gets other rows than patches, or has no weights at hand.
     """
     config, vision = model.config, model.config.vision_config
-    old = model.multi_modal_projector
     has_cls = vision.model_type == "clip_vision_model"
-    if has_cls != (config.vision_feature_select_strategy == "default"):
+    if has_cls != (strategy == "default"):
         raise UnsupportedModelError(
-            f"vision_feature_select_strategy={config.vision_feature_select_strategy!r} "
+            f"vision_feature_select_strategy={strategy!r} "
             f"{'leaves the [CLS] token among' if has_cls else 'takes the first patch from'} the patches of a "
             f"{vision.model_type}, so they form no grid; set it to {'default' if has_cls else 'full'!r} in model and "
             "processor"
         )
+    old = model.multi_modal_projector
     check_at_hand(old, "the projector", model)
     layers = (getattr(old, "linear_1", None), getattr(old, "linear_2", None))
     is_mlp = config.projector_hidden_act == "gelu" and all(
         isinstance(layer, nn.Linear) and layer.weight.is_floating_point()
         for layer in layers  # not quantized
     )
-    given = config.vision_feature_layer
-    depth = vision.num_hidden_layers
-    side = vision.image_size // vision.patch_size
+    known = {parameter for layer in layers if layer is not None for parameter in layer.parameters()}
     return ProjectorSite(
         old=old,
-        layers=layers if is_mlp else None,
-        grid=(side, side),
+        layers=layers if is_mlp and known == set(old.parameters()) else None,
+        grid=patch_grid(vision),
         dim=vision.hidden_size,
         hidden=config.text_config.hidden_size,
-        depth=depth,
-        levels=tuple(level % (depth + 1) for level in ([given] if isinstance(given, int) else given)),
+        depth=vision.num_hidden_layers,
+        levels=hidden_states_of(getattr(config, levels), vision.num_hidden_layers),
     )
 
 
+def patch_grid(vision: Any) -> tuple[int, int]:
+    """Patches of a picture of the size that a tower was made for, by its config: (H, W)."""
+    sides = zip(_pair(vision.image_size), _pair(vision.patch_size), strict=True)
+    height, width = (side // patch for side, patch in sides)
+    return height, width
+
+
+def hidden_states_of(given: int | Sequence[int], depth: int) -> tuple[int, ...]:
+    """Hidden states in 0..depth, 0 the embeddings, of Python indices as configs have them."""
+    return tuple(level % (depth + 1) for level in ([given] if isinstance(given, int) else given))
+
+
 def swap_projector(
-    edits: Edits,
-    run: Run,
-    model: nn.Module,
-    processor: Any,
-    fields: dict[str, tuple[Any, Any]],
-    projector: nn.Module,
-    levels: tuple[int, ...],
-    scale: int,
+    edits: Edits, run: Run, model: nn.Module, processor: Any, projector: nn.Module, changes: ProjectorChanges
 ) -> dict[str, dict[str, Any]]:
     """Swap the projector, and make config and processor follow it.
 
@@ -69,46 +94,36 @@ def swap_projector(
     Raises:
         ValueError: If the processor is missing or doesn't belong to the model.
     """
-    check_processor(model, processor, {name: now for name, (now, _) in fields.items()})
-    vision = model.config.vision_config
-    config_fields = {"vision_feature_layer": list(levels), "projector_hidden_act": PROJECTOR_GUARD}
-    if hasattr(model.config, "image_seq_length"):
-        config_fields["image_seq_length"] = (vision.image_size // vision.patch_size // scale) ** 2
-    changes = {
-        "config": (model.config, config_fields),
-        "processor": (processor, {name: then for name, (_, then) in fields.items()}),
+    check_processor(processor, changes)
+    followers = {
+        "config": (model.config, {**changes.config, "projector_hidden_act": PROJECTOR_GUARD}),
+        "processor": (processor, {name: then for name, (_, then) in changes.counted.items()}),
     }
-    before = {part: {name: getattr(target, name) for name in fields} for part, (target, fields) in changes.items()}
+    before = {part: {name: getattr(target, name) for name in fields} for part, (target, fields) in followers.items()}
     edits.swap(model, "multi_modal_projector", projector)
     edits.after(projector, _Note(run).after_projector)
-    for target, fields in changes.values():
+    for target, fields in followers.values():
         for name, value in fields.items():
             edits.set_attribute(target, name, value)
     return before
 
 
-def check_processor(model: nn.Module, processor: Any, fields: dict[str, Any]) -> None:
-    """Raise ValueError unless the processor writes a placeholder for each patch that this model's projector gets."""
+def check_processor(processor: Any, changes: ProjectorChanges) -> None:
+    """Raise ValueError unless the processor writes a placeholder for each token that this model's projector gives."""
     remedy = "pass the model's own: vltok.apply(model, method, processor=processor)"
     if processor is None:
         raise ValueError(
             f"this method changes how many placeholders a picture gets, so it needs the processor; {remedy}"
         )
-    config = model.config
-    expected = {
-        **fields,
-        "image_token_id": config.image_token_id,
-        "vision_feature_select_strategy": config.vision_feature_select_strategy,
-    }
+    expected = {name: now for name, (now, _) in changes.counted.items()} | changes.shared
     missing = [name for name in expected if not hasattr(processor, name)]
     if missing:
         raise ValueError(f"{type(processor).__name__} is no processor of this model: no {', '.join(missing)}; {remedy}")
     for name, value in expected.items():
         found = getattr(processor, name)
         if found != value:
-            hint = (
-                "; was it saved, or is it in use, while a projector is replaced? Set it back" if name in fields else ""
-            )
+            is_counted = name in changes.counted
+            hint = "; was it saved, or is it in use, while a projector is replaced? Set it back" if is_counted else ""
             raise ValueError(f"the processor's {name} is {found!r}, the model's {value!r}{hint}; {remedy}")
 
 
@@ -137,6 +152,10 @@ class CoarserPatches:
         coarser = _With(vision, patch_size=vision.patch_size * self.scale)
         stand_in = _With(owner, config=_With(owner.config, vision_config=coarser))
         return getattr(type(owner), self._name)(stand_in, *args, **kwargs)
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 class _With:

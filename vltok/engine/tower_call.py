@@ -6,7 +6,7 @@ pictures through the tower meanwhile; an interrupt may break off a call anywhere
 of the tensors that carry it, which a recomputation starts from again, and handed on from the input of a block or norm
 to its output. Only from the patches to the first block, and where a tensor has no storage, the thread tells.
 
-    patch layer   begin   a call, with the grid of the patches: the newest of this thread
+    patch layer   begin   a call, with the layout of the patches: the newest of this thread
     first block   enter   its input belongs to the newest call that no block has seen
     block, norm   carry   the output belongs to the call of the input
     last block    finish  the call that this one ran inside is the newest again
@@ -17,15 +17,18 @@ from __future__ import annotations
 import copy
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
+from vltok.engine.tower_layout import Layout, SideBySide
 from vltok.errors import UnsupportedInputError
 from vltok.recompute import current_pass
+from vltok.tokens import Grid
 
-Grid = tuple[int, int]
+Reader = Callable[[nn.Module, tuple, dict[str, Any], torch.Tensor], Layout]
 _DEEPEST = 8  # calls inside calls that are remembered; more are left over from calls that were broken off
 
 
@@ -65,26 +68,32 @@ class TowerCall:
     """One batch of pictures on its way through a tower.
 
     Attributes:
-        grid: Patches of each, (H, W).
+        layout: Where the pictures are among its tokens.
         outer: The call that this one runs inside, if there is one.
         depth: How many it runs inside.
         is_entered: Whether its tokens have reached the first block.
     """
 
-    __slots__ = ("__weakref__", "depth", "grid", "is_entered", "outer")
+    __slots__ = ("__weakref__", "depth", "is_entered", "layout", "outer")
 
-    def __init__(self, grid: Grid, outer: TowerCall | None) -> None:
-        self.grid = grid
+    def __init__(self, layout: Layout, outer: TowerCall | None) -> None:
+        self.layout = layout
         self.outer = outer if outer is None or outer.depth < _DEEPEST else None
         self.depth = 0 if self.outer is None else self.outer.depth + 1
         self.is_entered = False
 
 
 class TowerCalls(TowerHook):
-    """Finds the call that tokens in a tower belong to."""
+    """Finds the call that tokens in a tower belong to.
 
-    def __init__(self, tower: nn.Module) -> None:
+    Args:
+        tower: The tower.
+        read: Reads the layout off a call of the patch layer, given that, its arguments, keyword arguments and output.
+    """
+
+    def __init__(self, tower: nn.Module, read: Reader) -> None:
         super().__init__(tower)
+        self._read = read
         self._start_empty()
 
     def _start_empty(self) -> None:
@@ -93,7 +102,7 @@ class TowerCalls(TowerHook):
         self._grids: set[Grid] = set()  # that ever passed
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_owner": self.owner}
+        return {"_owner": self.owner, "_read": self._read}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -102,13 +111,14 @@ class TowerCalls(TowerHook):
     # Hooks
 
     def begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: torch.Tensor) -> None:
-        """After the patch layer, whose output, (B, C, H, W), has the grid."""
-        grid = (output.shape[-2], output.shape[-1])
+        """After the patch layer, whose call tells where the pictures are."""
+        layout = self._read(module, args, kwargs, output)
         if torch.compiler.is_compiling():
-            self._thread.newest = (current_pass(), TowerCall(grid, None))
+            self._thread.newest = (current_pass(), TowerCall(layout, None))
         else:
-            self._thread.newest = (current_pass(), TowerCall(grid, self.newest()))
-            self._grids.add(grid)
+            self._thread.newest = (current_pass(), TowerCall(layout, self.newest()))
+            if not isinstance(layout, SideBySide):
+                self._grids.add(layout)
 
     def enter(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Before the first block."""
@@ -150,8 +160,8 @@ class TowerCalls(TowerHook):
         if call is not None:
             self._file(made, call)
 
-    def grid_of(self, tokens: torch.Tensor, num_prefix_tokens: int) -> Grid:
-        """The grid that tokens form, (B, N, C), without the first few.
+    def layout_of(self, tokens: torch.Tensor, num_prefix_tokens: int) -> Layout:
+        """Where the pictures are among tokens, (B, N, C), of which the first few of each row are none of theirs.
 
         Raises:
             UnsupportedInputError: If nothing tells which pictures they come from, and several grids, or none, have so
@@ -161,10 +171,10 @@ class TowerCalls(TowerHook):
         call = self._filed_call(tokens)
         if call is None:
             call = self.newest()
-            if call is not None and not torch.compiler.is_compiling() and call.grid[0] * call.grid[1] != patches:
+            if call is not None and not torch.compiler.is_compiling() and not _has(call.layout, tokens, patches):
                 call = None
         if call is not None:
-            return call.grid
+            return call.layout
         fitting = [grid for grid in tuple(self._grids) if grid[0] * grid[1] == patches]
         if len(fitting) == 1:
             return fitting[0]
@@ -195,6 +205,13 @@ class TowerCalls(TowerHook):
 def tokens_in(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
     """What a block, norm or attention is called with first."""
     return args[0] if args else next(iter(kwargs.values()))
+
+
+def _has(layout: Layout, tokens: torch.Tensor, patches: int) -> bool:
+    """Whether tokens may be those of a layout, by their number."""
+    if isinstance(layout, SideBySide):
+        return tuple(tokens.shape[:2]) == layout.size
+    return layout[0] * layout[1] == patches
 
 
 def _storage(tokens: torch.Tensor) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ from torch import nn
 
 from vltok.edits import Edits
 from vltok.engine.parts import attention_scale, num_heads, score_layers, split_arguments
-from vltok.engine.tower_call import TowerCalls, TowerHook, tokens_in
+from vltok.engine.tower_call import TowerCall, TowerCalls, TowerHook, tokens_in
+from vltok.engine.tower_layout import SideBySide
 from vltok.errors import UnsupportedInputError, UnsupportedModelError
 from vltok.views import ScoreWatcher
 
@@ -48,6 +50,9 @@ class MapRecorder(TowerHook):
             self.watcher.see_map(self.calls.newest(), self.number, args[0])
 
 
+Turn = Callable[[nn.Module, torch.Tensor, torch.Tensor, dict[str, Any]], tuple[torch.Tensor, torch.Tensor]]
+
+
 class _Scores:
     """Queries and keys of an attention that runs, and those of the one that it runs inside."""
 
@@ -66,12 +71,29 @@ class ScoreRecorder(TowerHook):
     Adapters come and go between the attention and the layers that make them. So the layers are looked up when the
     attention runs, and those that aren't listened to yet are from then on.
 
+    Args:
+        calls: Finds the calls of the tower.
+        number: The block's number.
+        block: The block.
+        attention: Its attention.
+        watcher: Who is shown what.
+        turn: Makes of queries and keys, (B, heads, N, d), what the products are of, given the attention and its keyword
+            arguments.
+        is_masked: Whether masks say no more than which tokens are of one picture.
+
     Raises:
         UnsupportedModelError: If the attention doesn't say where its queries and keys are.
     """
 
     def __init__(
-        self, calls: TowerCalls, number: int, block: nn.Module, attention: nn.Module, watcher: ScoreWatcher
+        self,
+        calls: TowerCalls,
+        number: int,
+        block: nn.Module,
+        attention: nn.Module,
+        watcher: ScoreWatcher,
+        turn: Turn,
+        is_masked: bool,
     ) -> None:
         super().__init__(block)
         scale, heads = attention_scale(attention), num_heads(attention)
@@ -86,6 +108,8 @@ class ScoreRecorder(TowerHook):
         self.heads = heads
         self.scale = scale
         self.watcher = watcher
+        self.turn = turn
+        self.is_masked = is_masked
         self._thread = threading.local()  # scores: those of the attention that runs in this thread
 
     def __getstate__(self) -> dict[str, Any]:
@@ -134,13 +158,13 @@ class ScoreRecorder(TowerHook):
         """After the layer that makes queries."""
         scores = getattr(self._thread, "scores", None)
         if scores is not None and scores.is_wanted:
-            scores.query = self._by_heads(output)
+            scores.query = output
 
     def keep_key(self, layer: nn.Module, args: tuple, output: torch.Tensor) -> None:
         """After the layer that makes keys."""
         scores = getattr(self._thread, "scores", None)
         if scores is not None and scores.is_wanted:
-            scores.key = self._by_heads(output)
+            scores.key = output
 
     def show(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         """After the attention, also if it raised."""
@@ -153,14 +177,32 @@ class ScoreRecorder(TowerHook):
                 f"the layers for queries and keys of {type(attention).__name__}, block {self.number} of this vision "
                 "tower, were replaced before it was compiled; run the tower once without torch.compile first"
             )
-        if others := split_arguments(args, kwargs)[1]:
+        if not self.is_masked and (others := split_arguments(args, kwargs)[1]):
             raise UnsupportedInputError(
                 f"{type(attention).__name__} got {', '.join(others)}, with which its probabilities are not those of "
                 "its queries and keys; call the vision tower without"
             )
-        call = self.calls.call_of(tokens_in(args, kwargs))
-        self.watcher.see(call, self.number, scores.query, scores.key, self.scale)
+        tokens = tokens_in(args, kwargs)
+        query, key = (self._by_heads(x, tokens) for x in (scores.query, scores.key))
+        query, key = self.turn(attention, query, key, kwargs)
+        call = self.calls.call_of(tokens)
+        self.watcher.see(call, self.number, self._by_picture(call, query, key), self.scale)
 
-    def _by_heads(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, N, C) or (B, heads, N, d) -> (B, heads, N, d)."""
-        return x if x.dim() == 4 else x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+    def _by_heads(self, x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """(B, N, C), (B * N, heads, d) or (B, heads, N, d) -> (B, heads, N, d), where tokens are (B, N, C)."""
+        return x if x.dim() == 4 else x.reshape(*tokens.shape[:2], self.heads, -1).transpose(1, 2)
+
+    def _by_picture(
+        self, call: TowerCall | None, query: torch.Tensor, key: torch.Tensor
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Queries and keys of pictures of one grid each, (P, heads, H * W, d)."""
+        if call is None and self.is_masked:
+            raise UnsupportedInputError(
+                f"tokens came into block {self.number} of this vision tower, and nothing tells which pictures they are "
+                "of; call the whole tower, with pictures"
+            )
+        if call is None or not isinstance(call.layout, SideBySide):
+            return [(query, key)]
+        return [
+            tuple(group.of(x.transpose(1, 2)).transpose(1, 2) for x in (query, key)) for group in call.layout.groups
+        ]

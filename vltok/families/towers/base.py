@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
 from vltok.engine.guard import ATTENTION_GUARD
+from vltok.engine.tower_layout import Layout
+from vltok.errors import UnsupportedModelError
 
 
 class TowerFamily:
@@ -21,14 +24,23 @@ class TowerFamily:
     refuses: ClassVar[str] = ""
     returns_maps: ClassVar[bool] = True  # attention modules return (tokens, attention map or None)
     first_norm: ClassVar[str] = "norm1"  # child of a block that normalises what attends
+    # Whether pictures are padded, or stand in one row, and masks say no more than which tokens are of one picture.
+    is_masked: ClassVar[bool] = False
 
     def blocks(self, tower: nn.Module) -> Sequence[nn.Module]:
         """The blocks, first one first."""
         return max((module for module in tower.modules() if isinstance(module, nn.ModuleList)), key=len)
 
-    def patch_layer(self, tower: nn.Module) -> nn.Module:
-        """The convolution that makes patches of pixels: the first one."""
+    def patch_layer(self, tower: nn.Module) -> nn.Module | None:
+        """What makes patches of pixels, whose call says where they are, see `layout`: the first convolution.
+
+        None if there is no such part.
+        """
         return next((module for module in tower.modules() if isinstance(module, nn.Conv2d)), None)
+
+    def layout(self, part: nn.Module, args: tuple, kwargs: dict[str, Any], output: torch.Tensor) -> Layout:
+        """Where pictures are among the tokens, as a call of the patch layer tells: by its output, (B, C, H, W)."""
+        return output.shape[-2], output.shape[-1]
 
     def grid(self, tower: nn.Module) -> tuple[int, int]:
         """Patches of a picture of the size the tower was made for."""
@@ -61,8 +73,23 @@ class TowerFamily:
     def check_patches(self, tower: nn.Module) -> None:
         """Raise UnsupportedModelError if the tokens of a picture's patches don't all reach the blocks."""
 
-    def check_attention(self, tower: nn.Module) -> None:
-        """Raise UnsupportedModelError if attention in this tower is more than its attention modules compute."""
+    def check_replaceable(self, tower: nn.Module) -> None:
+        """Raise UnsupportedModelError if attention among all tokens of a row can't stand in for that of this tower."""
+        if self.is_masked:
+            raise UnsupportedModelError(
+                f"{type(tower).__name__} takes pictures of several sizes at once, padded or in one row, and tells them "
+                "apart by masks, so its attention can't be replaced; it can in towers whose pictures are all of one "
+                "size, such as CLIP, SigLIP and InternViT"
+            )
+
+    def check_scores(self, tower: nn.Module) -> None:
+        """Raise UnsupportedModelError if queries and keys don't show what this tower attends to."""
+
+    def turn(
+        self, attention: nn.Module, query: torch.Tensor, key: torch.Tensor, kwargs: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries and keys, (B, heads, N, d), as their products are taken, given what the attention was called with."""
+        return query, key
 
 
 def _pair(size: int | Sequence[int]) -> tuple[int, int]:

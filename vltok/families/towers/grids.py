@@ -10,6 +10,7 @@ from torch import nn
 
 from vltok.engine.parts import tokens_of
 from vltok.engine.tower_call import TowerCalls, TowerHook
+from vltok.engine.tower_layout import SideBySide
 from vltok.errors import UnsupportedInputError
 from vltok.recompute import is_recomputing, statistics_kept
 
@@ -23,7 +24,7 @@ class Supplier(TowerHook):
 
     def supply(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
         tokens = tokens_of(attention, args, kwargs)
-        return (tokens, self.calls.grid_of(tokens, attention.num_prefix_tokens)), {}
+        return (tokens, self.calls.layout_of(tokens, attention.num_prefix_tokens)), {}
 
 
 class Pooler(TowerHook):
@@ -46,9 +47,9 @@ class Pooler(TowerHook):
             )
         tokens, *rest = args
         module = getattr(self.owner, self.name)
-        grid = self.calls.grid_of(tokens, self.num_prefix_tokens)
+        layout = self.calls.layout_of(tokens, self.num_prefix_tokens)
         with statistics_kept(module) if is_recomputing() else contextlib.nullcontext():
-            pooled = module(tokens, grid)
+            pooled = layout.changed(tokens, module) if isinstance(layout, SideBySide) else module(tokens, layout)
         self.calls.hand_on(tokens, pooled)
         return (pooled, *rest), kwargs
 

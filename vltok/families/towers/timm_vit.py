@@ -69,7 +69,10 @@ class Eva(VisionTransformer):
     model_classes = ("Eva",)
     block_classes = ("EvaBlock",)
 
-    def check_attention(self, tower: nn.Module) -> None:
+    def check_replaceable(self, tower: nn.Module) -> None:
+        self.check_scores(tower)
+
+    def check_scores(self, tower: nn.Module) -> None:
         if tower.rope is not None:
             raise UnsupportedModelError(
                 "this Eva model tells its attention where tokens are, by rotary positions, so it can't be replaced; it "

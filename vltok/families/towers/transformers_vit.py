@@ -1,4 +1,4 @@
-"""The vision towers of transformers that vltok knows: CLIP, SigLIP, ViT, DINOv2."""
+"""Vision towers of transformers whose pictures are all of one size: CLIP, SigLIP, ViT, DINOv2, InternViT and others."""
 
 from __future__ import annotations
 
@@ -18,13 +18,18 @@ class Clip(TowerFamily):
     first_norm = "layer_norm1"
 
 
-class Siglip(TowerFamily):
-    """SigLIP: patches alone."""
+class PatchesAlone(TowerFamily):
+    """Patches alone, as in SigLIP.
 
-    name = "siglip"
-    title = "SigLIP"
-    model_classes = ("SiglipVisionModel",)
-    first_norm = "layer_norm1"
+    Args:
+        name: The family's name.
+        title: What people call it.
+        model_class: Name of the tower's class.
+        first_norm: Child of a block that normalises what attends.
+    """
+
+    def __init__(self, name: str, title: str, model_class: str, first_norm: str = "layer_norm1") -> None:
+        self.name, self.title, self.model_classes, self.first_norm = name, title, (model_class,), first_norm
 
     def num_prefix_tokens(self, tower: nn.Module) -> int:
         return 0
@@ -37,6 +42,22 @@ class ViT(TowerFamily):
     title = "ViT"
     model_classes = ("ViTModel",)
     first_norm = "layernorm_before"
+
+
+class InternViT(TowerFamily):
+    """InternViT: a [CLS] token before the patches; queries and keys may be normalised.
+
+    Args:
+        name: The family's name.
+        title: What people call it.
+        model_class: Name of the tower's class.
+    """
+
+    first_norm = "layernorm_before"
+    refuses = "SOFT where queries and keys are normalised"
+
+    def __init__(self, name: str, title: str, model_class: str) -> None:
+        self.name, self.title, self.model_classes = name, title, (model_class,)
 
 
 class Dinov2(TowerFamily):

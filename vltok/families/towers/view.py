@@ -54,7 +54,7 @@ class TowerView(VisionView):
         return self._blocks[block].get_submodule(self._attention_name(block))
 
     def self_attention(self, block: int) -> SelfAttention:
-        self.family.check_attention(self.host)
+        self.family.check_replaceable(self.host)
         return read_attention(self.attention_module(block), self.dim)
 
     def swap_attention(self, edits: Edits, block: int, module: nn.Module) -> None:
@@ -86,7 +86,7 @@ class TowerView(VisionView):
         edits.before(norm, Pooler(self._record_calls(edits), owner, name, self.num_prefix_tokens).pool)
 
     def watch_scores(self, edits: Edits, blocks: Sequence[int], watcher: ScoreWatcher) -> None:
-        self.family.check_attention(self.host)
+        self.family.check_scores(self.host)
         calls = self._record_calls(edits)
         watch, maps = CallWatch(calls, watcher), self.family.shown_maps(self.host)
         edits.after(self._patches, watch.start)
@@ -95,8 +95,9 @@ class TowerView(VisionView):
             if maps:
                 edits.after(maps[block], MapRecorder(calls, block, watcher).show)
             else:
-                attention = self.attention_module(block)
-                ScoreRecorder(calls, block, owner, attention, watcher).install(edits, attention)
+                attention, family = self.attention_module(block), self.family
+                recorder = ScoreRecorder(calls, block, owner, attention, watcher, family.turn, family.is_masked)
+                recorder.install(edits, attention)
             edits.after(owner, watch.leave, always=True)
         edits.after(self._blocks[-1], watch.finish)
 
@@ -117,7 +118,7 @@ class TowerView(VisionView):
     def _record_calls(self, edits: Edits) -> TowerCalls:
         """What finds the call that tokens belong to, put on the tower when first needed."""
         if self._calls is None:
-            calls = self._calls = TowerCalls(self.host)
+            calls = self._calls = TowerCalls(self.host, self.family.layout)
             edits.after(self._patches, calls.begin)
             edits.before(self._blocks[0], calls.enter)
             for block in self._blocks:

@@ -10,7 +10,8 @@ from vltok.families.table import Entry
 
 def _generic(name: str, title: str, model_class: str, **facts: object) -> Entry:
     facts |= {"name": name, "title": title, "model_classes": (model_class,)}
-    return Entry(f"transformers.models.{name}", "generic", facts.pop("family", "Generic"), facts)
+    file, family = facts.pop("file", "generic"), facts.pop("family", "Generic")
+    return Entry(f"transformers.models.{name}", file, family, facts)
 
 
 _GENERIC = [
@@ -83,7 +84,15 @@ _GENERIC = [
     _generic(
         "video_llava", "Video-LLaVA", "VideoLlavaModel", patches="rows", family="VideoLlava", videos="yes", cls="yes"
     ),
-    _generic("vipllava", "VipLLaVA", "VipLlavaModel", patches="rows", cls="yes"),
+    _generic(
+        "vipllava",
+        "VipLLaVA",
+        "VipLlavaModel",
+        patches="rows",
+        cls="yes",
+        file="vipllava",
+        family="VipLlava",
+    ),
 ]
 
 VLMS = {

@@ -19,11 +19,13 @@ from vltok.engine.features import KINDS, Encoding, pixel_keys
 from vltok.engine.parts import attention_of, live
 from vltok.engine.patches import Order, by_picture, token_scores
 from vltok.engine.pictures import Picture
-from vltok.engine.projector import CoarserPatches, swap_projector
+from vltok.engine.projector import CoarserPatches, ProjectorChanges, patch_grid, swap_projector
 from vltok.errors import UnsupportedModelError
 from vltok.method import Run
 from vltok.tokens import Grid3
 from vltok.views import AttentionRequest, ProjectorSite
+
+PROJECTING = ("llava", "llava_next", "llava_onevision", "vipllava", "llava_next_video", "internvl")
 
 
 class VlmFamily:
@@ -270,14 +272,21 @@ class VlmFamily:
             UnsupportedModelError: If this family's projector can't be replaced, or not in this member.
         """
         raise UnsupportedModelError(
-            f"the projector of {self.title} merges patches itself and its processor counts on that, so it can't be "
-            "replaced; families that can: llava (LLaVA-1.5 and its kin), llava_next, llava_onevision"
+            f"vltok doesn't know what the projector of {self.title} reads, or how its processor counts the tokens, so "
+            f"it can't be replaced; families that can: {', '.join(PROJECTING)}"
         )
 
-    def processor_fields(self, model: nn.Module, scale_factor: int) -> dict[str, tuple[Any, Any]]:
-        """What the processor counts placeholders by: for each field its value now, and for s^2 times fewer."""
-        size = model.config.vision_config.patch_size
-        return {"patch_size": (size, size * scale_factor)}
+    def projector_changes(
+        self, model: nn.Module, levels: tuple[int, ...], grid: tuple[int, int], scale_factor: int
+    ) -> ProjectorChanges:
+        """What follows a projector that reads these levels and makes a token of each s x s patches of this grid."""
+        config, size = model.config, model.config.vision_config.patch_size
+        strategy = config.vision_feature_select_strategy
+        return ProjectorChanges(
+            config={"vision_feature_layer": list(levels), **image_seq_length(config, grid, scale_factor)},
+            counted={"patch_size": (size, size * scale_factor)},
+            shared={"image_token_id": config.image_token_id, "vision_feature_select_strategy": strategy},
+        )
 
     def swap_projector(
         self,
@@ -290,8 +299,8 @@ class VlmFamily:
         scale_factor: int,
     ) -> dict[str, dict[str, Any]]:
         """Replace the projector, see `ProjectorView.swap_projector`. Returns what config and processor held before."""
-        fields = self.processor_fields(model, scale_factor)
-        before = swap_projector(edits, run, model, processor, fields, projector, levels, scale_factor)
+        changes = self.projector_changes(model, levels, patch_grid(model.config.vision_config), scale_factor)
+        before = swap_projector(edits, run, model, processor, projector, changes)
         for name in self.patch_counters:
             edits.set_attribute(model, name, CoarserPatches(model, name, scale_factor))
         return before
@@ -300,6 +309,12 @@ class VlmFamily:
         """Side of a patch in pixels."""
         size = self.tower(model).config.patch_size
         return size if isinstance(size, int) else size[0]
+
+
+def image_seq_length(config: Any, grid: tuple[int, int], scale_factor: int) -> dict[str, int]:
+    """The field of a config that says how many tokens a picture has, for s^2 times fewer; none where there is none."""
+    fewer = grid[0] * grid[1] // scale_factor**2
+    return {"image_seq_length": fewer} if hasattr(config, "image_seq_length") else {}
 
 
 def _merged(grid: list[int], length: int, merge: int) -> tuple[int, int, int] | None:

@@ -31,4 +31,4 @@ class Llava(VlmFamily):
             )
 
     def projector_site(self, model: nn.Module) -> ProjectorSite:
-        return projector_site(model)
+        return projector_site(model, model.config.vision_feature_select_strategy)

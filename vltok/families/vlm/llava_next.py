@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
+from vltok.edits import Edits
 from vltok.engine.features import Encoding, pixel_keys
 from vltok.engine.pictures import Picture
+from vltok.errors import UnsupportedInputError
 from vltok.families.vlm.base import VlmFamily
 from vltok.families.vlm.llava import Llava
+from vltok.method import Run
 from vltok.tokens import Grid3
 
 
@@ -77,9 +82,22 @@ class LlavaNextVideo(LlavaNext):
     name = "llava_next_video"
     title = "LLaVA-NeXT-Video"
     model_classes = ("LlavaNextVideoModel",)
-    patch_counters = ()
     videos = "yes"
-    projector_site = VlmFamily.projector_site  # its processor counts frames of videos, too
+
+    def swap_projector(
+        self,
+        edits: Edits,
+        run: Run,
+        model: nn.Module,
+        processor: Any,
+        projector: nn.Module,
+        levels: tuple[int, ...],
+        scale_factor: int,
+    ) -> dict[str, dict[str, Any]]:
+        """Replace the projector for images, and refuse videos."""
+        before = super().swap_projector(edits, run, model, processor, projector, levels, scale_factor)
+        edits.before(model.vision_resampler, _refuse_videos)
+        return before
 
     def token_attention(self, model: nn.Module, encoding: Encoding) -> torch.Tensor:
         if encoding.kind == "video":
@@ -94,3 +112,10 @@ class LlavaNextVideo(LlavaNext):
 
     def pixel_keys(self, model: nn.Module, encoding: Encoding, pixels: torch.Tensor) -> torch.Tensor:
         return pixel_keys(pixels) if encoding.kind == "video" else super().pixel_keys(model, encoding, pixels)
+
+
+def _refuse_videos(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    raise UnsupportedInputError(
+        "LLaVA-NeXT-Video pools the frames of videos before its projector, and the one in its place reads whole grids "
+        "of patches; give images, or take the method off for videos"
+    )

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import nn
 from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
 
 from vltok.engine.features import Encoding
-from vltok.engine.projector import projector_site
+from vltok.engine.projector import ProjectorChanges, projector_site
 from vltok.families.vlm.base import VlmFamily
 from vltok.views import ProjectorSite
 
@@ -55,8 +55,10 @@ class LlavaOnevision(VlmFamily):
         return super().grid(model, encoding, offset, length) if encoding.kind == "video" else None
 
     def projector_site(self, model: nn.Module) -> ProjectorSite:
-        return projector_site(model)
+        return projector_site(model, model.config.vision_feature_select_strategy)
 
-    def processor_fields(self, model: nn.Module, scale_factor: int) -> dict[str, tuple[Any, Any]]:
-        side = model.config.vision_config.image_size // model.config.vision_config.patch_size
-        return {"num_image_tokens": (side**2, (side // scale_factor) ** 2)}
+    def projector_changes(
+        self, model: nn.Module, levels: tuple[int, ...], grid: tuple[int, int], scale_factor: int
+    ) -> ProjectorChanges:
+        changes, patches = super().projector_changes(model, levels, grid, scale_factor), grid[0] * grid[1]
+        return replace(changes, counted={"num_image_tokens": (patches, patches // scale_factor**2)})

@@ -38,8 +38,7 @@ class VlmView(LanguageView, ProjectorView):
             if self._tower is None:
                 raise UnsupportedModelError(
                     f"the vision tower of {self.family.title}, {type(tower).__name__}, is not one whose blocks vltok "
-                    "knows; families that can: llava, llava_next, llava_onevision and others with a tower like "
-                    f"{', '.join(TOWERS)}"
+                    f"knows; those that are: {', '.join(TOWERS)}"
                 )
         return self._tower
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -109,8 +110,11 @@ class _Losses:
         self._thread.tallies = [*self._tallies()[-MOST_TALLIES:], _Tally(call)]
         self._publish({})
 
-    def see(self, call: object, block: int, query: torch.Tensor, key: torch.Tensor, scale: float) -> None:
-        self._count(call, block, score_diversification_loss(query, key, scale, self.threshold))
+    def see(self, call: object, block: int, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], scale: float) -> None:
+        losses = [score_diversification_loss(query, key, scale, self.threshold) for query, key in pairs]
+        pictures = [len(query) for query, _ in pairs]
+        mean = sum(loss * count for loss, count in zip(losses, pictures, strict=True)) / sum(pictures)
+        self._count(call, block, mean if len(losses) > 1 else losses[0])
 
     def see_map(self, call: object, block: int, attention: torch.Tensor) -> None:
         self._count(call, block, attention_diversification_loss(attention, self.threshold))
