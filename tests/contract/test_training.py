@@ -43,11 +43,16 @@ def test_labels_give_the_loss_of_the_kept_sequence_and_gradients(pair, model):
 
 
 def learners(pair, model) -> set[str]:
-    """Weights that learn without the method; those of a tower or projector only where the method leaves these alone."""
+    """Weights that learn without the method; those of a tower or projector only where the method leaves these alone.
+
+    Tokens that the model adds to a picture, such as newlines, may all be left out.
+    """
     untouched, inputs = copy.deepcopy(model).train(), plain(pair.family)
     untouched(**inputs, labels=inputs["input_ids"]).loss.backward()
     names = {name for name, p in untouched.named_parameters() if p.grad is not None and p.grad.any()}
     decoder = {id(p) for p in decoder_of(untouched, pair.family).parameters()}
+    tokens = {id(p) for p in untouched.model.parameters(recurse=False)}
+    names -= {name for name, p in untouched.named_parameters() if id(p) in tokens}
     first = {name for name in names if "patch_embed" in name}
     own = {name for name, p in untouched.named_parameters() if id(p) in decoder}
     return names if pair.prunes else names & (own | first)
