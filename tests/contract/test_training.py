@@ -74,10 +74,15 @@ def checkpointed_gradients_are_the_same(pair, model):
         with pair.apply(trained):
             trained(**inputs, labels=inputs["input_ids"], use_cache=False).loss.backward()
         grads.append({name: p.grad for name, p in trained.named_parameters() if p.grad is not None})
-    for checkpointed in grads[1:]:
-        assert checkpointed.keys() == grads[0].keys()
-        for name, grad in grads[0].items():
-            torch.testing.assert_close(checkpointed[name], grad, rtol=1e-3, atol=1e-5)
+    assert_alike(grads)
+
+
+def assert_alike(gradients: list[dict[str, torch.Tensor]]) -> None:
+    """Compare gradients by name with the first ones."""
+    for others in gradients[1:]:
+        assert others.keys() == gradients[0].keys()
+        for name, gradient in gradients[0].items():
+            torch.testing.assert_close(others[name], gradient, rtol=1e-3, atol=1e-5)
 
 
 @only_pruning
@@ -131,10 +136,7 @@ def two_forwards_are_recomputed(pair, model):
                 for loss in losses:
                     pool.submit(loss.backward).result()
         gradients.append({name: p.grad for name, p in trained.named_parameters() if p.grad is not None})
-    for checkpointed in gradients[1:]:
-        assert checkpointed.keys() == gradients[0].keys()
-        for name, gradient in gradients[0].items():
-            torch.testing.assert_close(checkpointed[name], gradient, rtol=1e-3, atol=1e-5)
+    assert_alike(gradients)
 
 
 @few
