@@ -14,11 +14,11 @@ from vltok.errors import UnsupportedModelError
 PARTS = ("projector", "llm", "tower")
 # Where the parts are below the part of the model that the family is about. The first that fits counts.
 _PLACES = {
-    r"(visual|vision_model)\.(\w*merger\w*|downsample|connector)": "projector",
+    r"(visual|vision_model)\.(\w*merger\w*|downsample|connector)|vision_tower\.patch_merger": "projector",
     r"language_model|text_model|image_newline": "llm",  # image_newline is an embedding, as those of words are
     r"(\w+_)?(vision_tower|vision_model|vision_encoder|image_tower|video_tower|audio_tower|visual)": "tower",
     r"vqmodel|generation_\w+": "tower",  # these make pictures
-    r"\w*(projector|projection|connector|aligner|resampler)|embed_vision|embed_audio": "projector",
+    r"\w*(projector|projection|connector|aligner|resampler|merger)|embed_vision|embed_audio": "projector",
     r"visual_embeddings_table|high_res_vision_\w+": "projector",
 }
 
