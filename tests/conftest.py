@@ -71,33 +71,36 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     What runs on a family of tests/zoo is `zoo`, too.
     """
     first: dict[tuple[str, str], Any] = {}  # by test and method
-    further = _further()
+    own, further = _rows()
+    pairs = [getattr(sys.modules.get(name), "PAIRS", {}) for name in ("matrix", "towers")]
+    known = {**further, **own, **pairs[0], **pairs[1]}
     for item in items:
-        family, method = _family(item)
+        family, method = _family(item, known)
         test = item.nodeid.partition("[")[0]
         if family is not None and first.setdefault((test, method), family) is not family:
             item.add_marker(pytest.mark.full)
-        if id(family) in further:
+        if getattr(family, "key", None) in further:
             item.add_marker(pytest.mark.zoo)
         if item.get_closest_marker("full") is None:
             item.add_marker(pytest.mark.quick)
 
 
-def _further() -> set[int]:
-    """Ids of the families of tests/zoo that tests/tiny.py doesn't have."""
+def _rows() -> tuple[dict[str, Any], dict[str, Any]]:
+    """The families of tests/tiny.py and the further ones of tests/zoo by their keys."""
     tiny = sys.modules.get("tiny")
-    own = {id(row) for row in (*tiny.ALL, *tiny.WINDOWED)} if tiny else set()
+    own = {row.key: row for row in (*tiny.ALL, *tiny.WINDOWED)} if tiny else {}
     zoos = [module for name, module in sys.modules.items() if name.startswith("zoo.")]
-    return {id(row) for module in zoos for row in getattr(module, "ROWS", ())} - own
+    rows = [row for module in zoos for row in getattr(module, "ROWS", ())]
+    return own, {row.key: row for row in rows if row.key not in own}
 
 
-def _family(item: pytest.Item) -> tuple[Any, str]:
+def _family(item: pytest.Item, known: dict[str, Any]) -> tuple[Any, str]:
     """The family or tower that a test is run on, of several, and what tells the methods it is run with apart."""
-    params = getattr(getattr(item, "callspec", None), "params", {})
-    pairs = [getattr(sys.modules.get(name), "PAIRS", {}) for name in ("matrix", "towers")]
-    for value in params.values():
-        pair = next((known[value] for known in pairs if isinstance(value, str) and value in known), value)
-        place = getattr(pair, "tower", None) or getattr(pair, "family", None)
+    for value in getattr(getattr(item, "callspec", None), "params", {}).values():
+        case = known.get(value, value) if isinstance(value, str) else value
+        if type(case).__name__ == "TinyFamily":
+            return case, ""
+        place = getattr(case, "tower", None) or getattr(case, "family", None)
         if place is not None:
-            return place, repr(getattr(pair, "methods", None) or getattr(pair, "method", None))
-    return params.get("family"), ""
+            return place, repr(getattr(case, "methods", None) or getattr(case, "method", None))
+    return None, ""

@@ -55,20 +55,18 @@ def test_a_copied_handle_acts_on_the_copy(pair, model):
 def test_a_model_is_saved_whole_with_the_method_on(pair, how):
     model = pair.family.model()  # a fresh one: asked for hidden states, transformers leaves hooks that can't be pickled
     untouched = logits(model, plain(pair.family))
-    try:
-        pickle.dumps(model)
-    except AttributeError:
-        pytest.skip("transformers' own hooks for hidden states, which this tower is asked for, can't be pickled")
     with pair.apply(model):
         generate(model, batch(pair))
         expected = logits(model, batch(pair))
-        if how == "pickle":
-            loaded = pickle.loads(pickle.dumps(model))
-        else:
-            file = io.BytesIO()
-            torch.save(model, file)
-            file.seek(0)
-            loaded = torch.load(file, weights_only=False)
+        file = io.BytesIO()
+        try:
+            pickle.dump(model, file) if how == "pickle" else torch.save(model, file)
+        except AttributeError as error:
+            if "output_capturing_hook" not in str(error):
+                raise
+            pytest.skip("transformers' own hooks for hidden states, which this tower is asked for, can't be pickled")
+        file.seek(0)
+        loaded = pickle.load(file) if how == "pickle" else torch.load(file, weights_only=False)
     assert torch.equal(logits(loaded, batch(pair)), expected)
     assert len(vltok.handles(loaded)) == 1
     vltok.remove(loaded)

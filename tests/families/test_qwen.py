@@ -228,6 +228,7 @@ def test_positions_counted_anew_are_those_of_a_short_prompt(family, name):
         check(model, family, ask(family, PROMPTS[name]), method)
 
 
+@pytest.mark.zoo
 def test_attention_behind_an_indexer_is_not_read():
     """What is read would not be what the layer does."""
     model = shared_model(MINIMAX_M3_VL_SPARSE)
