@@ -36,9 +36,16 @@ class AttentionRequest:
     layer: int = -1
 
 
+# What a selector may ask for besides: see `VisualTokens`.
+Need = Literal["features", "keys", "text"]
+
+
 @dataclass(frozen=True)
 class VisualTokens:
     """The visual tokens of B images of N tokens each, as they enter the language model.
+
+    Where a selector changes what the kept tokens are, gradients flow through all that is given here in floating point,
+    but for attention.
 
     Attributes:
         embeddings: Projected embeddings, (B, N, D), in the model's dtype.
@@ -51,6 +58,15 @@ class VisualTokens:
             none that is known.
         coordinates: Frame, row and column of each token, (B, N, 3), int64, -1 for tokens behind the grid; None without
             a grid.
+        features: What the vision tower says of each token, (B, N, C), the mean over the patches it stands for, 0 where
+            it stands for none. None unless asked for.
+        can_project: Whether these are what the projector reads, token by token, so that a `Selection` may have features
+            in their place.
+        keys: The keys of the layer whose attention was requested, (B, N, C), all heads side by side, as its projection
+            makes them: the mean over the patches, 0 for none. None unless asked for.
+        text: Embeddings of the words of the question, (B, M, D): those of the language model. Answers are never among
+            them. None unless asked for.
+        text_mask: Which of these are no padding, (B, M), bool.
     """
 
     embeddings: torch.Tensor
@@ -59,6 +75,27 @@ class VisualTokens:
     is_overview: torch.Tensor
     grid: Grid3 | None = None
     coordinates: torch.Tensor | None = None
+    features: torch.Tensor | None = None
+    can_project: bool = False
+    keys: torch.Tensor | None = None
+    text: torch.Tensor | None = None
+    text_mask: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a selector keeps, where it changes what stands there. At most one of embeddings and features is given.
+
+    Attributes:
+        indices: Kept positions, (B, K), ascending, int64.
+        embeddings: What enters the language model at these, (B, K, D).
+        features: What the projector is given for these, (B, K, C); where a token stands for no patch, such as a newline
+            token, it stays as it is. Only where `VisualTokens.can_project`.
+    """
+
+    indices: torch.Tensor
+    embeddings: torch.Tensor | None = None
+    features: torch.Tensor | None = None
 
 
 class TokenSelector(Protocol):
@@ -69,11 +106,17 @@ class TokenSelector(Protocol):
     positions: Literal["keep", "reindex"]
     per: Literal["image", "tile", "frame"]
 
+    @property
+    def needs(self) -> tuple[Need, ...]: ...
+
+    @property
+    def merges(self) -> bool: ...
+
     def attention_request(self, has_cls: bool) -> AttentionRequest | None: ...
 
     def budget(self, num_tokens: int, grid: Grid3 | None, kind: Literal["image", "video"]) -> int: ...
 
-    def select(self, visual: VisualTokens, num_keep: int) -> torch.Tensor: ...
+    def select(self, visual: VisualTokens, num_keep: int) -> torch.Tensor | Selection: ...
 
 
 class DecoderState(Protocol):

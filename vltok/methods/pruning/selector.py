@@ -11,7 +11,7 @@ from vltok.checks import check_budget, check_choice
 from vltok.edits import Edits
 from vltok.method import Method, Run
 from vltok.tokens import Grid3, keep_count
-from vltok.views import AttentionRequest, LanguageView, VisualTokens
+from vltok.views import AttentionRequest, LanguageView, Need, Selection, VisualTokens
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Selector(Method):
     """Keep some visual tokens of every image and video before the language model and drop the rest.
 
     A selector defines `select`, a pure function of the visual tokens; embeddings, masks, positions, cache and labels
-    are the family's work.
+    are the engine's work. What it looks at besides embeddings it names in `needs`, and by `attention_request`.
 
     Attributes:
         keep_ratio: Share of each image's visual tokens to keep, in (0, 1]. Exactly one of keep_ratio and num_keep.
@@ -46,6 +46,16 @@ class Selector(Method):
         check_choice("positions", self.positions, ("keep", "reindex"))
         check_choice("per", self.per, ("image", "tile", "frame"))
 
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        """What `select` looks at besides embeddings and attention: "features", "keys", "text". Nothing by default."""
+        return ()
+
+    @property
+    def merges(self) -> bool:
+        """Whether `select` changes what kept tokens are; then it runs with gradients. Not by default."""
+        return False
+
     def attention_request(self, has_cls: bool) -> AttentionRequest | None:
         """Say which attention of the vision tower `select` needs; none by default.
 
@@ -67,7 +77,7 @@ class Selector(Method):
         """
         return keep_count(num_tokens, self.keep_ratio, self.num_keep)
 
-    def select(self, visual: VisualTokens, num_keep: int) -> torch.Tensor:
+    def select(self, visual: VisualTokens, num_keep: int) -> torch.Tensor | Selection:
         """Pick tokens, a pure function.
 
         Args:
@@ -75,7 +85,7 @@ class Selector(Method):
             num_keep: How many to keep, in 1..N.
 
         Returns:
-            Kept positions, (B, num_keep), ascending, int64.
+            Kept positions, (B, num_keep), ascending, int64; or a `Selection`, of what stands there instead.
         """
         raise NotImplementedError(f"{type(self).__name__} must define select()")
 
