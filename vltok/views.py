@@ -105,7 +105,7 @@ class TokenSelector(Protocol):
 
     keep_ratio: float | None
     num_keep: int | None
-    positions: Literal["keep", "reindex"]
+    positions: Literal["keep", "reindex", "stretch"]
     per: Literal["image", "tile", "frame"]
 
     @property
@@ -118,7 +118,7 @@ class TokenSelector(Protocol):
 
     def budget(self, num_tokens: int, grid: Grid3 | None, kind: Literal["image", "video"]) -> int: ...
 
-    def select(self, visual: VisualTokens, num_keep: int) -> torch.Tensor | Selection: ...
+    def pick(self, visual: VisualTokens, num_keep: int) -> Selection: ...
 
 
 class DecoderState(Protocol):

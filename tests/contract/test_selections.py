@@ -283,3 +283,78 @@ def test_selections_that_can_not_be_carried_out_are_refused():
         model(**inputs)
     with pytest.raises(ValueError, match="text must be a question"):
         replace(Reading(keep_ratio=0.5), text=" ")
+
+
+@every
+def test_merged_tokens_are_means(family: TinyFamily):
+    """Compare with a selector that puts the means there, made one by one."""
+
+    class Naive(Changing):
+        def select(self, visual, num_keep):
+            selection = super().select(visual, num_keep)
+            means = []
+            for tokens, kept in zip(visual.embeddings, selection.indices.tolist(), strict=True):
+                own = {place: [tokens[place]] for place in kept}
+                for place, token in enumerate(tokens):
+                    if place not in own:
+                        cosines = [torch.cosine_similarity(token.float(), tokens[each].float(), dim=0) for each in kept]
+                        own[kept[int(torch.stack(cosines).argmax())]].append(token)
+                means.append(torch.stack([torch.stack(each).mean(0) for each in own.values()]))
+            return Selection(selection.indices, torch.stack(means))
+
+    model, inputs = shared_model(family), batch(family, names=["text around", "two images"])
+    with vltok.apply(model, Naive(keep_ratio=0.4)):
+        expected = model(**inputs).logits
+    with vltok.apply(model, replace(STRIDE, merge="nearest")):
+        assert_close(model(**inputs).logits, expected)
+
+
+def spread(model, inputs, gone: torch.Tensor) -> torch.Tensor:
+    """Positions, (B, T), as `positions="stretch"` makes them, token by token."""
+    visual = oracle.placeholders(model, inputs)
+    positions = inputs["attention_mask"].cumsum(1) - 1
+    for row, is_visual in enumerate(visual.tolist()):
+        begin = 0
+        while begin < len(is_visual):
+            end = begin
+            while end < len(is_visual) and is_visual[end] == is_visual[begin]:
+                end += 1
+            kept = [place for place in range(begin, end) if is_visual[begin] and not gone[row, place]]
+            old = positions[row].clone()
+            for number, place in enumerate(kept):
+                positions[row, place] = old[begin + number * (end - 1 - begin) // max(1, len(kept) - 1)]
+            begin = end
+    return positions
+
+
+def test_stretched_positions_reach_over_the_run():
+    family = tiny.LLAVA
+    model, inputs = shared_model(family, "eager"), batch(family, names=["text around", "two images"])
+    with vltok.apply(model, replace(STRIDE, positions="stretch")) as handle:
+        actual = model(**inputs).logits
+        gone = oracle.dropped(handle.report(file=None), oracle.placeholders(model, inputs))
+        words = generate(model, inputs)
+        assert torch.equal(generate(model, inputs, use_cache=False), words)
+    positions = spread(model, inputs, gone)
+    assert not torch.equal(positions, inputs["attention_mask"].cumsum(1) - 1)
+    with oracle.hidden(oracle.decoder_of(model, family), gone):
+        expected = model(**inputs, position_ids=positions.clamp_min(0), use_cache=False).logits
+    seen = inputs["attention_mask"].bool() & ~gone
+    assert_close(actual[seen], expected[seen])
+    with pytest.raises(ValueError, match="positions on several axes"):
+        vltok.apply(shared_model(tiny.QWEN2_5_VL), replace(STRIDE, positions="stretch"))
+
+
+def test_positions_that_are_none_are_refused():
+    model, inputs = shared_model(tiny.LLAVA), single(tiny.LLAVA, "text around")
+    for wrong in (lambda k: [0] * k, lambda k: range(k - 1), lambda k: range(-1, k - 1), lambda k: range(k, 0, -1)):
+
+        class Wrong(vltok.Selector):
+            def select(self, visual, num_keep, wrong=wrong):
+                return torch.tensor([list(wrong(num_keep))] * len(visual.embeddings))
+
+        with (
+            vltok.apply(model, Wrong(keep_ratio=0.4)),
+            pytest.raises(ValueError, match="must return ascending positions"),
+        ):
+            model(**inputs)

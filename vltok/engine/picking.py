@@ -66,7 +66,9 @@ def pick_tokens(prompt: Prompt, embeds: torch.Tensor, family: Any) -> tuple[torc
         starts = torch.tensor([prompt.pictures[part.picture].start + part.begin for part in parts]).unsqueeze(1)
         where = place[starts + torch.arange(parts[0].length)]  # (G, N)
         selection = _pick(prompt, flat[where.to(flat.device)], parts, family, words)
-        kept = where.gather(1, selection.indices.cpu())
+        indices = selection.indices.cpu()
+        _check(selector, indices, parts)
+        kept = where.gather(1, indices)
         keep.view(-1)[kept.flatten()] = True
         if selection.embeddings is not None:
             changes.append((kept.flatten(), selection.embeddings.flatten(0, 1)))
@@ -74,6 +76,18 @@ def pick_tokens(prompt: Prompt, embeds: torch.Tensor, family: Any) -> tuple[torc
             picks[part.picture].append(indices + part.begin)
     prompt.picks = [torch.cat(own).sort().values if len(own) > 1 else own[0] for own in picks]
     return keep.repeat_interleave(prompt.repeat, 0), _changed(prompt, embeds, changes)
+
+
+def _check(selector: TokenSelector | None, indices: torch.Tensor, parts: list[Part]) -> None:
+    """Raise ValueError unless these are ascending positions of each part, (G, K), as many as the budget says."""
+    length = parts[0].length
+    count = length if selector is None else selector.budget(length, parts[0].grid, parts[0].kind)
+    fits = indices.shape == (len(parts), count) and (indices.diff(dim=1) > 0).all()
+    if not fits or not ((indices >= 0) & (indices < length)).all():
+        raise ValueError(
+            f"{type(selector).__name__}.select() must return ascending positions in 0..{length - 1}, "
+            f"({len(parts)}, {count}), got {tuple(indices.shape)}: {indices.tolist()}"
+        )
 
 
 def _changed(prompt: Prompt, embeds: torch.Tensor, changes: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
@@ -158,8 +172,7 @@ def _pick(prompt: Prompt, embeddings: torch.Tensor, parts: list[Part], family: A
         text_mask=text_mask,
     )
     with nullcontext() if selector.merges else torch.no_grad():
-        selection = selector.select(visual, num_keep)
-        selection = selection if isinstance(selection, Selection) else Selection(selection)
+        selection = selector.pick(visual, num_keep)
         selection = _projected(selection, visual, has_patch, family.projector(prompt.model))
     if words is not None:
         words.remember(parts, selection)

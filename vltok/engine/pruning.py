@@ -101,7 +101,7 @@ class PruningEngine:
         self.follow()
 
     def _check_positions(self, selector: TokenSelector) -> None:
-        if selector.positions == "reindex" and self.family.has_axes(self.model):
+        if selector.positions != "keep" and self.family.has_axes(self.model):
             raise ValueError(
                 f"{self.family.title} gives visual tokens positions on several axes, which can't be counted anew; "
                 'use positions="keep"'
