@@ -102,3 +102,43 @@ def test_gradients_reach_every_token_that_was_merged():
     assert (tokens.grad.abs().amax(-1) > 0).all()
     half = merge_into_kept(tokens.detach().bfloat16(), torch.tensor([[0, 4], [3, 8]]))
     assert half.dtype == torch.bfloat16
+
+
+def naive_centred(tokens: torch.Tensor, num_keep: int, first: int | None, score) -> list[int]:
+    """Greedy picks of one image by weighted distances of centred tokens, with plain loops."""
+    x = tokens.double()
+    mean = x.mean(0)
+    weight = [float(1 - torch.cosine_similarity(each, mean, dim=0)) for each in x]
+    cosine = torch.nn.functional.normalize(x - mean, dim=-1)
+    cosine = cosine @ cosine.T
+    if first is None:
+        others = [[float(1 - cosine[i, j]) for j in range(len(x)) if j != i] for i in range(len(x))]
+        first = max(range(len(x)), key=lambda i: (weight[i] * min(others[i]), -i))
+    picks = [first]
+    while len(picks) < num_keep:
+        left = [i for i in range(len(x)) if i not in picks]
+        far = {i: weight[i] * score([float(1 - cosine[i, j]) for j in picks]) for i in left}
+        picks.append(max(left, key=lambda i: (far[i], -i)))
+    return sorted(picks)
+
+
+@pytest.mark.parametrize("length", [12, 40])
+def test_centred_similarity_goes_with_distinctness(length):
+    generator = torch.Generator().manual_seed(5)
+    common = 8 * torch.randn(24, generator=generator)
+    tokens = replace(visual(), embeddings=common + torch.randn(3, length, 24, generator=generator), attention=None)
+    tokens = replace(tokens, is_overview=torch.ones(3, length, dtype=torch.bool), grid=None, coordinates=None)
+    for method, score in (
+        (vltok.DivPrune(num_keep=7, correction="centred"), min),
+        (vltok.ToDRE(num_keep=7, stages=(1,), pivot="farthest", correction="centred"), sum),
+        (vltok.ToDRE(num_keep=7, stages=(1,), pivot="farthest", strategy="k_center", correction="centred"), min),
+    ):
+        picks = method.select(tokens, 7)
+        plain = replace(method, correction=None).select(tokens, 7)
+        assert not torch.equal(picks, plain)
+        for row, own in enumerate(tokens.embeddings):
+            cosines = torch.cosine_similarity(own, torch.nn.functional.normalize(own, dim=-1).mean(0), dim=-1)
+            first = None if isinstance(method, vltok.DivPrune) else int(cosines.argmin())
+            assert picks[row].tolist() == naive_centred(own, 7, first, score)
+    with pytest.raises(ValueError, match="correction must be one of None, 'centred'"):
+        vltok.DivPrune(num_keep=7, correction="centered")
