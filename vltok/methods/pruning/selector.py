@@ -91,3 +91,31 @@ class Selector(Method):
 
     def attach(self, view: LanguageView, edits: Edits, run: Run) -> None:
         view.on_visual_tokens(edits, run, self)
+
+
+def question_words(visual: VisualTokens, otherwise: str | None = None) -> list[torch.Tensor]:
+    """Give the words of each image's question, without padding.
+
+    Args:
+        visual: What a selector is given.
+        otherwise: What to do about an image without words, for the error. None if that is no error.
+
+    Returns:
+        Embeddings of B questions, (M_i, D) each, float32.
+
+    Raises:
+        ValueError: If there is no text, an image has no words and that is an error, or an embedding is NaN or infinite.
+    """
+    if visual.text is None or visual.text_mask is None:
+        raise ValueError(
+            "the question is compared with the image; give `text`, (B, M, D), and `text_mask`, (B, M)"
+            + ("" if otherwise is None else f", or {otherwise}")
+        )
+    words = [text[mask].float() for text, mask in zip(visual.text.detach(), visual.text_mask, strict=True)]
+    wordless = [image for image, each in enumerate(words) if not len(each)]
+    if wordless and otherwise is not None:
+        raise ValueError(f"image {wordless} of the batch comes without a word of text; ask a question, or {otherwise}")
+    broken = [image for image, each in enumerate(words) if not each.isfinite().all()]
+    if broken:
+        raise ValueError(f"the text of image {broken} of the batch holds NaN or infinite embeddings")
+    return words
