@@ -61,31 +61,30 @@ def _follow(rows: CosineRows, weights: torch.Tensor, num_keep: int, ridge: float
     left = squares + ridge  # what of each token's squared length the picked ones don't span
     # Rows of the Cholesky factor. A multiple of 4 columns, as products would break ties between equal rows else.
     factor = torch.zeros(batch, length, math.ceil(num_keep / 4) * 4, device=weights.device)
-    flat_factor, flat_weights = factor.view(batch * length, -1), weights.reshape(-1)
+    flat_factor = factor.view(batch * length, -1)
     offsets = torch.arange(batch, device=weights.device) * length
     product = torch.zeros_like(weights)
     images, outs = factor.unbind(), product.unsqueeze(2).unbind()
+    nothing = torch.tensor(-math.inf, device=weights.device)
     picks, gains = [], []
     for step in range(num_keep):
-        left.masked_fill_(left <= floor, -math.inf)
+        # A picked token's own cosine is infinite, so what is left of it is -inf or NaN; of all, where nothing is left.
+        left = torch.where(left > floor, left, nothing)
         gain, pick = left.max(1)  # documented to give the first of equal values
         picks.append(pick)
         gains.append(gain)
         if step == num_keep - 1:
             break
-        flat_pick = pick + offsets
-        kernel = rows.row_of(pick).mul_(weights).mul_(flat_weights.index_select(0, flat_pick).unsqueeze(1))
-        kernel.scatter_(1, pick.unsqueeze(1), 0)  # infinite so far; nothing reads a picked token's entry
+        kernel = rows.row_of(pick).mul_(weights).mul_(weights.gather(1, pick.unsqueeze(1)))
         if step:
             used = math.ceil(step / 4) * 4
-            columns = flat_factor.index_select(0, flat_pick)[:, :used].unsqueeze(2).unbind()
+            columns = flat_factor.index_select(0, pick + offsets)[:, :used].unsqueeze(2).unbind()
             for image, column, out in zip(images, columns, outs, strict=True):
                 times_row(image[:, :used], column, out)
             kernel.sub_(product)
-        # Where nothing is left to gain, the column is 0 and not 0 / 0.
-        kernel.mul_(torch.where(gain > 0, gain, math.inf).rsqrt().unsqueeze(1))
+        kernel.mul_(gain.rsqrt().unsqueeze(1))
         factor[:, :, step] = kernel
-        left.sub_(kernel.square()).scatter_(1, pick.unsqueeze(1), -math.inf)
+        left.sub_(kernel.square())
     return _filled(torch.stack(picks, 1), torch.stack(gains, 1) > 0, weights)
 
 

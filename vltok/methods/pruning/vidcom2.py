@@ -19,9 +19,7 @@ WIDTHS = (1 / 8, 1 / 4, 1 / 2, 1, 2)  # of the Gaussian kernels that are added u
 TEMPERATURE = 0.01  # of the softmax over frames
 
 
-def select_standing_out(
-    tokens: torch.Tensor, num_frames: int, num_keep: int, share: float | None = None
-) -> torch.Tensor:
+def select_standing_out(tokens: torch.Tensor, num_frames: int, num_keep: int) -> torch.Tensor:
     """Pick the tokens that are least like the mean of their video and of their frame.
 
     Compared are the half of the channels that vary least, at unit length. Frames that are less like the video get up to
@@ -32,8 +30,6 @@ def select_standing_out(
         tokens: Tokens of B videos, frame by frame, (B, T * P, D), any float dtype; computed in float32.
         num_frames: Frames, T.
         num_keep: How many to keep, in 1..T * P.
-        share: What share of a frame its count starts from; the published code has one that `num_keep` was rounded from.
-            num_keep / (T * P) by default.
 
     Returns:
         Kept positions, (B, num_keep), ascending, int64; equal similarities go to the lowest index.
@@ -48,18 +44,18 @@ def select_standing_out(
     if not 1 <= num_keep <= length:
         raise ValueError(f"num_keep must be in 1..{length} (the visual tokens), got {num_keep}")
     check_usable(tokens)
-    share = num_keep / length if share is None else share
-    picks = [_of_video(x.detach().float(), num_frames, num_keep, share) for x in tokens]
+    picks = [_of_video(x.detach().float(), num_frames, num_keep) for x in tokens]
     return torch.stack(picks) if picks else torch.empty(0, num_keep, dtype=torch.int64, device=tokens.device)
 
 
-def _of_video(x: torch.Tensor, num_frames: int, num_keep: int, share: float) -> torch.Tensor:
+def _of_video(x: torch.Tensor, num_frames: int, num_keep: int) -> torch.Tensor:
     steady = x.var(0, correction=0).argsort(stable=True)[: max(1, x.shape[1] // 2)].sort().values
     x = torch.nn.functional.normalize(x[:, steady], dim=1).unflatten(0, (num_frames, -1))  # (T, P, C)
     to_video = _similarity(x, x.mean((0, 1), keepdim=True))  # (T, P)
     similarity = to_video + _similarity(x, x.mean(1, keepdim=True))
     weight = (-to_video.mean(1) / TEMPERATURE).softmax(0)  # of each frame, (T,)
     size = x.shape[1]
+    share = num_keep / (num_frames * size)
     counts = (size * (share * (1 + weight - weight.mean())).clamp(max=1)).round().clamp(1, size)
     chosen = similarity.argsort(dim=1, stable=True).argsort(dim=1) < counts.unsqueeze(1)
     # What the frames' counts choose goes first, and within it, as in the rest, what is least similar.
