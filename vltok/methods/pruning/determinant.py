@@ -47,10 +47,10 @@ def max_determinant_order(
         return _follow(rows, weights[part], num_keep, ridge)
 
     picks, usable = pick_by_cosine(tokens, num_keep, follow)
-    if not (usable & weights.isfinite().all()):
-        if not weights.isfinite().all():
-            raise ValueError("the weights of visual tokens hold NaN or infinite values")
-        raise unusable(tokens)
+    if not (usable & weights.isfinite().all()):  # the one point where the host waits
+        if not usable:
+            raise unusable(tokens)
+        raise ValueError("the weights of visual tokens hold NaN or infinite values")
     return picks
 
 
