@@ -53,6 +53,14 @@ def test_a_single_token_is_kept(method):
 
 
 @every_method
+def test_an_empty_batch_is_fine(method):
+    names = ("embeddings", "image_keys", "is_overview", "features", "text", "text_mask")
+    visual = made_up()
+    none = replace(visual, **{name: getattr(visual, name)[:0] for name in names})
+    assert method.select(none, 5).shape == (0, 5)
+
+
+@every_method
 @pytest.mark.parametrize("num_keep", [4, 7, 20, 30])
 def test_equal_and_zero_tokens_are_kept_once_each(method, num_keep):
     visual = repeated(made_up(length=30), [0, 1, 2, 3, 4] * 6)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from visual_tokens import made_up
@@ -20,7 +20,7 @@ DATA = Path(__file__).parents[1] / "data"
 
 
 def naive(tokens: torch.Tensor, frames: int, keep: int) -> list[int]:
-    """Token by token, float64."""
+    """Token by token, float64. Asks for other tokens where a frame's count is too close to a half to be told."""
     tokens = tokens.double()
     size = len(tokens) // frames
     variance = ((tokens - tokens.mean(0)) ** 2).mean(0).tolist()
@@ -40,6 +40,7 @@ def naive(tokens: torch.Tensor, frames: int, keep: int) -> list[int]:
     chosen: list[int] = []
     for t in range(frames):
         scale = min(1, keep / len(x) * (1 + weights[t] - sum(weights) / frames))
+        assume(scale == 1 or abs(size * scale % 1 - 0.5) > 1e-4)
         count = min(size, max(1, round(size * scale)))
         chosen += sorted(range(t * size, (t + 1) * size), key=lambda i: (likeness[i], i))[:count]
     chosen.sort(key=lambda i: (likeness[i], i))
@@ -74,7 +75,7 @@ def test_planted_faults_miss_the_published_picks(fault, monkeypatch):
 @settings(deadline=None, max_examples=60)
 @given(st.data())
 def test_picks_are_those_of_the_naive_twin(data):
-    frames, size = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 9))
+    frames, size = data.draw(st.integers(1, 5)), data.draw(st.integers(3, 9))  # of two tokens, none stands out
     keep = data.draw(st.integers(1, frames * size))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**20)))
     frame = torch.randn(2, frames, 1, 6, generator=generator)

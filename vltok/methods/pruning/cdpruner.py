@@ -32,15 +32,14 @@ def word_relevance(tokens: torch.Tensor, words: Sequence[torch.Tensor]) -> torch
     Returns:
         Relevance, (B, N), float32, in -1..1; 0 for a zero embedding.
     """
-    rows = []
+    relevance = torch.empty(tokens.shape[:2], device=tokens.device)
     with float32_products(tokens), torch.autocast(tokens.device.type, enabled=False):
-        for x, text in zip(tokens.detach(), words, strict=True):  # so that an image doesn't depend on the batch
+        # Image by image, so that a row doesn't depend on the batch.
+        for row, x, text in zip(relevance, tokens.detach(), words, strict=True):
             x, mean = x.float(), text.mean(0)
-            product = x.new_empty(len(x), 1)
-            times_row(x, mean.unsqueeze(1), product)
-            norms = torch.linalg.vector_norm(x, dim=1) * torch.linalg.vector_norm(mean)
-            rows.append(product[:, 0] / norms.clamp_min(1e-12))
-    return torch.stack(rows) if rows else tokens.new_zeros(tokens.shape[:2], dtype=torch.float32)
+            times_row(x, mean.unsqueeze(1), row.unsqueeze(1))
+            row /= (torch.linalg.vector_norm(x, dim=1) * torch.linalg.vector_norm(mean)).clamp_min(1e-12)
+    return relevance
 
 
 def relevance_weights(relevance: torch.Tensor, theta: float | None = None, parity: bool = False) -> torch.Tensor:

@@ -110,10 +110,10 @@ class DART(Selector):
         check_usable(visual.embeddings)
         embeddings = visual.embeddings.detach().float()
         words = question_words(visual) if self.text_pivots else [x[:0] for x in embeddings]
-        picks = []
-        for x, text in zip(embeddings, words, strict=True):
+        kept = torch.empty(len(words), num_keep, dtype=torch.int64, device=embeddings.device)
+        for row, x, text in zip(kept, embeddings, words, strict=True):
             state = torch.cat([x, text])
             is_visual = torch.arange(len(state), device=x.device) < len(x)
             pivots = choose_pivots(state, is_visual, ~is_visual, min(self.visual_pivots, num_keep), self.text_pivots)
-            picks.append(dart_order(state, pivots, is_visual, num_keep))
-        return torch.stack(picks).sort(dim=1).values
+            row.copy_(dart_order(state, pivots, is_visual, num_keep))
+        return kept.sort(dim=1).values

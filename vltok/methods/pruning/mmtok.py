@@ -150,8 +150,9 @@ class MMTok(Selector):
         words = question_words(visual, "use a method that needs no question, such as DivPrune")
         check_usable(visual.embeddings)
         check_usable(visual.features)
-        orders = []
-        for tokens, features, text in zip(visual.embeddings.detach(), visual.features.detach(), words, strict=True):
+        images = zip(visual.embeddings.detach(), visual.features.detach(), words, strict=True)
+        kept = torch.empty(len(words), num_keep, dtype=torch.int64, device=visual.embeddings.device)
+        for row, (tokens, features, text) in zip(kept, images, strict=True):
             covers = coverage(tokens, features, text, self.alpha, self.word_temperature, self.image_temperature)
-            orders.append(cover_order(covers, num_keep))
-        return torch.stack(orders).sort(dim=1).values
+            row.copy_(cover_order(covers, num_keep))
+        return kept.sort(dim=1).values

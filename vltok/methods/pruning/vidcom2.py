@@ -44,8 +44,10 @@ def select_standing_out(tokens: torch.Tensor, num_frames: int, num_keep: int) ->
     if not 1 <= num_keep <= length:
         raise ValueError(f"num_keep must be in 1..{length} (the visual tokens), got {num_keep}")
     check_usable(tokens)
-    picks = [_of_video(x.detach().float(), num_frames, num_keep) for x in tokens]
-    return torch.stack(picks) if picks else torch.empty(0, num_keep, dtype=torch.int64, device=tokens.device)
+    kept = torch.empty(len(tokens), num_keep, dtype=torch.int64, device=tokens.device)
+    for row, x in zip(kept, tokens.detach(), strict=True):  # so that a video doesn't depend on the batch
+        row.copy_(_of_video(x.float(), num_frames, num_keep))
+    return kept
 
 
 def _of_video(x: torch.Tensor, num_frames: int, num_keep: int) -> torch.Tensor:
