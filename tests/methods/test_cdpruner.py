@@ -168,6 +168,12 @@ def test_equal_tokens_tie_exactly_whatever_their_position(length, width):
     assert all(pick == kind.tolist().index(kind[pick]) for pick in picks)
 
 
+def test_with_a_ridge_a_heavy_copy_still_counts_for_more_than_light_tokens(route):
+    tokens, weights = torch.eye(6), torch.full((1, 6), 1e-3)
+    tokens[1], weights[0, :2] = tokens[0], 1e3  # det grows by about 2 with the copy, and by 1 with any other
+    assert max_determinant_order(tokens.unsqueeze(0), 6, weights, ridge=1.0).tolist() == [[0, 1, 2, 3, 4, 5]]
+
+
 def test_rows_of_a_batch_do_not_depend_on_each_other(route):
     tokens = made_up(4, 300, 64).embeddings
     relevance = torch.rand(4, 300, generator=torch.Generator().manual_seed(1)) * torch.tensor([[1], [100], [1e-3], [0]])

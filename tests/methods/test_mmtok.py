@@ -139,13 +139,14 @@ def test_few_candidates_are_looked_at(monkeypatch):
     assert sum(looked_at) < 100 * 400 / 2
 
 
-@pytest.mark.parametrize(("length", "width"), [(9, 64), (50, 33), (97, 100), (330, 64)])
-def test_equal_tokens_tie_exactly_whatever_their_position(length, width):
+@pytest.mark.parametrize("count", [1, 3, 40])
+@pytest.mark.parametrize(("length", "width"), [(5, 64), (9, 64), (19, 64), (50, 33), (97, 100), (330, 64)])
+def test_equal_tokens_tie_exactly_whatever_their_position(length, width, count):
     generator = torch.Generator().manual_seed(1)
     kind = torch.randint(6, (length,), generator=generator)
     kind[[0, -1]] = 3
     visual = repeated(made_up(1, 6, width), kind.tolist())
-    words = torch.randn(5, width, generator=generator)
+    words = torch.randn(count, width, generator=generator)
     covers = coverage(visual.embeddings[0], visual.features[0], words)
     for one in kind.unique():
         assert (covers[kind == one] == covers[kind == one][:1]).all()

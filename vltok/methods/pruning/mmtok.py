@@ -107,7 +107,6 @@ def _best(covers: torch.Tensor, covered: torch.Tensor, bounds: torch.Tensor, fre
     block = 32
     while not fresh[best := int(bounds.argmax())]:  # argmax is documented to give the first of equal values
         looked_at = bounds.masked_fill(fresh, -math.inf).topk(min(block, len(bounds))).indices
-        looked_at = torch.cat([looked_at, looked_at.new_tensor([best])])
         adds = (covers[looked_at] - covered).clamp_min_(0).sum(1)  # in the same order of additions whatever the block
         bounds[looked_at] = torch.minimum(bounds[looked_at], adds)  # those that are gone stay so
         fresh[looked_at] = True

@@ -58,7 +58,7 @@ def _of_video(x: torch.Tensor, num_frames: int, num_keep: int) -> torch.Tensor:
     weight = (-to_video.mean(1) / TEMPERATURE).softmax(0)  # of each frame, (T,)
     size = x.shape[1]
     share = num_keep / (num_frames * size)
-    counts = (size * (share * (1 + weight - weight.mean())).clamp(max=1)).round().clamp(1, size)
+    counts = (size * share * (1 + weight - weight.mean())).round().clamp(1, size)
     chosen = similarity.argsort(dim=1, stable=True).argsort(dim=1) < counts.unsqueeze(1)
     # What the frames' counts choose goes first, and within it, as in the rest, what is least similar.
     order = similarity.flatten().argsort(stable=True)
