@@ -135,6 +135,11 @@ def test_bad_input_says_what_is_allowed():
             dart_order(state, torch.tensor([0, 1, 5]), is_visual, num_keep)
     with pytest.raises(ValueError, match="with at least one pivot, got 3 with 0"):
         dart_order(state, torch.tensor([], dtype=torch.int64), is_visual, 3)
+    for token, value in ((0, torch.nan), (5, torch.inf), (3, 1e20)):
+        broken = state.clone()
+        broken[token, 1] = value
+        with pytest.raises(ValueError, match="states of visual tokens or pivots hold NaN"):
+            dart_order(broken, torch.tensor([5, 2]), is_visual, 3)
     with pytest.raises(ValueError, match=r"give `text`, \(B, M, D\)"):
         DART(num_keep=5).select(replace(made_up(), text=None), 5)
     with pytest.raises(ValueError, match="visual_pivots must be at least 1, got 0"):

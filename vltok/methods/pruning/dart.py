@@ -58,7 +58,8 @@ def dart_order(state: torch.Tensor, pivots: torch.Tensor, is_visual: torch.Tenso
         Kept positions in the order they were picked, (num_keep,), int64; ties go to the lowest index.
 
     Raises:
-        ValueError: If there is no pivot, or `num_keep` is out of range.
+        ValueError: If there is no pivot, `num_keep` is out of range, or a state is NaN or infinite or overflows when
+            squared.
     """
     kept = pivots[is_visual[pivots]]
     places = is_visual.nonzero().squeeze(1)
@@ -67,17 +68,18 @@ def dart_order(state: torch.Tensor, pivots: torch.Tensor, is_visual: torch.Tenso
             f"num_keep must be in {max(1, len(kept))}..{len(places)} (from the visual pivots to the visual tokens), "
             f"with at least one pivot, got {num_keep} with {len(pivots)}"
         )
-    x = state.detach()[places].float()
-    norms = torch.linalg.vector_norm(x, dim=1).clamp_min(1e-12)
+    x, at_pivots = state.detach()[places].float(), state.detach()[pivots].float()
+    norms = torch.linalg.vector_norm(x, dim=1)
+    if not (norms.isfinite().all() & torch.linalg.vector_norm(at_pivots, dim=1).isfinite().all()):
+        raise ValueError("the states of visual tokens or pivots hold NaN, infinite or overflowing values")
     taken = torch.isin(places, kept)
     order = [kept]
     product = x.new_empty(len(x), 1)
     share, more = divmod(num_keep - len(kept), len(pivots))
     with float32_products(x), torch.autocast(x.device.type, enabled=False):
-        for turn, pivot in enumerate(pivots):
-            # The length of the pivot doesn't change the order.
-            times_row(x, state.detach()[pivot].float().unsqueeze(1), product)
-            cosine = (product[:, 0] / norms).masked_fill_(taken, torch.inf)
+        for turn, pivot in enumerate(at_pivots):  # whose length doesn't change the order
+            times_row(x, pivot.unsqueeze(1), product)
+            cosine = (product[:, 0] / norms.clamp_min(1e-12)).masked_fill_(taken, torch.inf)
             picks = cosine.argsort(stable=True)[: share + (turn < more)]
             taken[picks] = True
             order.append(places[picks])
