@@ -19,7 +19,7 @@ from vltok.engine.question import turn_of
 from vltok.errors import UnsupportedInputError
 from vltok.families import view
 from vltok.methods.pruning.floors import select_stride
-from vltok.methods.pruning.selector import TextSelector
+from vltok.methods.pruning.question import TextSelector
 from vltok.tokens import gather_tokens
 from vltok.views import AttentionRequest, Need, Selection, VisualTokens
 

@@ -179,6 +179,16 @@ def test_equal_tokens_tie_exactly_whatever_their_position(length, width):
             assert pick == min(same)
 
 
+@pytest.mark.parametrize("length", [2, 3, 5, 17, 50])
+@pytest.mark.parametrize("width", [36, 40, 64])
+def test_a_product_with_equal_rows_is_equal(length, width):
+    x = torch.randn(width, generator=torch.Generator().manual_seed(length)).repeat(length, 1)
+    out = torch.empty(length, 1)
+    for seed in range(20):
+        greedy.times_row(x, torch.randn(width, 1, generator=torch.Generator().manual_seed(seed)), out)
+        assert (out == out[0]).all()
+
+
 def test_divprune_copes_with_zero_rows_and_equal_tokens():
     tokens = torch.zeros(2, 6, 4)
     tokens[1] = 0.3

@@ -46,8 +46,11 @@ def select_changes(tokens: torch.Tensor, num_frames: int, num_keep: int) -> torc
 
 
 @dataclass(frozen=True)
-class _OfFrames(Selector):
-    """A selector that compares the frames of a video, and leaves images whole."""
+class FrameSelector(Selector):
+    """A selector that compares the frames of a video, and leaves images whole.
+
+    It defines `of_frames` and `select_frames`. What stands behind the frames, such as a newline, always stays.
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,52 +65,55 @@ class _OfFrames(Selector):
                 f"{type(self).__name__} compares frames, and this model doesn't show which visual tokens of a video "
                 "are of which frame; use another method, such as StrideTokens"
             )
-        return self._of_video(num_tokens, grid)
+        behind = num_tokens - math.prod(grid)
+        return behind + self.of_frames(keep_count(num_tokens, self.keep_ratio, self.num_keep) - behind, grid)
 
-    def _of_video(self, num_tokens: int, grid: Grid3) -> int:
+    def select(self, visual: VisualTokens, num_keep: int) -> torch.Tensor:
+        if visual.grid is None:
+            raise ValueError(f"{type(self).__name__} keeps some of the frames of a video; give `grid`, (T, H, W)")
+        batch, length, _ = visual.embeddings.shape
+        inside = math.prod(visual.grid)
+        kept = self.select_frames(visual.embeddings[:, :inside], visual.grid, num_keep - (length - inside))
+        behind = torch.arange(inside, length, device=kept.device).expand(batch, -1)
+        return torch.cat([kept, behind], dim=1)
+
+    def of_frames(self, wanted: int, grid: Grid3) -> int:
+        """How many of the frames' tokens to keep where a budget pays for `wanted`, which may be below 1."""
+        raise NotImplementedError
+
+    def select_frames(self, tokens: torch.Tensor, grid: Grid3, num_keep: int) -> torch.Tensor:
+        """Pick from the frames' tokens, (B, T * H * W, D): kept positions, (B, num_keep), ascending."""
         raise NotImplementedError
 
 
 @register("evs")
 @dataclass(frozen=True)
-class EVS(_OfFrames):
+class EVS(FrameSelector):
     """Keep the visual tokens of a video that differ most from the frame before; the first frame stays whole.
 
     A later frame may lose all its tokens. Images are left whole.
     """
 
-    def _of_video(self, num_tokens: int, grid: Grid3) -> int:
-        rest = num_tokens - math.prod(grid)  # behind the grid, such as a newline
-        return rest + max(grid[1] * grid[2], keep_count(num_tokens, self.keep_ratio, self.num_keep) - rest)
+    def of_frames(self, wanted: int, grid: Grid3) -> int:
+        return max(grid[1] * grid[2], wanted)
 
-    def select(self, visual: VisualTokens, num_keep: int) -> torch.Tensor:
-        if visual.grid is None:
-            raise ValueError("EVS compares the frames of a video; give `grid`, (T, H, W)")
-        batch, length, _ = visual.embeddings.shape
-        inside = math.prod(visual.grid)
-        kept = select_changes(visual.embeddings[:, :inside], visual.grid[0], num_keep - (length - inside))
-        behind = torch.arange(inside, length, device=kept.device).expand(batch, -1)
-        return torch.cat([kept, behind], dim=1)
+    def select_frames(self, tokens: torch.Tensor, grid: Grid3, num_keep: int) -> torch.Tensor:
+        return select_changes(tokens, grid[0], num_keep)
 
 
 @register("frames")
 @dataclass(frozen=True)
-class StrideFrames(_OfFrames):
+class StrideFrames(FrameSelector):
     """Keep whole frames of a video at even distances, as many as the budget pays for, at least one: a floor.
 
     Images are left whole.
     """
 
-    def _of_video(self, num_tokens: int, grid: Grid3) -> int:
-        wanted = keep_count(num_tokens, self.keep_ratio, self.num_keep)
-        return num_tokens - math.prod(grid) + max(1, wanted // (grid[1] * grid[2])) * grid[1] * grid[2]
+    def of_frames(self, wanted: int, grid: Grid3) -> int:
+        return max(1, wanted // (grid[1] * grid[2])) * grid[1] * grid[2]
 
-    def select(self, visual: VisualTokens, num_keep: int) -> torch.Tensor:
-        if visual.grid is None:
-            raise ValueError("StrideFrames keeps frames of a video; give `grid`, (T, H, W)")
-        batch, length, _ = visual.embeddings.shape
-        frames, size = visual.grid[0], visual.grid[1] * visual.grid[2]
-        behind = torch.arange(frames * size, length, device=visual.embeddings.device)
-        chosen = select_stride(frames, (num_keep - len(behind)) // size, behind.device)
-        kept = (chosen.unsqueeze(1) * size + torch.arange(size, device=behind.device)).flatten()
-        return torch.cat([kept, behind]).repeat(batch, 1)
+    def select_frames(self, tokens: torch.Tensor, grid: Grid3, num_keep: int) -> torch.Tensor:
+        size = grid[1] * grid[2]
+        chosen = select_stride(grid[0], num_keep // size, tokens.device)
+        kept = chosen.unsqueeze(1) * size + torch.arange(size, device=tokens.device)
+        return kept.flatten().repeat(len(tokens), 1)

@@ -1,4 +1,4 @@
-"""Greedy picks of tokens that differ from each other: the kernel that ToDRE and DivPrune share.
+"""Greedy picks of tokens that differ from each other: what ToDRE, DivPrune and the determinant methods share.
 
 Cosine similarity is made from inner products of the tokens as they come, scaled by float32 norms afterwards. Products
 of two bfloat16 (or float16) values are exact in float32, so matrix units that take such values and add in float32 give
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -50,35 +50,116 @@ def greedy_order(
         ValueError: If `num_keep` or `start` is out of range, or an embedding is NaN or infinite or overflows when
             squared.
     """
-    if tokens.dim() != 3 or not tokens.is_floating_point():
-        raise ValueError(f"tokens must be (B, N, D) floats, got {tokens.dtype} of shape {tuple(tokens.shape)}")
+    _check(tokens, num_keep)
     batch, length, _ = tokens.shape
-    if not 1 <= num_keep <= length:
-        raise ValueError(f"num_keep must be in 1..{length} (the visual tokens), got {num_keep}")
     if start is not None and (start.shape != (batch,) or start.is_floating_point()):
         raise ValueError(f"the first picks must be ({batch},) indices, got {start.dtype} of shape {tuple(start.shape)}")
-    if batch == 0:
-        return torch.empty(0, num_keep, dtype=torch.int64, device=tokens.device)
+    start = None if start is None else start.to(tokens.device)
 
-    tokens = tokens.detach().contiguous()
-    from_gram = start is None or gram_is_cheaper(tokens, num_keep - 1)
-    group = max(1, GRAM_ENTRIES // length**2) if from_gram else batch
-    starts = [None] * math.ceil(batch / group) if start is None else start.to(tokens.device).split(group)
-    scales = [None] * math.ceil(batch / group) if weights is None else weights.float().clamp_min(1e-12).split(group)
-    picks, usable = [], []
-    with float32_products(tokens, matrix_units=from_gram):
-        for part, first, scale in zip(tokens.split(group), starts, scales, strict=True):
-            row_of, norms, isolated = (_rows_of_gram if from_gram else _rows_one_by_one)(part)
-            within = isolated(scale) if first is None else first.clamp(0, length - 1)
-            picks.append(_follow(row_of, within, num_keep, score, scale))
-            finite = norms.amax() < math.inf  # false for NaN, too
-            usable.append(finite if first is None else finite & (within == first).all())
-    if not all(usable):  # the one point where the host waits, as a large batch alone has several parts
-        _explain(tokens, start)
-    return torch.cat(picks)
+    scales = None if weights is None else weights.float().clamp_min(1e-12)  # +inf times 0 would be no number
+
+    def follow(rows: CosineRows, part: slice) -> torch.Tensor:
+        scale = None if scales is None else scales[part]
+        first = rows.isolated(scale) if start is None else start[part].clamp(0, length - 1)
+        return _follow(rows.row_of, first, num_keep, score, scale)
+
+    picks, usable = pick_by_cosine(tokens, num_keep, follow, isolated=start is None)
+    if start is not None:
+        usable = usable & ((start >= 0) & (start < length)).all()
+    if not usable:  # the one point where the host waits
+        if start is not None and ((start < 0) | (start >= length)).any():
+            raise ValueError(f"the first picks must be in 0..{length - 1}, got {start.tolist()}")
+        raise unusable(tokens)
+    return picks
 
 
 RowOf = Callable[[torch.Tensor], torch.Tensor]
+
+
+class CosineRows(NamedTuple):
+    """The cosines among the tokens of each of B sets.
+
+    Attributes:
+        row_of: Gives the cosines of one token of each set, (B,), with its set, (B, N), +inf with itself. What it gives
+            may be written to, and is lost at the next call.
+        norms: Norms of the tokens, (B, N), float32.
+        isolated: Gives the token of each set whose nearest neighbour is farthest away, (B,), where the distances of
+            each token count so much, (B, N), or None. None where rows are made one by one.
+    """
+
+    row_of: RowOf
+    norms: torch.Tensor
+    isolated: Callable[[torch.Tensor | None], torch.Tensor] | None
+
+
+def pick_by_cosine(
+    tokens: torch.Tensor,
+    num_keep: int,
+    follow: Callable[[CosineRows, slice], torch.Tensor],
+    isolated: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Let `follow` pick tokens, one after the other, by their cosines. The host never waits for the device.
+
+    Args:
+        tokens: B sets of tokens, (B, N, D), any float dtype. A row of norm zero is similar to none.
+        num_keep: Picks per set, in 1..N. The cosines of the last need not be asked for.
+        follow: Picks from the cosines of some of the sets, and the slice of the batch that they are; gives (b,
+            num_keep), int64. Called once, or for a part of a large batch after the other.
+        isolated: Whether it looks at `CosineRows.isolated`.
+
+    Returns:
+        The picks, (B, num_keep), and whether the cosines are numbers, (), bool: where not, raise `unusable`.
+
+    Raises:
+        ValueError: If `num_keep` is out of range, or the tokens are no sets of tokens.
+    """
+    _check(tokens, num_keep)
+    batch, length, _ = tokens.shape
+    if batch == 0:
+        device = tokens.device
+        return torch.empty(0, num_keep, dtype=torch.int64, device=device), torch.ones((), dtype=torch.bool).to(device)
+
+    tokens = tokens.detach().contiguous()
+    from_gram = isolated or gram_is_cheaper(tokens, num_keep - 1)
+    group = max(1, GRAM_ENTRIES // length**2) if from_gram else batch
+    picks, usable = [], []
+    with float32_products(tokens, matrix_units=from_gram):
+        for low in range(0, batch, group):
+            part = slice(low, min(batch, low + group))
+            rows = (_rows_of_gram if from_gram else _rows_one_by_one)(tokens[part])
+            picks.append(follow(rows, part))
+            usable.append(rows.norms.amax() < math.inf)  # false for NaN, too
+    return torch.cat(picks), torch.stack(usable).all()
+
+
+def check_usable(tokens: torch.Tensor) -> None:
+    """Check that similarity can be computed of visual tokens, (B, N, D).
+
+    Raises:
+        ValueError: If an embedding is NaN or infinite or overflows when squared.
+    """
+    if not _is_usable(tokens).all():
+        raise unusable(tokens)
+
+
+def unusable(tokens: torch.Tensor) -> ValueError:
+    """The error that names the images whose visual tokens are not usable."""
+    return ValueError(
+        f"the visual tokens of image {(~_is_usable(tokens)).nonzero().flatten().tolist()} of the batch hold NaN, "
+        "infinite or overflowing values, so no similarity can be computed; check the image's pixels and the vision "
+        "tower's dtype"
+    )
+
+
+def _is_usable(tokens: torch.Tensor) -> torch.Tensor:
+    return tokens.float().square().sum(-1).isfinite().all(1)
+
+
+def _check(tokens: torch.Tensor, num_keep: int) -> None:
+    if tokens.dim() != 3 or not tokens.is_floating_point():
+        raise ValueError(f"tokens must be (B, N, D) floats, got {tokens.dtype} of shape {tuple(tokens.shape)}")
+    if not 1 <= num_keep <= tokens.shape[1]:
+        raise ValueError(f"num_keep must be in 1..{tokens.shape[1]} (the visual tokens), got {num_keep}")
 
 
 def _follow(row_of: RowOf, first: torch.Tensor, num_keep: int, score: str, scale: torch.Tensor | None) -> torch.Tensor:
@@ -94,27 +175,15 @@ def _follow(row_of: RowOf, first: torch.Tensor, num_keep: int, score: str, scale
     return torch.stack(picks, 1)
 
 
-def _explain(tokens: torch.Tensor, start: torch.Tensor | None) -> None:
-    """Raise the error that says what is wrong with the input."""
-    length = tokens.shape[1]
-    if start is not None and ((start < 0) | (start >= length)).any():
-        raise ValueError(f"the first picks must be in 0..{length - 1}, got {start.tolist()}")
-    usable = tokens.float().square().sum(-1).isfinite().all(1)
-    raise ValueError(
-        f"the visual tokens of image {(~usable).nonzero().flatten().tolist()} of the batch hold NaN, infinite or "
-        "overflowing values, so no similarity can be computed; check the image's pixels and the vision tower's dtype"
-    )
-
-
-def _rows_of_gram(tokens: torch.Tensor) -> tuple[RowOf, torch.Tensor, Callable[..., torch.Tensor]]:
-    """Cosines from one product X X^T per image: rows on request, the norms (B, N), and where max-min starts.
+def _rows_of_gram(tokens: torch.Tensor) -> CosineRows:
+    """Cosines from one product X X^T per image.
 
     Every image has a product of its own, whose shape doesn't depend on the batch, so its rows don't either.
     """
     batch, length, _ = tokens.shape
     cosine = torch.empty(batch, length, length, dtype=torch.float32, device=tokens.device)
     for x, out in zip(tokens, cosine, strict=True):
-        _write_gram(_exact(x), out)
+        write_gram(_exact(x), out)
     diagonal = cosine.diagonal(dim1=1, dim2=2)
     norms = diagonal.sqrt()
     inverse = _inverse(norms)
@@ -132,11 +201,11 @@ def _rows_of_gram(tokens: torch.Tensor) -> tuple[RowOf, torch.Tensor, Callable[.
         diagonal.fill_(math.inf)
         return (nearest if scale is None else (nearest - 1) * scale).argmin(1)
 
-    return row_of, norms, isolated
+    return CosineRows(row_of, norms, isolated)
 
 
-def _rows_one_by_one(tokens: torch.Tensor) -> tuple[RowOf, torch.Tensor, None]:
-    """Cosines from a product of X with a row per pick and image: rows on request, and the norms (B, N)."""
+def _rows_one_by_one(tokens: torch.Tensor) -> CosineRows:
+    """Cosines from a product of X with a row per pick and image."""
     batch, length, width = tokens.shape
     tokens = _exact(tokens)
     norms = torch.linalg.vector_norm(tokens, dim=2, dtype=torch.float32)
@@ -157,14 +226,14 @@ def _rows_one_by_one(tokens: torch.Tensor) -> tuple[RowOf, torch.Tensor, None]:
         flat_row.index_add_(0, index, infinity)
         return row
 
-    return row_of, norms, None
+    return CosineRows(row_of, norms, None)
 
 
 def _inverse(norms: torch.Tensor) -> torch.Tensor:
     return norms.clamp_min(1e-12).reciprocal()  # a zero row is similar to none; as in torch.nn.functional.normalize
 
 
-def _write_gram(x: torch.Tensor, out: torch.Tensor) -> None:
+def write_gram(x: torch.Tensor, out: torch.Tensor) -> None:
     """Write X X^T into `out`, (N, N)."""
     length, width = x.shape
     on_cpu = x.device.type == "cpu"
@@ -185,9 +254,12 @@ def _write_gram(x: torch.Tensor, out: torch.Tensor) -> None:
 
 def times_row(x: torch.Tensor, column: torch.Tensor, out: torch.Tensor) -> None:
     """Write X times a column, (D, 1), into `out`, (N, 1): the same number for equal rows."""
+    if x.device.type == "cpu" and len(x) <= 16:
+        out.copy_(x.double() @ column.double())  # see write_gram
+        return
     _multiply(x, column, out)
     if x.device.type == "cpu" and len(x) % 4:
-        _multiply(x[-4:], column, out[-4:])  # the rows a BLAS kernel leaves to its slower end; see _write_gram
+        _multiply(x[-4:], column, out[-4:])  # the rows a BLAS kernel leaves to its slower end; see write_gram
 
 
 def _multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
@@ -230,7 +302,7 @@ def gram_is_cheaper(tokens: torch.Tensor, num_rows: int) -> bool:
     """
     length, width = tokens.shape[1:]
     if tokens.device.type == "cpu":
-        if length <= 16 or width % 4:  # products with a row would break ties wrongly; see _write_gram
+        if length <= 16 or width % 4:  # products with a row would break ties wrongly; see write_gram
             return True
         fixed = 1e5
         if tokens.dtype == torch.bfloat16 and cpu_multiplies_bfloat16():

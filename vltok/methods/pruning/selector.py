@@ -135,26 +135,3 @@ class Selector(Method):
 
     def attach(self, view: LanguageView, edits: Edits, run: Run) -> None:
         view.on_visual_tokens(edits, run, self)
-
-
-@dataclass(frozen=True)
-class TextSelector(Selector):
-    """A selector that looks at the question, `VisualTokens.text`.
-
-    That is what the user says in the last turn, where the processor's chat template tells it apart, else all words of
-    the prompt; never an answer, nor what is being generated.
-
-    Attributes:
-        text: The question in place of that; the processor must be given to `vltok.apply`.
-    """
-
-    text: str | None = field(default=None, kw_only=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.text is not None and not (isinstance(self.text, str) and self.text.strip()):
-            raise ValueError(f"text must be a question, or None for the words of the prompt, got {self.text!r}")
-
-    @property
-    def needs(self) -> tuple[Need, ...]:
-        return ("text",)
