@@ -79,7 +79,9 @@ def _enter_prompt(prompt: Prompt, module: nn.Module, embeds: torch.Tensor, kwarg
     prompt.take_maps(kwargs.get("attention_mask"))
     if prompt.base:
         _wrap(prompt)
-    return {**changed, "inputs_embeds": layout.pack(embeds), "position_ids": prompt.place(positions)}
+    packed = layout.pack(embeds)
+    prompt.entered = packed.detach() if prompt.read and not prompt.remembered else None
+    return {**changed, "inputs_embeds": packed, "position_ids": prompt.place(positions)}
 
 
 def _samples(prompt: Prompt, module: nn.Module, positions: torch.Tensor | None, kwargs: dict) -> torch.Tensor | None:

@@ -120,13 +120,13 @@ def _pick(prompt: Prompt, embeddings: torch.Tensor, parts: list[Part], family: A
         attention=None if attention[0] is None else torch.stack([scores.to(device) for scores in attention]),
         is_overview=torch.stack([(everything if own is None else own).to(device) for _, _, own in known]),
         grid=grid,
-        coordinates=None if grid is None else _coordinates(grid, length).to(device).expand(count, length, 3),
+        coordinates=None if grid is None else coordinates_of(grid, length).to(device).expand(count, length, 3),
     )
     with torch.no_grad():
         return selector.select(visual, num_keep)
 
 
-def _coordinates(grid: Grid3, length: int) -> torch.Tensor:
+def coordinates_of(grid: Grid3, length: int) -> torch.Tensor:
     """Frame, row and column of each token, (N, 3), int64; -1 for those behind the grid."""
     places = torch.cartesian_prod(*(torch.arange(side) for side in grid)).view(-1, 3)
     return torch.nn.functional.pad(places, (0, 0, 0, length - len(places)), value=-1)

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from vltok.checks import check_budget, check_choice
+from vltok.checks import check_choice, check_one_budget
 from vltok.edits import Edits
 from vltok.method import Method, Run
 from vltok.tokens import Grid3, keep_count
@@ -37,12 +37,7 @@ class Selector(Method):
     per: Literal["image", "tile", "frame"] = field(default="image", kw_only=True)
 
     def __post_init__(self) -> None:
-        if (self.keep_ratio is None) == (self.num_keep is None):
-            given = (
-                "neither" if self.keep_ratio is None else f"keep_ratio={self.keep_ratio} and num_keep={self.num_keep}"
-            )
-            raise ValueError(f"{type(self).__name__} takes exactly one of keep_ratio and num_keep, got {given}")
-        check_budget(self.keep_ratio, self.num_keep)
+        check_one_budget(type(self).__name__, self.keep_ratio, self.num_keep)
         check_choice("positions", self.positions, ("keep", "reindex"))
         check_choice("per", self.per, ("image", "tile", "frame"))
 
