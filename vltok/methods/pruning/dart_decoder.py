@@ -3,7 +3,8 @@
 Paper: https://arxiv.org/abs/2502.11494. Training-free. Differs from the released code: exactly as many tokens stay as
 were asked for, where that keeps 4 + 8 * floor(k / 8); pivots take turns in ascending order, where that follows a Python
 set; similarity is that of the states which the layer's attention looks at, where that normalises the layer's output by
-the decoder's last norm; a question of fewer than four words has fewer pivots.
+the decoder's last norm; a question of fewer than four words has fewer pivots; and pivots have the largest L2 norm of
+keys, where that takes the L1 norm, which rotary positions change, so that padding in front of a prompt does.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ def select_unlike(
     text: torch.Tensor,
     num_keep: int,
     num_pivots: tuple[int, int] = (4, 4),
+    norm: int = 2,
     pivot_order: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Pick visual pivots, and for each pivot in turn the visual tokens left that are least like it.
 
-    Pivots are the tokens whose keys have the largest L1 norm. What is left of the budget is shared equally among all of
+    Pivots are the tokens whose keys have the largest norm. What is left of the budget is shared equally among all of
     them, the first ones taking one more where it doesn't divide. Similarity is the cosine in float32.
 
     Args:
@@ -41,6 +43,7 @@ def select_unlike(
         text: Words of the question, (M,), int64, ascending; may be none.
         num_keep: How many to keep, at least 1; all of fewer tokens are kept.
         num_pivots: How many pivots at most among visual tokens, at least 1, and among words.
+        norm: Order of the norm; the released code takes 1.
         pivot_order: All pivots in the order of their turns, (P,), int64; ascending if None.
 
     Returns:
@@ -53,7 +56,7 @@ def select_unlike(
         raise ValueError(f"num_keep and visual pivots must be at least 1, got {num_keep} and {num_pivots[0]}")
     if len(visual) <= num_keep:
         return visual
-    norms = keys.float().abs().sum(1)
+    norms = torch.linalg.vector_norm(keys, norm, dim=1, dtype=torch.float32)
     lengths = torch.linalg.vector_norm(states, dim=1, dtype=torch.float32)
     every = torch.cat([visual, text])
     if not (norms[every].isfinite() & lengths[every].isfinite()).all():
