@@ -15,13 +15,16 @@ import pytest
 import reference
 import tiny
 import torch
+import zoo
 from prompts import CACHE, PROMPTS, batch, generate, packed, row, single
 from reference import assert_close
 from tiny import INTERNVL, LLAVA, LLAVA_SIGLIP, QWEN2_5_VL, TinyFamily, shared_model
 from torch import nn
+from zoo.qwen import MINIMAX_M3_VL_SPARSE
 
 import vltok
 from vltok.methods.pruning.dart_decoder import select_unlike
+from vltok.methods.pruning.rule import layer_at
 from vltok.views import DecoderState
 
 RULES = {
@@ -264,6 +267,40 @@ def test_attention_at_every_layer_is_what_the_eager_maps_show(family, attention)
         torch.testing.assert_close(shown["mass"][0], groups, rtol=0, atol=1e-5)
         still = visual & stay
         gone = gone[:layer] + [gone[-1] | (still & (still.cumsum(0) % 3 == 0))] * (len(gone) - layer)
+
+
+@dataclass(frozen=True)
+class Look(vltok.DecoderRule):
+    """Keeps all tokens, and the attention it was shown at each layer."""
+
+    depth: float = 0.5
+    seen: dict[int, torch.Tensor] = field(default_factory=dict, compare=False)
+
+    def layers(self, num_layers: int) -> tuple[int, ...]:
+        return (layer_at(self.depth, num_layers),)
+
+    def keep(self, state: DecoderState) -> torch.Tensor:
+        every = torch.arange(state.is_visual.shape[1]).expand(len(state.is_visual), -1)
+        self.seen[state.layer] = state.attention(every)
+        return torch.ones_like(state.is_visual)
+
+
+READABLE = [each for each in zoo.ROWS if not each.shares_keys and each is not MINIMAX_M3_VL_SPARSE]
+
+
+@pytest.mark.parametrize("family", READABLE, ids=lambda family: family.key)
+def test_attention_is_exact_on_every_decoder(family):
+    """Caps, sinks, windows, states in between, image tokens that see what comes later: on kernels that show no map."""
+    look, eager = Look(family.drop_depth), shared_model(family, "eager")
+    inputs = family.inputs(["w1 w2 <image> w3 w4 w5"], [tiny.picture(0, family.size)])
+    with vltok.apply(shared_model(family), look):
+        shared_model(family)(**inputs)
+    maps = eager(**inputs, output_attentions=True, use_cache=False).attentions
+    layers = oracle.decoder_of(eager, family).layers
+    attending = [number for number, layer in enumerate(layers, start=1) if hasattr(layer, "self_attn")]
+    ((layer, seen),) = look.seen.items()
+    own = attending.index(layer) if len(maps) < len(layers) else layer - 1
+    torch.testing.assert_close(seen[0], maps[own][0].mean(0), rtol=0, atol=2e-5)
 
 
 def test_images_places_and_lengths_are_told_for_every_row(family):

@@ -74,7 +74,7 @@ def _enter_prompt(prompt: Prompt, module: nn.Module, embeds: torch.Tensor, kwarg
         if prompt.read and min(prompt.read) + 1 < deep:
             raise UnsupportedInputError(
                 f"this model adds features of its vision tower to visual tokens in its first {deep} decoder layers, so "
-                f"none can be dropped after layer {min(prompt.read) + 1}; drop them later (for ToDRE a larger depth)"
+                f"none can be dropped after layer {min(prompt.read) + 1}; drop them later, by a larger depth or layer"
             )
     prompt.take_maps(kwargs.get("attention_mask"))
     if prompt.base:
