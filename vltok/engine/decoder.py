@@ -181,6 +181,8 @@ def after_attention(index: int, module: nn.Module, args: tuple, kwargs: dict, ou
             keep = prompt.rule.keep(state)
         gone, prompt.recorded[index] = state.leaving(keep), state.records
     prompt.drop(index, gone)
+    if prompt.read <= prompt.decisions.keys():
+        prompt.entered = None  # nobody asks any more
 
 
 def after_decoder(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
