@@ -26,6 +26,10 @@ PRUNING: dict[str, Callable[[], vltok.Method]] = {
     "fastervlm": lambda: vltok.FasterVLM(keep_ratio=0.3),
     "random": lambda: vltok.RandomTokens(keep_ratio=0.3, seed=7),
     "stride": lambda: vltok.StrideTokens(num_keep=4),
+    "fastv": lambda: vltok.FastV(keep_ratio=0.3),
+    "pyramid_drop": lambda: vltok.PyramidDrop(),
+    "sparsevlm": lambda: vltok.SparseVLM(),
+    "dart_decoder": lambda: vltok.DARTDecoder(num_keep=5),
 }
 # These bring weights. Each gets the family, as not every setting fits every patch grid.
 TRAINED: dict[str, Callable[[tiny.TinyFamily], vltok.Method]] = {
@@ -71,6 +75,15 @@ class Pair:
         return (self.family.axes,) if self.family.axes > 1 else ()
 
     @property
+    def reads_question(self) -> bool:
+        """Whether another question may keep other tokens, so that a talk told anew may keep others than its turns."""
+        return isinstance(self.method, vltok.DecoderRule)
+
+    def entering(self, length: int) -> int:
+        """How many visual tokens of an image or video of so many enter the decoder."""
+        return self.method.budget(length, None, "image") if isinstance(self.method, vltok.Selector) else length
+
+    @property
     def unpruned(self) -> Pair:
         """The family without the method."""
         return replace(self, method=None, prunes=False)
@@ -98,7 +111,8 @@ class Pair:
 
 def _works(family: tiny.TinyFamily, method: vltok.Method) -> bool:
     """Whether a pruning method can ask the family for what it ranks tokens by."""
-    return family.shows_patches or method.attention_request(family.has_cls) is None
+    request = method.attention_request(family.has_cls) if isinstance(method, vltok.Selector) else None
+    return family.shows_patches or request is None
 
 
 def _dropping(family: tiny.TinyFamily) -> vltok.Method:

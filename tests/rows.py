@@ -13,6 +13,10 @@ def only(pairs: dict[str, Pair]) -> pytest.MarkDecorator:
 
 # Further families also with a method that drops inside the decoder, which much hangs on.
 dropping_too = only(PAIRS | DROPPING)
+# What is compared with the whole conversation told anew, or with another question.
+whatever_is_asked_dropping_too = only(
+    {name: pair for name, pair in PAIRS.items() if not pair.reads_question} | DROPPING
+)
 only_pruning_dropping_too = only(SELECTING | DROPPING)
 only_pruning = only(SELECTING)
 only_trained = only(BRINGING_WEIGHTS)

@@ -79,6 +79,19 @@ def check_budget(keep_ratio: object, num_keep: object) -> None:
             raise ValueError(f"num_keep is the number of visual tokens to keep, at least 1, got {num_keep}")
 
 
+def check_one_budget(method: str, keep_ratio: object, num_keep: object) -> None:
+    """Check that exactly one of the two is given to a method of this name, as `check_budget` wants it.
+
+    Raises:
+        TypeError: If it is not a number of the right kind.
+        ValueError: If it is out of range, or both are given, or neither.
+    """
+    if (keep_ratio is None) == (num_keep is None):
+        given = "neither" if keep_ratio is None else f"keep_ratio={keep_ratio} and num_keep={num_keep}"
+        raise ValueError(f"{method} takes exactly one of keep_ratio and num_keep, got {given}")
+    check_budget(keep_ratio, num_keep)
+
+
 def check_blocks(blocks: object) -> Blocks | None:
     """Read (start, stop), also from a list; None stands for all blocks.
 

@@ -121,29 +121,95 @@ class TokenSelector(Protocol):
     def pick(self, visual: VisualTokens, num_keep: int) -> Selection: ...
 
 
+@dataclass(frozen=True)
+class Entry:
+    """A prompt as it entered the decoder, for N samples of P tokens each.
+
+    Attributes:
+        embeddings: What entered, (N, P, D).
+        is_visual: Which of them were visual tokens of the sample, (N, P), bool.
+        is_text: Which were text of the sample's prompt behind its first visual token, (N, P), bool.
+        slots: Where each token that is still there stood then, (N, S), int64.
+    """
+
+    embeddings: torch.Tensor
+    is_visual: torch.Tensor
+    is_text: torch.Tensor
+    slots: torch.Tensor
+
+
 class DecoderState(Protocol):
     """What a decoder rule sees of a prompt at one layer, each thing computed when it is asked for.
 
     There is one row for each of N samples: a row of the batch, or one of several samples packed into a row. All are
-    shown the S tokens that are still there.
+    shown the S tokens that are still there. Answers that training looks at, and what a draft model guessed, are not
+    prompt.
 
     Attributes:
+        layer: The decoder layer, counted from 1.
+        num_layers: Layers of the decoder.
         is_visual: Which of them are visual tokens of the sample, (N, S), bool.
-        is_text: Which are text of the sample's prompt behind its first visual token, (N, S), bool. Answers that
-            training looks at, and what a draft model guessed, are not prompt.
+        is_text: Which are text of the sample's prompt behind its first visual token, (N, S), bool.
+        last: The last token of the sample's prompt, (N,), int64: what the first word of the answer is read from.
+        images: Which image of its row a visual token is of, counted from 0, (N, S), int64; -1 for other tokens.
+        image_lengths: For each sample, the visual tokens of each image of its row that entered the decoder. Shares are
+            counted of these at every layer.
+        grids: For each sample, frames, rows and columns that the tokens of each image of its row formed before any
+            left; None where they are not known.
+        coordinates: Frame, row and column of each visual token, (N, S, 3), int64; -1 for other tokens, for those behind
+            the grid, and where there is none.
+        entry: The prompt as it entered the decoder.
         hidden_states: What the layer's attention looks at, (N, S, D).
+        keys: The keys of the layer as attention gets them, (N, S, C), all heads side by side.
         mass: What share of its attention each token puts on these visual and on these text tokens, (N, S, 2), float32,
             mean over the heads, read from the attention's own queries and keys.
     """
 
-    is_visual: torch.Tensor
-    is_text: torch.Tensor
+    layer: int
+    num_layers: int
+
+    @property
+    def is_visual(self) -> torch.Tensor: ...
+
+    @property
+    def is_text(self) -> torch.Tensor: ...
+
+    @property
+    def last(self) -> torch.Tensor: ...
+
+    @property
+    def images(self) -> torch.Tensor: ...
+
+    @property
+    def image_lengths(self) -> Sequence[Sequence[int]]: ...
+
+    @property
+    def grids(self) -> Sequence[Sequence[Grid3 | None]]: ...
+
+    @property
+    def coordinates(self) -> torch.Tensor: ...
+
+    @property
+    def entry(self) -> Entry: ...
 
     @property
     def hidden_states(self) -> torch.Tensor: ...
 
     @property
+    def keys(self) -> torch.Tensor: ...
+
+    @property
     def mass(self) -> torch.Tensor: ...
+
+    def attention(self, queries: torch.Tensor) -> torch.Tensor:
+        """The attention of some tokens over all that are still there, exact for any kernel, window or rotary embedding.
+
+        Args:
+            queries: Which tokens, (N, Q), int64.
+
+        Returns:
+            (N, Q, S), float32, mean over the heads. Rows sum to less than 1 where tokens of earlier calls are seen.
+        """
 
     def record(self, alpha_tv: torch.Tensor, alpha_vt: torch.Tensor, dropped: torch.Tensor) -> None:
         """Leave both attention ratios and the decision for the report, (N,) each."""

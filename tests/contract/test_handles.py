@@ -73,9 +73,11 @@ def test_a_model_is_saved_whole_with_the_method_on(pair, how):
     assert torch.equal(logits(loaded, plain(pair.family)), untouched)
 
 
-def other_knobs(method: vltok.Method) -> dict:
-    """A budget the matrix doesn't have."""
-    return {"num_keep": 2} if method.num_keep is not None else {"keep_ratio": 0.6}
+def other_knobs(method: vltok.Method, least: bool = False) -> dict:
+    """A budget the matrix doesn't have, or one token."""
+    if hasattr(method, "ratios"):
+        return {"ratios": (0.001 if least else 0.6,) * 3}
+    return {"num_keep": 1} if least else {"num_keep": 2} if method.num_keep is not None else {"keep_ratio": 0.6}
 
 
 @only_pruning
@@ -90,7 +92,7 @@ def test_other_knobs_hold_in_a_block_and_in_this_thread(pair, model):
         with handle.using(**knobs), ThreadPoolExecutor(1) as pool:
             assert torch.equal(logits(model, inputs), expected)
             assert torch.equal(pool.submit(logits, model, inputs).result(), usual)
-            with handle.using(num_keep=1):
+            with handle.using(**other_knobs(pair.method, least=True)):
                 logits(model, inputs)
                 assert handle.report(file=None).kept_tokens == (
                     [[1] * len(report.visual_tokens[0])] if selects else report.visual_tokens

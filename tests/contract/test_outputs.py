@@ -56,7 +56,6 @@ def test_report_tells_what_the_cache_holds(pair, model):
     with pair.apply(model) as handle, torch.no_grad():
         cache = model(**inputs, use_cache=True)[CACHE]
         report = handle.report(file=None)
-    method = pair.method
     held = [index for index, layer in enumerate(cache.layers) if getattr(layer, "keys", None) is not None]
     kept = [getattr(layer, name, None) for layer in cache.layers for name in HELD]
     kept = [each for each in kept if each is not None]
@@ -69,11 +68,7 @@ def test_report_tells_what_the_cache_holds(pair, model):
         assert report.kv_entries == most
     assert [sum(row) for row in report.visual_tokens] == placeholders(model, inputs).sum(1).tolist()
     for row, kept in zip(report.visual_tokens, report.kept_tokens, strict=True):
-        budgets = {"keep_ratio": method.keep_ratio, "num_keep": method.num_keep}
-        if budgets == {"keep_ratio": None, "num_keep": None}:
-            assert kept == row
-        else:
-            assert kept == [vltok.tokens.keep_count(n, **budgets) for n in row]
+        assert kept == [pair.entering(n) for n in row]
 
 
 def test_attention_maps_come_back_at_the_length_of_the_prompt(pair):
@@ -136,12 +131,14 @@ def test_hidden_states_lead_to_the_gradients_they_have_unpruned(pair):
 def test_a_budget_is_an_upper_limit(pair, model):
     inputs = batch(pair)
     stage_2 = {"stages": (1,), "relevance": False} if hasattr(pair.method, "stages") else {}
-    method = replace(pair.method, num_keep=100_000, keep_ratio=None, **stage_2)
+    most = {"ratios": (1.0,) * 3} if hasattr(pair.method, "ratios") else {"num_keep": 100_000, "keep_ratio": None}
+    method = replace(pair.method, **most, **stage_2)
     expected, real = logits(model, inputs), inputs["attention_mask"].bool()
     with vltok.apply(model, method) as handle:
         assert_close(logits(model, inputs)[real], expected[real])
         report = handle.report(file=None)
         assert report.kept_tokens == report.visual_tokens
+        assert (report.tokens_per_layer == real.sum(1, keepdim=True)).all()
 
 
 class _Int8Layer(QuantizedLayer):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import sys
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -123,28 +124,13 @@ def attention_mass(output: torch.Tensor, head_dim: int, groups: int) -> torch.Te
     return output.unflatten(-1, (-1, head_dim))[..., :groups].float().mean(2)
 
 
-# Reading the attention of a decoder layer, by running it once more with other values
+# Reading the attention of a decoder layer, by running it once more up to where it attends
 
 READ = "vltok_read"  # the attention implementation that reads; registered with transformers when first needed
 
 
 class _ReadError(Exception):
-    """Ends an attention that was run for its probabilities alone."""
-
-
-class _Reading:
-    """What one run of an attention module is read for.
-
-    Attributes:
-        name: The attention implementation it has.
-        columns: Which keys belong to which group, (B, E, G), bool.
-        mass: Share of each query's attention on each group, mean over the heads, (B, Q, G), float32, once it has run.
-    """
-
-    def __init__(self, name: str, columns: torch.Tensor) -> None:
-        self.name = name
-        self.columns = columns
-        self.mass: torch.Tensor | None = None
+    """Ends an attention that was run for its queries and keys alone."""
 
 
 class _Held:
@@ -174,55 +160,119 @@ class _Instead:
         return getattr(self._base, name)
 
 
+@dataclass(frozen=True)
+class Attending:
+    """What a decoder layer attends by, as its attention function gets it: norms and rotary positions are in it.
+
+    Attributes:
+        module: The attention, a copy that drops nothing out.
+        name: Its attention implementation.
+        query: Queries, (B, H, S, d).
+        key: Keys, those of earlier calls first, (B, H or fewer, E, d).
+        value: Values, (B, H or fewer, E, d).
+        mask: Its mask, of whatever kind.
+        options: What else the function gets.
+    """
+
+    module: nn.Module
+    name: str
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    mask: Any
+    options: dict[str, Any]
+
+    @torch.no_grad()
+    def mass(self, columns: torch.Tensor) -> torch.Tensor:
+        """Say how much each query attends to groups of keys, by the layer's own kernel and without the map.
+
+        Args:
+            columns: The groups of keys, (B, E, G), bool.
+
+        Returns:
+            Attention mass, (B, S, G), float32, mean over the heads.
+        """
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.name, self._eager)
+        value = self.value
+        values = indicator_values(columns.to(value.device), value.shape[1], value.shape[-1], value.dtype)
+        values = values.unflatten(-1, value.shape[1::2]).transpose(1, 2)
+        output, _ = attend(self.module, self.query, self.key, values, self.mask, **self.options)  # (B, S, H, d)
+        return attention_mass(output.flatten(2), output.shape[-1], columns.shape[-1])
+
+    @torch.no_grad()
+    def of_queries(self, rows: torch.Tensor, slots: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        """The attention of a few queries over all keys, by the model's own eager function on these alone.
+
+        Args:
+            rows: The batch row of each of N samples, (N,).
+            slots: Their queries, (N, Q).
+            seen: Which keys these see, (N, Q, E), bool, where the layer's mask is no map that tells.
+
+        Returns:
+            Attention, (N, Q, E), float32 whatever the model's dtype, mean over the heads.
+
+        Raises:
+            UnsupportedModelError: If the model's code has no eager function.
+        """
+        if self._eager is None:
+            raise unreadable(self.module)
+        device = self.query.device
+        rows, slots, mask = rows.to(device), slots.to(device), seen.to(device).unsqueeze(1)
+        pairs = rows.unsqueeze(1), slice(None), slots
+        if isinstance(self.mask, torch.Tensor) and self.mask.dim() == 4:  # (1 | B, 1 | H, S, E)
+            mask = self.mask.expand(len(self.query), *self.mask.shape[1:])[pairs].transpose(1, 2)
+        if mask.dtype == torch.bool:
+            mask = torch.zeros(mask.shape, device=device).masked_fill(~mask, torch.finfo(torch.float32).min)
+        query = self.query[pairs].transpose(1, 2)  # (N, H, Q, d)
+        key, value = self.key[rows], self.value[..., :1][rows]
+        with torch.autocast(device.type, enabled=False):
+            _, weights = self._eager(
+                self.module, query.float(), key.float(), value.float(), mask.float(), **self.options
+            )
+        return weights.float().mean(1)
+
+    @property
+    def _eager(self) -> Any:
+        return getattr(sys.modules[type(self.module).__module__], "eager_attention_forward", None)
+
+
 def _read(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any
 ) -> None:
-    reading = kwargs.pop("vltok_reading")
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-        reading.name, getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    )
-    values = indicator_values(reading.columns.to(value.device), value.shape[1], value.shape[-1], value.dtype)
-    values = values.unflatten(-1, value.shape[1::2]).transpose(1, 2)
-    output, _ = attend(module, query, key, values, mask, **kwargs)  # (B, Q, H, d)
-    reading.mass = attention_mass(output.flatten(2), output.shape[-1], reading.columns.shape[-1])
+    name, found = kwargs.pop("vltok_reading")
+    found.append(Attending(module, name, query, key, value, mask, kwargs))
     raise _ReadError
 
 
 @torch.no_grad()
-def decoder_mass(
-    module: nn.Module, args: tuple, kwargs: dict[str, Any], columns: torch.Tensor, past: Any
-) -> torch.Tensor:
-    """Say how much each query of a decoder layer attends to groups of keys, exactly and without the map.
+def decoder_attention(module: nn.Module, args: tuple, kwargs: dict[str, Any], past: Any) -> Attending:
+    """Get what the attention of a decoder layer attends by.
 
-    The module runs again on what it just ran on, as a copy of its own that other threads don't see, with indicator
-    values in the place of its values.
+    The module runs again on what it just ran on, up to its attention function, as a copy of its own that other threads
+    don't see.
 
     Args:
         module: The attention of a decoder layer.
         args: Its arguments in the forward that just ran.
         kwargs: Its keyword arguments there.
-        columns: The groups of keys, (B, E, G), bool.
         past: The layer of the KV cache that held some keys before, with all of them in `seen`; else None.
-
-    Returns:
-        Attention mass, (B, Q, G), float32, mean over the heads.
 
     Raises:
         UnsupportedModelError: If the module doesn't attend by one of transformers' attention functions.
     """
     if READ not in ALL_ATTENTION_FUNCTIONS:
         ALL_ATTENTION_FUNCTIONS.register(READ, _read)
-    reading = _Reading(module.config._attn_implementation, columns)
+    found: list[Attending] = []
     shadow = copy.copy(module)
     shadow.config = _Instead(module.config, _attn_implementation=READ)
     shadow.training = False  # no attention dropout here
     held = None if past is None else _Held(past.seen, past, module.layer_idx)
-    kwargs = {**kwargs, CACHE: held, "vltok_reading": reading}
+    kwargs = {**kwargs, CACHE: held, "vltok_reading": (module.config._attn_implementation, found)}
     with contextlib.suppress(_ReadError):
         type(module).forward(shadow, *args, **kwargs)
-    if reading.mass is None:
+    if not found:
         raise unreadable(module)
-    return reading.mass
+    return found[0]
 
 
 def unreadable(attention: object) -> UnsupportedModelError:

@@ -196,6 +196,21 @@ class Call:
         keys, is_plain = self._keys[holder]
         return (keys, is_plain) if group == store else (replace(keys, queries=self.new_labels(group)[0]), False)
 
+    def sees(self, index: int, rows: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        """Which keys some queries of a layer that has its mask see, as index and window say.
+
+        Args:
+            index: The decoder layer.
+            rows: A batch row for each of N samples, (N,).
+            slots: Queries of these, (N, Q).
+
+        Returns:
+            (N, Q, E), bool.
+        """
+        keys, _ = self._keys[index]
+        every = torch.arange(keys.keys.shape[1], device=keys.keys.device)
+        return keys.see(self.windows[index], rows[:, None, None], slots[..., None], every)
+
     def spread(self, index: int, attention: torch.Tensor) -> torch.Tensor:
         """Bring the attention map of a layer back to logical length.
 

@@ -74,12 +74,14 @@ def _enter_prompt(prompt: Prompt, module: nn.Module, embeds: torch.Tensor, kwarg
         if prompt.read and min(prompt.read) + 1 < deep:
             raise UnsupportedInputError(
                 f"this model adds features of its vision tower to visual tokens in its first {deep} decoder layers, so "
-                f"none can be dropped after layer {min(prompt.read) + 1}; drop them later (for ToDRE a larger depth)"
+                f"none can be dropped after layer {min(prompt.read) + 1}; drop them later, by a larger depth or layer"
             )
     prompt.take_maps(kwargs.get("attention_mask"))
     if prompt.base:
         _wrap(prompt)
-    return {**changed, "inputs_embeds": layout.pack(embeds), "position_ids": prompt.place(positions)}
+    packed = layout.pack(embeds)
+    prompt.entered = packed.detach() if prompt.read and not prompt.remembered else None
+    return {**changed, "inputs_embeds": packed, "position_ids": prompt.place(positions)}
 
 
 def _samples(prompt: Prompt, module: nn.Module, positions: torch.Tensor | None, kwargs: dict) -> torch.Tensor | None:
@@ -179,6 +181,8 @@ def after_attention(index: int, module: nn.Module, args: tuple, kwargs: dict, ou
             keep = prompt.rule.keep(state)
         gone, prompt.recorded[index] = state.leaving(keep), state.records
     prompt.drop(index, gone)
+    if prompt.read <= prompt.decisions.keys():
+        prompt.entered = None  # nobody asks any more
 
 
 def after_decoder(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:

@@ -163,7 +163,7 @@ def _pick(prompt: Prompt, embeddings: torch.Tensor, parts: list[Part], family: A
         attention=read.get("attention"),
         is_overview=torch.stack([each.to(device) for each in overview]),
         grid=grid,
-        coordinates=None if grid is None else _coordinates(grid, length).to(device).expand(count, length, 3),
+        coordinates=None if grid is None else coordinates_of(grid, length).to(device).expand(count, length, 3),
         features=None if features is None else features.masked_fill(~has_patch.unsqueeze(-1), 0),
         can_project="inputs" in read,
         keys=read["keys"].flatten(-2) if "keys" in read else None,
@@ -195,7 +195,7 @@ def _projected(
     return Selection(selection.indices, torch.where(is_merged, merged.to(own.dtype), own))
 
 
-def _coordinates(grid: Grid3, length: int) -> torch.Tensor:
+def coordinates_of(grid: Grid3, length: int) -> torch.Tensor:
     """Frame, row and column of each token, (N, 3), int64; -1 for those behind the grid."""
     places = torch.cartesian_prod(*(torch.arange(side) for side in grid)).view(-1, 3)
     return torch.nn.functional.pad(places, (0, 0, 0, length - len(places)), value=-1)

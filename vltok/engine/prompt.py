@@ -37,6 +37,7 @@ class Prompt(Call):
         repeat: How often each prompt is repeated.
         picks: Kept positions within each image, for each picture.
         keep: Positions that are kept, (B, T), bool.
+        entered: What entered the decoder, (B, P, D), without its graph, where a rule may ask for it.
         layouts: The packing of the prompt, then one more for every drop inside the decoder.
         counts: Kept tokens of each row in each layout, (B,) on the CPU.
         read: Decoder layers that the rule looks at, from 0.
@@ -56,6 +57,7 @@ class Prompt(Call):
         "encoded",
         "encodings",
         "engine",
+        "entered",
         "hints",
         "ids",
         "keep",
@@ -108,6 +110,7 @@ class Prompt(Call):
         self.picks: list[torch.Tensor] = []
         self.repeat = 1
         self.keep: torch.Tensor | None = None
+        self.entered: torch.Tensor | None = None
         self.layouts: list[Layout] = []
         self.counts: list[torch.Tensor] = []
         self.decisions: dict[int, torch.Tensor] = {}

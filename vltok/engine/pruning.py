@@ -94,7 +94,7 @@ class PruningEngine:
                 raise UnsupportedModelError(
                     f"layer {shared[0][0] + 1} of this decoder takes the keys of layer {shared[0][1] + 1}, so visual "
                     f"tokens that leave after layer {index + 1} would still be seen there; "
-                    + (f"drop them after layer {first} at the latest (for ToDRE a smaller depth), or " if first else "")
+                    + (f"drop them after layer {first} at the latest (smaller depth or layer), or " if first else "")
                     + "use a method that prunes before the decoder (for ToDRE relevance=False)"
                 )
         self.rule = rule

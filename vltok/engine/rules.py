@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from vltok.engine.attention import decoder_mass
+from vltok.engine.attention import Attending, decoder_attention
+from vltok.engine.layout import Layout
+from vltok.engine.picking import coordinates_of
 from vltok.engine.prompt import Prompt
+from vltok.tokens import Grid3
+from vltok.views import Entry
+
+if TYPE_CHECKING:
+    from vltok.engine.pictures import Picture
 
 REMEMBERED = 4096  # prompts about the same encoded pictures
 Record = tuple[int, float, float, bool]  # batch row, both attention ratios, whether all visual tokens left
@@ -17,29 +25,83 @@ Record = tuple[int, float, float, bool]  # batch row, both attention ratios, whe
 class State:
     """A prompt at one decoder layer: one row for each of its N samples, which are batch rows unless rows are packed.
 
+    See `vltok.views.DecoderState` for what a rule sees of it.
+
     Attributes:
-        is_visual: Which of the S slots hold visual tokens of the sample, (N, S), bool.
-        is_text: Which hold text of the sample's prompt behind its first visual token, (N, S), bool.
         records: What the rule said of its decisions.
     """
 
     def __init__(self, prompt: Prompt, index: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.layer, self.num_layers = index + 1, len(prompt.groups)
         self._prompt, self._index, self._run = prompt, index, (module, args, kwargs)
         self._layout = prompt.layouts[prompt.groups[index]]
-        visual, text = (
-            self._layout.pack(mask.to(prompt.device)) & self._layout.real
-            for mask in (prompt.visual, prompt_text(prompt))
-        )
-        self._rows = torch.arange(len(visual), device=prompt.device)  # the batch row of each sample
+        self._rows = torch.arange(len(prompt.visual), device=prompt.device)  # the batch row of each sample
+        self._numbers: torch.Tensor | None = None  # and which of its packed samples it is
         samples = prompt.samples()
-        own = torch.ones_like(visual)
         if samples is not None:
             counts = samples[:, -1] + 1
             self._rows = self._rows.repeat_interleave(counts)
-            numbers = torch.cat([torch.arange(count, device=prompt.device) for count in counts.tolist()])
-            own = self._layout.pack(samples)[self._rows] == numbers.unsqueeze(1)
-        self.is_visual, self.is_text = visual[self._rows] & own, text[self._rows] & own
+            self._numbers = torch.cat([torch.arange(count, device=prompt.device) for count in counts.tolist()])
         self.records: list[Record] = []
+
+    # What stands in which slot
+
+    @cached_property
+    def is_visual(self) -> torch.Tensor:
+        """Which of the S slots hold visual tokens of the sample, (N, S), bool."""
+        return self._held(self._layout, self._prompt.visual)
+
+    @cached_property
+    def is_text(self) -> torch.Tensor:
+        """Which hold text of the sample's prompt behind its first visual token, (N, S), bool."""
+        return self._held(self._layout, prompt_text(self._prompt))
+
+    @cached_property
+    def last(self) -> torch.Tensor:
+        """The slot of the last token of each sample's prompt, (N,), int64."""
+        asked = self._held(self._layout, whole_prompt(self._prompt))
+        return (asked * torch.arange(asked.shape[1], device=asked.device)).amax(1)
+
+    @cached_property
+    def images(self) -> torch.Tensor:
+        """The image of its row that a slot's visual token is of, counted from 0, (N, S), int64; -1 for others."""
+        numbers = [torch.arange(len(own)) for own in self._pictures]
+        return self._of_tokens(numbers).masked_fill(~self.is_visual, -1)
+
+    @cached_property
+    def image_lengths(self) -> list[list[int]]:
+        """Visual tokens of each of these images that entered the decoder."""
+        return self._by_sample([[len(self._prompt.picks[number]) for number in own] for own in self._numbered])
+
+    @cached_property
+    def grids(self) -> list[list[Grid3 | None]]:
+        """Frames, rows and columns of each of these images before any token left, None where they aren't known."""
+        return self._by_sample([[self._grid(picture) for picture in own] for own in self._pictures])
+
+    @cached_property
+    def coordinates(self) -> torch.Tensor:
+        """Frame, row and column of the visual tokens, (N, S, 3), int64; -1 for others, and where they aren't known."""
+        places = [
+            torch.cat([_places(self._grid(picture), picture.length) for picture in own]) if own else torch.zeros(0, 3)
+            for own in self._pictures
+        ]
+        found = torch.full((*self._prompt.visual.shape, 3), -1)
+        found[self._prompt.visual] = torch.cat(places).long()
+        found = self._layout.pack(found.to(self._prompt.device))[self._rows]
+        return found.masked_fill(~self.is_visual.unsqueeze(-1), -1)
+
+    @cached_property
+    def entry(self) -> Entry:
+        """The prompt as it entered the decoder."""
+        first = self._prompt.layouts[0]
+        return Entry(
+            embeddings=self._prompt.entered[self._rows],
+            is_visual=self._held(first, self._prompt.visual),
+            is_text=self._held(first, prompt_text(self._prompt)),
+            slots=self._layout.within(first)[self._rows],
+        )
+
+    # What the layer makes of it
 
     @property
     def hidden_states(self) -> torch.Tensor:
@@ -48,15 +110,24 @@ class State:
         return (args[0] if args else kwargs["hidden_states"])[self._rows]
 
     @property
+    def keys(self) -> torch.Tensor:
+        """The keys of the layer, (N, S, C), all heads side by side."""
+        keys = self._attending.key[:, :, -self._layout.order.shape[1] :]  # those of earlier calls come first
+        return keys.transpose(1, 2).flatten(2).to(self._rows.device)[self._rows]
+
+    def attention(self, queries: torch.Tensor) -> torch.Tensor:
+        """The attention of queries in these slots, (N, Q), over the slots, (N, Q, S), float32, mean over the heads."""
+        seen = self._prompt.sees(self._index, self._rows, queries)
+        attention = self._attending.of_queries(self._rows, queries, seen)
+        return attention[..., -self._layout.order.shape[1] :].to(self._rows.device)
+
+    @property
     def mass(self) -> torch.Tensor:
         """What share of its attention each token puts on visual and on text tokens, (N, S, 2), float32."""
         columns = self._by_row(torch.stack([self.is_visual, self.is_text], dim=-1))
-        past = self._prompt.past(self._index)
-        past = None if past is None or past.seen is None else past
-        if past is not None:  # entries of earlier calls belong to neither group
-            before = columns.new_zeros(len(columns), past.seen.shape[-2] - columns.shape[1], 2)
-            columns = torch.cat([before, columns], dim=1)
-        return decoder_mass(*self._run, columns, past).to(self._rows.device)[self._rows]
+        before = self._attending.key.shape[2] - columns.shape[1]  # entries of earlier calls belong to neither group
+        columns = torch.cat([columns.new_zeros(len(columns), before, 2), columns], dim=1)
+        return self._attending.mass(columns).to(self._rows.device)[self._rows]
 
     def record(self, alpha_tv: torch.Tensor, alpha_vt: torch.Tensor, dropped: torch.Tensor) -> None:
         """Leave both attention ratios and the decision for the report, (N,) each."""
@@ -68,6 +139,44 @@ class State:
         slots = self._by_row(self.is_visual & ~keep.to(self.is_visual.device))
         return self._layout.unpack(slots).cpu() & self._prompt.visual & self._prompt.keep
 
+    @cached_property
+    def _attending(self) -> Attending:
+        past = self._prompt.past(self._index)
+        return decoder_attention(*self._run, None if past is None or past.seen is None else past)
+
+    @cached_property
+    def _numbered(self) -> list[list[int]]:
+        return self._prompt.rows_of_pictures()
+
+    @cached_property
+    def _pictures(self) -> list[list[Picture]]:
+        """The pictures of each batch row."""
+        return [[self._prompt.pictures[number] for number in own] for own in self._numbered]
+
+    def _grid(self, picture: Picture) -> Grid3 | None:
+        prompt, encoding = self._prompt, picture.encoding
+        if encoding is None:
+            return None
+        return prompt.engine.family.grid(prompt.model, encoding, picture.offset, picture.length)
+
+    def _by_sample(self, rows: list[Any]) -> list[Any]:
+        return [rows[row] for row in self._rows.tolist()]
+
+    def _of_tokens(self, values: list[torch.Tensor]) -> torch.Tensor:
+        """A value of each picture of each batch row, for the slots of its tokens, (N, S)."""
+        found = torch.zeros(self._prompt.visual.shape, dtype=torch.int64)
+        lengths = [torch.tensor([picture.length for picture in own], dtype=torch.int64) for own in self._pictures]
+        each = [value.repeat_interleave(length) for value, length in zip(values, lengths, strict=True)]
+        found[self._prompt.visual] = torch.cat(each)
+        return self._layout.pack(found.to(self._prompt.device))[self._rows]
+
+    def _held(self, layout: Layout, tokens: torch.Tensor) -> torch.Tensor:
+        """Which slots of a layout hold some tokens, (B, T), bool, if they are of the sample, (N, P), bool."""
+        held = (layout.pack(tokens.to(self._prompt.device)) & layout.real)[self._rows]
+        if self._numbers is None:
+            return held
+        return held & (layout.pack(self._prompt.samples())[self._rows] == self._numbers.unsqueeze(1))
+
     def _by_row(self, masks: torch.Tensor) -> torch.Tensor:
         """Put the samples of a row together, (N, ...) -> (B, ...), bool."""
         rows = masks.new_zeros(len(self._prompt.visual), *masks.shape[1:], dtype=torch.uint8)
@@ -76,19 +185,47 @@ class State:
 
 def prompt_text(prompt: Prompt) -> torch.Tensor:
     """Text of each sample behind its first visual token, up to its first answer or guess, (B, T), bool, on the CPU."""
-    visual = prompt.visual
-    samples = prompt.samples()
-    samples = torch.zeros_like(visual, dtype=torch.int64) if samples is None else samples.cpu()
-    labels = prompt.hints.labels
-    labelled = torch.zeros_like(visual) if labels is None else labels.cpu() != -100
+    visual, answered = prompt.visual, _answered(prompt)
     text = torch.zeros_like(visual)
-    for number in range(int(samples.max()) + 1):
-        own = samples == number
+    for own in _own(prompt):
         behind = own & ((visual & own).cumsum(1) > 0)
-        text |= behind & ((labelled & behind).cumsum(1) == 0)
-    if prompt.hints.guesses:
-        text[:, -prompt.hints.guesses :] = False
+        text |= behind & ((answered & behind).cumsum(1) == 0)
     return text & prompt.attended & ~visual
+
+
+def whole_prompt(prompt: Prompt) -> torch.Tensor:
+    """Tokens of each sample up to the first answer or guess behind its last visual token, (B, T), bool, on the CPU.
+
+    Of several turns, as training has them, the prompt is what the model is asked when it has seen all images.
+    """
+    visual, answered = prompt.visual, _answered(prompt)
+    asked = torch.zeros_like(visual)
+    for own in _own(prompt):
+        seen = (visual & own).cumsum(1)
+        behind = own & ~visual & (seen == seen[:, -1:])
+        asked |= own & ((answered & behind).cumsum(1) == 0)
+    return asked & prompt.attended
+
+
+def _answered(prompt: Prompt) -> torch.Tensor:
+    """What is an answer that training looks at, or was guessed, (B, T), bool, on the CPU."""
+    labels = prompt.hints.labels
+    answered = torch.zeros_like(prompt.visual) if labels is None else labels.cpu() != -100
+    if prompt.hints.guesses:
+        answered[:, -prompt.hints.guesses :] = True
+    return answered
+
+
+def _own(prompt: Prompt) -> list[torch.Tensor]:
+    """Which tokens are of the first sample of each row, of the second, ..., (B, T) each, bool, on the CPU."""
+    samples = prompt.samples()
+    if samples is None:
+        return [torch.ones_like(prompt.visual)]
+    return [samples.cpu() == number for number in range(int(samples.max()) + 1)]
+
+
+def _places(grid: Grid3 | None, length: int) -> torch.Tensor:
+    return torch.full((length, 3), -1) if grid is None else coordinates_of(grid, length)
 
 
 # `generate` without a cache sends a prompt again with every word. What was decided on the prompt stays decided.

@@ -1,20 +1,28 @@
 """Methods that keep some of the visual tokens of every image."""
 
+from vltok.methods.pruning.dart_decoder import DARTDecoder
 from vltok.methods.pruning.divprune import DivPrune
 from vltok.methods.pruning.evs import EVS, StrideFrames
 from vltok.methods.pruning.fastervlm import FasterVLM
+from vltok.methods.pruning.fastv import FastV
 from vltok.methods.pruning.floors import RandomTokens, StrideTokens
+from vltok.methods.pruning.pyramid_drop import PyramidDrop
 from vltok.methods.pruning.rule import DecoderRule
 from vltok.methods.pruning.selector import Selector
+from vltok.methods.pruning.sparsevlm import SparseVLM
 from vltok.methods.pruning.todre import ToDRE
 
 __all__ = [
     "EVS",
+    "DARTDecoder",
     "DecoderRule",
     "DivPrune",
+    "FastV",
     "FasterVLM",
+    "PyramidDrop",
     "RandomTokens",
     "Selector",
+    "SparseVLM",
     "StrideFrames",
     "StrideTokens",
     "ToDRE",

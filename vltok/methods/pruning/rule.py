@@ -1,14 +1,29 @@
-"""DecoderRule, the base of the methods that let visual tokens leave inside the decoder."""
+"""DecoderRule, the base of the methods that let visual tokens leave inside the decoder, and its two usual forms.
+
+One budget after one layer is `RuleAtLayer`; budgets that shrink layer by layer are `RuleInStages`.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, ClassVar
 
 import torch
 
+from vltok.checks import check_integer, check_one_budget, is_number
 from vltok.edits import Edits
 from vltok.method import Method, Run
+from vltok.tokens import keep_count
 from vltok.views import DecoderState, LanguageView
+
+_ROUNDING = 1e-6  # a share times a whole number that should be whole may come out a little below
+
+
+def layer_at(depth: float, num_layers: int) -> int:
+    """Which layer a share of a decoder is: depth * L, rounded down, within 1..L - 1."""
+    return max(1, min(num_layers - 1, math.floor(depth * num_layers + _ROUNDING)))
 
 
 @dataclass(frozen=True)
@@ -36,3 +51,80 @@ class DecoderRule(Method):
 
     def attach(self, view: LanguageView, edits: Edits, run: Run) -> None:
         view.on_decoder_layers(edits, run, self)
+
+
+@dataclass(frozen=True)
+class RuleAtLayer(DecoderRule):
+    """A rule that lets visual tokens leave once.
+
+    Attributes:
+        keep_ratio: Share to keep of each image's visual tokens that entered the decoder, in (0, 1]. Exactly one of
+            keep_ratio and num_keep.
+        num_keep: Number of visual tokens to keep per image, at least 1.
+        layer: After how many decoder layers the others leave, 1 up to one less than there are.
+    """
+
+    fixed: ClassVar[tuple[str, ...]] = ("layer",)  # it decides which layer is hooked
+
+    keep_ratio: float | None = None
+    num_keep: int | None = None
+    layer: int = 2
+
+    def __post_init__(self) -> None:
+        check_one_budget(type(self).__name__, self.keep_ratio, self.num_keep)
+        check_integer("layer", self.layer, least=1)
+
+    def layers(self, num_layers: int) -> tuple[int, ...]:
+        if self.layer >= num_layers:
+            raise ValueError(
+                f"layer={self.layer} leaves no layer of this decoder to run without the tokens that leave; it has "
+                f"{num_layers}, so give one in 1..{num_layers - 1}"
+            )
+        return (self.layer,)
+
+    def budgets(self, state: DecoderState) -> list[list[int]]:
+        """How many visual tokens of each image of each sample go on."""
+        return [[keep_count(n, self.keep_ratio, self.num_keep) for n in own] for own in state.image_lengths]
+
+
+@dataclass(frozen=True)
+class RuleInStages(DecoderRule):
+    """A rule that lets visual tokens leave several times.
+
+    Attributes:
+        ratios: Shares to keep of each image's visual tokens that entered the decoder, in (0, 1], none above the one
+            before it; counts are rounded down, to at least 1.
+        depths: After which share of the decoder's layers each takes effect, in (0, 1), ascending. Where two fall on the
+            same layer, as they may in a short decoder, the later one counts.
+    """
+
+    fixed: ClassVar[tuple[str, ...]] = ("depths",)  # they decide which layers are hooked
+
+    ratios: tuple[float, ...] = ()
+    depths: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("ratios", "depths"):
+            value: Any = getattr(self, name)
+            if not isinstance(value, list | tuple) or not value or not all(map(is_number, value)):
+                raise TypeError(f"{name} must be numbers, one for each stage, got {value!r}")
+            object.__setattr__(self, name, tuple(value))
+        if len(self.ratios) != len(self.depths):
+            raise ValueError(
+                f"ratios and depths must be equally many, got {len(self.ratios)} and {len(self.depths)}; give one of "
+                "each for every stage"
+            )
+        if not all(0 < ratio <= 1 for ratio in self.ratios) or any(a < b for a, b in pairwise(self.ratios)):
+            raise ValueError(f"ratios must be shares in (0, 1], none above the one before it, got {self.ratios}")
+        if not all(0 < depth < 1 for depth in self.depths) or any(a >= b for a, b in pairwise(self.depths)):
+            raise ValueError(f"depths must be ascending shares of the layers in (0, 1), got {self.depths}")
+
+    def layers(self, num_layers: int) -> tuple[int, ...]:
+        layers = {layer_at(depth, num_layers) for depth in self.depths}
+        return tuple(sorted(layers)) if num_layers > 1 else ()
+
+    def budgets(self, state: DecoderState) -> list[list[int]]:
+        """How many visual tokens of each image of each sample go on."""
+        reached = sum(layer_at(depth, state.num_layers) <= state.layer for depth in self.depths)
+        ratio = self.ratios[max(1, reached) - 1]  # a decoder may attend in none but earlier layers
+        return [[max(1, math.floor(ratio * n + _ROUNDING)) for n in own] for own in state.image_lengths]

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from vltok.checks import check_budget, check_choice, check_integer
+from vltok.checks import check_choice, check_integer, check_one_budget
 from vltok.edits import Edits
 from vltok.method import Method, Run
 from vltok.methods.pruning.merging import merge_into_kept
@@ -45,12 +45,7 @@ class Selector(Method):
     regions: tuple[int, int] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        if (self.keep_ratio is None) == (self.num_keep is None):
-            given = (
-                "neither" if self.keep_ratio is None else f"keep_ratio={self.keep_ratio} and num_keep={self.num_keep}"
-            )
-            raise ValueError(f"{type(self).__name__} takes exactly one of keep_ratio and num_keep, got {given}")
-        check_budget(self.keep_ratio, self.num_keep)
+        check_one_budget(type(self).__name__, self.keep_ratio, self.num_keep)
         check_choice("positions", self.positions, ("keep", "reindex", "stretch"))
         check_choice("per", self.per, ("image", "tile", "frame"))
         check_choice("merge", self.merge, (None, "nearest"))

@@ -19,6 +19,7 @@ from vltok.method import Run, register
 from vltok.methods.pruning.correction import Correction, centred
 from vltok.methods.pruning.floors import position_hash
 from vltok.methods.pruning.greedy import float32_products, greedy_order, times_row
+from vltok.methods.pruning.rule import layer_at
 from vltok.methods.pruning.selector import Selector
 from vltok.views import AttentionRequest, DecoderState, LanguageView, VisualTokens
 
@@ -266,7 +267,7 @@ class ToDRE(Selector):
         28 of 32 layers at depth 7/8: layers 29 to 32 may run without visual tokens. Ascending, each once; none if L is
         1.
         """
-        layers = {max(1, min(num_layers - 1, math.floor(depth * num_layers + 1e-6))) for depth in self._depths()}
+        layers = {layer_at(depth, num_layers) for depth in self._depths()}
         return tuple(sorted(layers)) if num_layers > 1 else ()
 
     def decide(self, alpha_tv: torch.Tensor, alpha_vt: torch.Tensor) -> torch.Tensor:
