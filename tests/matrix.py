@@ -30,9 +30,14 @@ PRUNING: dict[str, Callable[[], vltok.Method]] = {
 # These bring weights. Each gets the family, as not every setting fits every patch grid.
 TRAINED: dict[str, Callable[[tiny.TinyFamily], vltok.Method]] = {
     "tokenpacker": lambda family: vltok.TokenPacker(scale_factor=family.packer_scale),
+    "tokenpacker-scales": lambda family: vltok.TokenPacker(scale_factor=(family.packer_scale, 1)),
+    "average_pool": lambda family: vltok.AveragePool(scale_factor=family.packer_scale),
+    "pixel_shuffle": lambda family: vltok.PixelShuffle(scale_factor=family.packer_scale),
     "soft": lambda family: vltok.SOFT(ratio=2),
     "tap": lambda family: vltok.TAP(num_scales=3),
 }
+# Those among them that put another projector in the place of the model's own.
+CONDENSING = ("tokenpacker", "tokenpacker-scales", "average_pool", "pixel_shuffle")
 # On decoders with windows: one selector, and one method that drops inside the decoder as well.
 WINDOWED = ("todre", "stride")
 # On further families: one selector; where much hangs on the decoder, DROPPING has one that drops inside it as well.
@@ -112,7 +117,7 @@ def _pairs() -> dict[str, Pair]:
         methods = {name: PRUNING[name]() for name in names}
         pairs |= {f"{key}-{name}": Pair(family, each, True, _works(family, each)) for name, each in methods.items()}
         if family in tiny.ALL:
-            trained = (*family.tower, "tokenpacker") if family.projects else family.tower
+            trained = (*family.tower, *CONDENSING) if family.projects else family.tower
             pairs |= {f"{key}-{name}": Pair(family, TRAINED[name](family), False, name in trained) for name in TRAINED}
         elif family in FURTHER and family.projects:
             pairs[f"{key}-tokenpacker"] = Pair(family, TRAINED["tokenpacker"](family), False, True)
