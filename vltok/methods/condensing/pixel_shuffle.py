@@ -1,9 +1,10 @@
 """PixelShuffle: the patches of each s x s region side by side on channels, then a projector that reads them at once.
 
-Papers: https://arxiv.org/abs/2404.16821 (InternVL 1.5, Chen et al., 2024), which merges 2 x 2 patches so; the name is of
-https://arxiv.org/abs/1609.05158 (Shi et al., 2016), whose inverse it is. Needs training; training-free it is average
-pooling before the model's own projector, from which it starts. Differs from InternVL: any region, that start, no layer
-norm, and the patches of a region come row by row, not column by column, which learned weights don't notice.
+Papers: https://arxiv.org/abs/2404.16821 (InternVL 1.5, Chen et al., 2024), which merges 2 x 2 patches so; the name
+comes from https://arxiv.org/abs/1609.05158 (Shi et al., 2016), whose inverse it is. Needs training. Training-free it
+is average pooling before the model's own projector, from which it starts. Differs from InternVL: any region, that
+start, no layer norm, and the patches of a region come row by row, not column by column, which learned weights don't
+notice.
 """
 
 from __future__ import annotations
