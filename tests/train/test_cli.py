@@ -55,6 +55,14 @@ def curve(out: Path) -> list[float]:
     return [entry["loss"] for entry in history if "loss" in entry]
 
 
+def test_a_projector_for_several_scale_factors_is_trained_by_its_text(run, tmp_path):
+    printed = run("--method", "tokenpacker,scale_factor=(2,4),init=pool", *SHORT, "--out", tmp_path)
+    assert "TokenPacker(scale_factor=(2, 4)" in printed
+    assert len(curve(tmp_path)) == 4
+    with vltok.load(LLAVA.model(), tmp_path / "adapter", processor=LLAVA.processor()) as handle:
+        assert handle.methods[0].scale_factor == (2, 4)
+
+
 def caption(folder, path: Path) -> Path:
     """The same pictures, each with one question and its answer."""
     rows = [record(f"c{i}", [f"{i}.png"], "<image>\nw1", f"w{i} w{i + 1}") for i in range(8)]

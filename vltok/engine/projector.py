@@ -217,6 +217,13 @@ class _Counted(MethodWrapper):
     def __init__(self, scales: ScaleChoice, fields: dict[int, dict[str, Any]]) -> None:
         self.scales, self.fields = scales, fields
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Counted:
+        if id(self.owner) not in memo:  # what the processor says of itself copies its fields, and needs no tokenizer
+            return self
+        twin = memo[id(self)] = copy.copy(self)
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        return twin
+
     def around(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         twin = copy.copy(self.owner)  # other threads may be using the processor at another scale
         for name in _WRITERS:

@@ -44,8 +44,8 @@ class VltokTrainer(Trainer):
     and the share of answer tokens that come out right, the same on any number of processes. `save_model(folder)`
     writes the result and log_history.json.
 
-    A method with several scale factors is trained at all of them: each batch draws one, see `Collator.drawing`.
-    Evaluation is at the first; at another one inside `with handle.using(scale_factor=...)`, with
+    A method with several scale factors is trained at all of them: each batch of each process draws one, see
+    `Collator.drawing`. Evaluation is at the first; at another one inside `with handle.using(scale_factor=...)`, with
     `dataloader_num_workers=0`.
 
     Args:
