@@ -34,9 +34,15 @@ PRUNING: dict[str, Callable[[], vltok.Method]] = {
 # These bring weights. Each gets the family, as not every setting fits every patch grid.
 TRAINED: dict[str, Callable[[tiny.TinyFamily], vltok.Method]] = {
     "tokenpacker": lambda family: vltok.TokenPacker(scale_factor=family.packer_scale),
+    "tokenpacker-scales": lambda family: vltok.TokenPacker(scale_factor=(family.packer_scale, 1)),
+    "average_pool": lambda family: vltok.AveragePool(scale_factor=family.packer_scale),
+    "pixel_shuffle": lambda family: vltok.PixelShuffle(scale_factor=family.packer_scale),
     "soft": lambda family: vltok.SOFT(ratio=2),
     "tap": lambda family: vltok.TAP(num_scales=3),
 }
+# Those among them that put another projector in the place of the model's own; these only where they can continue it.
+CONDENSING = ("tokenpacker", "tokenpacker-scales")
+CONTINUING = ("average_pool", "pixel_shuffle")
 # On decoders with windows: one selector, and one method that drops inside the decoder as well.
 WINDOWED = ("todre", "stride")
 # On further families: one selector; where much hangs on the decoder, DROPPING has one that drops inside it as well.
@@ -119,6 +125,11 @@ def _dropping(family: tiny.TinyFamily) -> vltok.Method:
     return vltok.ToDRE(keep_ratio=0.3, tau=1.0, depth=family.drop_depth, pivot="center")
 
 
+def _projectors(family: tiny.TinyFamily) -> tuple[str, ...]:
+    """The methods whose projector has a place in the family."""
+    return (*CONDENSING, *(CONTINUING if family.continued else ())) if family.projects else ()
+
+
 def _pairs() -> dict[str, Pair]:
     pairs = {}
     for key, family in FAMILIES.items():
@@ -126,7 +137,7 @@ def _pairs() -> dict[str, Pair]:
         methods = {name: PRUNING[name]() for name in names}
         pairs |= {f"{key}-{name}": Pair(family, each, True, _works(family, each)) for name, each in methods.items()}
         if family in tiny.ALL:
-            trained = (*family.tower, "tokenpacker") if family.projects else family.tower
+            trained = (*family.tower, *_projectors(family))
             pairs |= {f"{key}-{name}": Pair(family, TRAINED[name](family), False, name in trained) for name in TRAINED}
         elif family in FURTHER and family.projects:
             pairs[f"{key}-tokenpacker"] = Pair(family, TRAINED["tokenpacker"](family), False, True)

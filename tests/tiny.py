@@ -91,6 +91,7 @@ class TinyFamily:
         shows_patches: Whether vltok knows which patches a visual token stands for, and so ranks them by attention.
         projects: Whether its projector can be replaced.
         tower: Which methods that bring weights can change its vision tower, by their names in the matrix.
+        continued: Whether its projector is two linear layers with a GELU between, which a new one may continue.
         packer_scale: A scale factor of TokenPacker that divides its patch grid.
         new_image_in_turn: Whether the unpruned generate() takes an image on top of a filled cache.
         windowed: Whether some decoder layers see fewer tokens than the prompts have.
@@ -122,6 +123,7 @@ class TinyFamily:
     axes: int = 1
     shows_patches: bool = True
     projects: bool = True
+    continued: bool = True
     tower: tuple[str, ...] = ()
     packer_scale: int = 2
     new_image_in_turn: bool = True
@@ -464,6 +466,7 @@ INTERNVL = TinyFamily(
     (56, 56),
     True,
     (48, 16),
+    continued=False,
     packer_scale=4,
     tower=("tap",),  # its attention norms queries and keys
     video="<video>",

@@ -258,4 +258,4 @@ def _with(method: Method, knobs: dict[str, Any]) -> Method:
     for name, other in (("keep_ratio", "num_keep"), ("num_keep", "keep_ratio")):
         if own.get(name) is not None and other in method.per_call():
             own.setdefault(other, None)
-    return replace(method, **own) if own else method
+    return method.with_settings(**own) if own else method

@@ -7,7 +7,7 @@ import difflib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar, TypeVar
 
 from vltok.edits import Edits
@@ -32,10 +32,13 @@ class Method:
     fixed: ClassVar[tuple[str, ...] | None] = None
     """Settings that `handle.using` can't change, as the model was made to fit them; None stands for all."""
 
-    @classmethod
-    def per_call(cls) -> tuple[str, ...]:
+    def per_call(self) -> tuple[str, ...]:
         """Names of the settings that `handle.using` may change."""
-        return () if cls.fixed is None else tuple(each.name for each in fields(cls) if each.name not in cls.fixed)
+        return () if self.fixed is None else tuple(each.name for each in fields(self) if each.name not in self.fixed)
+
+    def with_settings(self, **settings: Any) -> Method:
+        """Return this method with other settings for the calls of a block, all of them among `per_call()`."""
+        return replace(self, **settings)
 
     def settled(self, view: Any) -> Method:
         """Return these settings with all that they leave to the model filled in, which is what gets applied and saved.

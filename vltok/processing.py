@@ -149,8 +149,12 @@ class TokenPackerHDProcessor(ProcessorMixin):
     @property
     def tokens_per_tile(self) -> int:
         """Placeholders that the wrapped processor writes for a picture of one tile."""
-        patches = (self.tile_size // self.patch_size) ** 2
-        return patches + self.num_additional_image_tokens - (self.vision_feature_select_strategy == "default")
+        # It is asked, as it may write other numbers in a block of `handle.using`. If this one was given to a handle in
+        # its place, the handle's numbers are here.
+        own = type(self.processor).replace_image_token.__get__(self)
+        write = own if "patch_size" in vars(self) else self.processor.replace_image_token
+        side = self.tile_size
+        return write({"pixel_values": [torch.zeros(()).expand(3, side, side)]}, 0).count(self.image_token)
 
     def __call__(
         self,

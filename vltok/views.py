@@ -6,6 +6,7 @@ A family (vltok/families) implements them for one kind of model; a method (vltok
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -250,6 +251,25 @@ class ProjectorSite:
     levels: tuple[int, ...]
 
 
+class ScaleChoice(Protocol):
+    """The scale factors that a projector was made for, and which one counts."""
+
+    @property
+    def every(self) -> tuple[int, ...]:
+        """All of them. The first counts where nothing else is said."""
+
+    @property
+    def now(self) -> int:
+        """The one that counts for the calls of this thread, see `handle.using`."""
+
+    def at(self, scale_factor: int) -> AbstractContextManager[None]:
+        """Let one of them count for this thread in a block.
+
+        Raises:
+            ValueError: If it is none of them.
+        """
+
+
 Projection = tuple[torch.Tensor, torch.Tensor | None]  # weight (out, in) and bias (out,) of a linear layer
 
 
@@ -381,12 +401,13 @@ class ProjectorView(Protocol):
         """
 
     def swap_projector(
-        self, edits: Edits, run: Run, projector: nn.Module, levels: tuple[int, ...], scale_factor: int
+        self, edits: Edits, run: Run, projector: nn.Module, levels: tuple[int, ...], scales: ScaleChoice
     ) -> None:
         """Put `projector` in the place of the old one.
 
         It gets the hidden states `levels` concatenated on channels, (B, N, len(levels) * C), and returns
-        (B, N / scale_factor^2, D). The model's processor writes that many placeholders from then on.
+        (B, N / scale_factor^2, D). The model's processor writes that many placeholders from then on. Where there are
+        several scale factors, it is told the one that counts as a keyword, `scale_factor`.
 
         Raises:
             ValueError: If there is no processor, or it doesn't belong to the model.

@@ -1,13 +1,16 @@
 """Train projectors that condense visual tokens, on the shipped canvas model: `python -m eval.canvas.condense`.
 
-TokenPacker, average pooling and the plain projector start from the model's own projector and get the same pictures in
-the same order, the same optimizers and rates. Part "projector" trains the projector alone; part "lm" also the language
-model. The tower is frozen in both. A run whose result is in the folder is not trained again.
+TokenPacker, pixel shuffle, average pooling and the plain projector start from the model's own projector and get the
+same pictures in the same order, the same optimizers and rates. Part "projector" trains the projector alone; part "lm"
+also the language model. The tower is frozen in both. A run whose results are in the folder is not trained again. A
+projector for several scale factors sees each batch at one of them and is tested at each.
 """
 
 import json
+import random
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,12 +33,11 @@ from eval.canvas.data import KINDS, Canvases
 from eval.canvas.losses import answer_loss
 from eval.canvas.model import load
 from eval.canvas.muon import Muon
-from eval.canvas.pooled import Variant, levels
 from eval.canvas.runner import Case, Result, draw_questions, encode, evaluate
 from eval.canvas.train import BLOCKS, Phase, rate_factor
+from eval.canvas.variants import METHODS, Variant, levels, tokens_at
 
 PARTS = ("projector", "lm")
-KINDS_OF_PROJECTOR = ("average", "tokenpacker")
 VAL_BATCHES = 16  # of 8 canvases
 FIRST_SEED = 100  # of training canvases; those below were seen when the model was trained
 
@@ -62,6 +64,7 @@ class Learner:
         torch.manual_seed(run.seed)
         host, processor = load()
         self.projector = run.variant.put_on(host, processor).train()
+        (self.handle,) = vltok.handles(host)
         self.levels = levels(host)
         self.model = base
         trained = [self.projector]
@@ -83,16 +86,18 @@ class Learner:
         else:
             self.optimizers[0].add_param_group({"params": matrices})
 
-    def answers(self, states: Sequence[torch.Tensor], batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """The answers' loss and the hits per kind; `states` are the tower's hidden states, CLS first."""
+    def answers(self, states: Sequence[torch.Tensor], batch: Batch, scale: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The answers' loss and the hits per kind at a scale; `states` are the tower's hidden states, CLS first."""
         features = torch.cat([states[level][:, 1:] for level in self.levels], dim=-1)
-        return answer_loss(self.model, self.projector(features), batch.condensed(self.run.variant.tokens))
+        with at_scale(self.handle, scale):
+            projected = self.projector(features)
+        return answer_loss(self.model, projected, batch.condensed(tokens_at(scale)))
 
     def step(self, number: int, states: Sequence[torch.Tensor], batch: Batch) -> float:
-        """Learn from one batch; returns the loss."""
+        """Learn from one batch; returns the loss. Of several scales the number of the step draws one."""
         started = time.perf_counter()
         factor = rate_factor(number, self.budget)
-        loss = self.answers(states, batch)[0]
+        loss = self.answers(states, batch, random.Random(number).choice(self.run.variant.scales))[0]
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss of {self.run.name} became {loss.item()} at step {number}")
         for optimizer, rate in zip(self.optimizers, self.rates, strict=True):
@@ -106,15 +111,24 @@ class Learner:
         return loss.item()
 
     @torch.no_grad()
-    def validate(self, seen: Sequence[tuple[Sequence[torch.Tensor], Batch]]) -> dict[str, float]:
-        """Loss and accuracies on validation batches, given with the tower's hidden states."""
+    def validate(self, seen: Sequence[tuple[Sequence[torch.Tensor], Batch]]) -> dict[int, dict[str, float]]:
+        """Loss and accuracies at each scale on validation batches, given with the tower's hidden states."""
+        return {scale: self._validate(seen, scale) for scale in self.run.variant.scales}
+
+    def _validate(self, seen: Sequence[tuple[Sequence[torch.Tensor], Batch]], scale: int) -> dict[str, float]:
         losses, hits = [], torch.zeros(2, len(KINDS))
         for states, batch in seen:
-            loss, part = self.answers(states, batch)
+            loss, part = self.answers(states, batch, scale)
             losses.append(loss.item())
             hits += part
         figures = {kind: (hits[0, k] / hits[1, k]).item() for k, kind in enumerate(KINDS)}
         return {"loss": sum(losses) / len(losses), **figures}
+
+
+def at_scale(handle: vltok.Handle, scale: int) -> AbstractContextManager[None]:
+    """A block in which a handle's method has this scale factor, which is nothing to change where it has one only."""
+    (method,) = handle.methods
+    return handle.using(**({"scale_factor": scale} if method.per_call() else {}))
 
 
 @torch.no_grad()
@@ -161,52 +175,57 @@ def train(runs: Sequence[Run], budget: Phase, out: Path) -> None:
         figures = learner.validate(seen)
         note(learner, budget.steps, val=figures)
         save_file(learner.trained.state_dict(), out / f"{learner.run.name}.safetensors")
-        record = {
-            "run": {"kind": learner.run.variant.kind, "scale": learner.run.variant.scale, "part": learner.run.part}
-            | {"seed": seed, "tokens": learner.run.variant.tokens},
-            "budget": asdict(budget),
-            "seconds": learner.seconds,
-            "parameters": sum(p.numel() for p in learner.trained.parameters()),
-            "untrained": before[learner.run],
-            "val": figures,
-        }
-        write_result(out, learner.run, record)
+        variant = learner.run.variant
+        kind = variant.kind if len(variant.scales) == 1 else variant.name
+        for scale in variant.scales:
+            record = {
+                "run": {"kind": kind, "scale": scale, "part": learner.run.part}
+                | {"seed": seed, "tokens": tokens_at(scale)},
+                "budget": asdict(budget),
+                "seconds": learner.seconds,
+                "parameters": sum(p.numel() for p in learner.trained.parameters()),
+                "untrained": before[learner.run][scale],
+                "val": figures[scale],
+            }
+            write_result(out, learner.run, scale, record)
     log.close()
 
 
-def test(run: Run, out: Path, questions: int, seed: int = 0) -> Result:
-    """Answer test questions with a trained run, through the processor and `model.generate`."""
+def test(run: Run, scale: int, out: Path, questions: int, seed: int = 0) -> Result:
+    """Answer test questions with a trained run at a scale, through the processor and `model.generate`."""
     model, processor = load()
     trained = nn.ModuleList([run.variant.put_on(model, processor)])
     if run.part == "lm":
         trained.append(model.model.language_model)
     trained.load_state_dict(load_file(out / f"{run.name}.safetensors"))
-    return answer(model, processor, run, questions, seed)
+    (handle,) = vltok.handles(model)
+    with at_scale(handle, scale):
+        canvases = Canvases("test", seed)
+        asked = draw_questions(canvases, questions)
+        batches = encode(processor, canvases, asked, 8, wrong_image=False)
+        return evaluate(model.eval(), processor, Case(run.name, 1 / scale**2), batches, asked)
 
 
-def answer(model: LlavaForConditionalGeneration, processor: object, run: Run, questions: int, seed: int) -> Result:
-    """Answer test questions with a model that has its projector on."""
-    canvases = Canvases("test", seed)
-    asked = draw_questions(canvases, questions)
-    batches = encode(processor, canvases, asked, 8, wrong_image=False)
-    return evaluate(model.eval(), processor, Case(run.name, 1 / run.variant.scale**2), batches, asked)
-
-
-def write_result(out: Path, run: Run, record: dict[str, object]) -> None:
-    """Write a run's result; a crash while writing leaves none."""
-    new = out / f"{run.name}.json.new"
+def write_result(out: Path, run: Run, scale: int, record: dict[str, object]) -> None:
+    """Write a run's result at a scale; a crash while writing leaves none."""
+    path = _result_file(out, run, scale)
+    new = path.with_name(f"{path.name}.new")
     new.write_text(json.dumps(record, indent=1) + "\n")
-    new.rename(out / f"{run.name}.json")
+    new.rename(path)
 
 
-def read_result(out: Path, run: Run) -> dict[str, object] | None:
-    """A run's result, or None where it has not been trained."""
-    path = out / f"{run.name}.json"
+def read_result(out: Path, run: Run, scale: int) -> dict[str, object] | None:
+    """A run's result at a scale, or None where it has not been trained."""
+    path = _result_file(out, run, scale)
     return json.loads(path.read_text()) if path.exists() else None
 
 
+def _result_file(out: Path, run: Run, scale: int) -> Path:
+    return out / f"{run.name}{f'-at{scale}' if len(run.variant.scales) > 1 else ''}.json"
+
+
 def ship(run: Run, out: Path, folder: Path) -> Path:
-    """Write the trained TokenPacker of a run as an adapter in bfloat16, a folder for vltok.load."""
+    """Write the trained projector of a run as an adapter in bfloat16, a folder for vltok.load."""
     model, processor = load()
     handle = vltok.apply(model, run.variant.method(), processor=processor)
     (projector,) = handle.added_modules
@@ -221,9 +240,12 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder of the runs: results, weights, log.jsonl.")] = Path(
         "canvas-run/condense"
     ),
-    kinds: Annotated[str, typer.Option(help="Projectors, with commas: tokenpacker, average.")] = "average,tokenpacker",
+    kinds: Annotated[str, typer.Option(help=f"Projectors, with commas: {', '.join(METHODS)}.")] = "average,tokenpacker",
     scales: Annotated[
-        str, typer.Option(help="Sides of a region of patches, with commas; 1 is the plain projector.")
+        str,
+        typer.Option(
+            help="Sides of a region of patches, with commas; 1 is the plain projector, 2+4 one projector for both."
+        ),
     ] = "1,2,4",
     seeds: Annotated[str, typer.Option(help="Of part projector, with commas; part lm takes the first.")] = "0,1,2",
     parts: Annotated[
@@ -235,7 +257,7 @@ def main(
     adam_rate: Annotated[float, typer.Option(help="Peak rate of AdamW for everything else.")] = 1e-3,
     questions: Annotated[int, typer.Option(min=0, help="At least this many test questions; 0 tests nothing.")] = 1000,
     adapters: Annotated[
-        Path | None, typer.Option(help="Where the TokenPackers of the first seed, trained alone, go in bfloat16.")
+        Path | None, typer.Option(help="Where the projectors of the first seed, trained alone, go in bfloat16.")
     ] = None,
     threads: Annotated[int, typer.Option(min=1, help="torch threads.")] = 1,
 ) -> None:
@@ -244,26 +266,33 @@ def main(
     torch.set_flush_denormal(True)
     out.mkdir(parents=True, exist_ok=True)
     budget = Phase("condense", steps, batch_size, muon_rate, adam_rate, 0.0, min_items=1)
-    asked_kinds, sides = _names(kinds, "--kinds", KINDS_OF_PROJECTOR), _numbers(scales, "--scales", (1, 2, 4, 8, 16))
-    variants = [Variant(kind, side) for side in sides for kind in asked_kinds if side > 1 or kind == "average"]
+    asked_kinds = _names(kinds, "--kinds", tuple(METHODS))
+    offered = [
+        Variant(kind, sides[0] if len(sides) == 1 else tuple(sides))
+        for sides in (_numbers(text.replace("+", ","), "--scales", (1, 2, 4, 8, 16)) for text in scales.split(","))
+        for kind in asked_kinds
+        if (sides != [1] or kind == "average") and (len(sides) == 1 or kind != "shuffle")
+    ]
+    variants = list(dict.fromkeys(offered))
     drawn = _numbers(seeds, "--seeds")
     every: list[Run] = []
     for part in _names(parts, "--parts", PARTS):
         for seed in drawn if part == "projector" else drawn[:1]:
             runs = [Run(variant, part, seed) for variant in variants]
             every += runs
-            if missing := [run for run in runs if read_result(out, run) is None]:
+            if missing := [run for run in runs if None in (read_result(out, run, s) for s in run.variant.scales)]:
                 train(missing, budget, out)
-    for run in every:
-        record = read_result(out, run)
+    points = [(run, scale) for run in every for scale in run.variant.scales]
+    for run, scale in points:
+        record = read_result(out, run, scale)
         if questions and "test" not in record:
-            result = test(run, out, questions)
-            write_result(out, run, record | {"test": {"hits": result.hits, "asked": result.asked}})
+            result = test(run, scale, out, questions)
+            write_result(out, run, scale, record | {"test": {"hits": result.hits, "asked": result.asked}})
     if adapters is not None:
         for run in every:
-            if (run.variant.kind, run.part, run.seed) == ("tokenpacker", "projector", drawn[0]):
+            if (run.part, run.seed) == ("projector", drawn[0]) and run.variant.scale != 1:
                 typer.echo(f"wrote {ship(run, out, adapters)}")
-    Console(width=170).print(condense_table.render([read_result(out, run) for run in every]))
+    Console(width=170).print(condense_table.render([read_result(out, *point) for point in points]))
 
 
 def _names(text: str, option: str, allowed: Sequence[str]) -> list[str]:

@@ -45,7 +45,7 @@ class Case:
     @property
     def condenses(self) -> bool:
         """Whether it puts another projector into the model, so that pictures have fewer placeholders."""
-        return self.adapter is not None or isinstance(self.method, vltok.TokenPacker)
+        return self.adapter is not None or isinstance(self.method, vltok.AveragePool | vltok.TokenPacker)
 
     def put_on(
         self, model: LlavaForConditionalGeneration, processor: ProcessorMixin
@@ -110,9 +110,7 @@ def cases(keep_ratios: Sequence[float], seed: int, adapters: Path | None = ADAPT
     for scale in SCALES:
         if adapters is not None:
             condensed.append(Case("TokenPacker", scale**-2, adapter=adapters / f"tokenpacker-s{scale}"))
-        # An untrained TokenPacker that starts from pooling is average pooling before the model's own projector.
-        untrained = vltok.TokenPacker(scale_factor=scale, init="pool")
-        condensed.append(Case("average pooling", scale**-2, untrained))
+        condensed.append(Case("average pooling", scale**-2, vltok.AveragePool(scale)))
     return fixed + pruned + condensed
 
 

@@ -17,12 +17,13 @@ from eval.canvas.condense import Learner, Run, main, read_result, ship, tower_st
 from eval.canvas.data import KINDS, Canvases
 from eval.canvas.losses import answer_loss
 from eval.canvas.model import load
-from eval.canvas.pooled import PooledProjector, Variant, levels
 from eval.canvas.runner import ADAPTERS, SCALES
 from eval.canvas.train import Phase
+from eval.canvas.variants import Variant, levels, tokens_at
 
 BUDGET = Phase("condense", 2, 2, 0.01, 1e-3, 0.0, min_items=1)
 VARIANTS = [Variant("average", 1), Variant("average", 4), Variant("tokenpacker", 4)]
+SEVERAL = Variant("tokenpacker", (2, 4))
 
 
 @pytest.fixture(autouse=True)
@@ -51,35 +52,16 @@ def runs(tmp_path_factory):
     return out
 
 
-def test_pooling_averages_each_region_and_then_projects_as_the_model_does(shipped):
-    old = shipped[0].model.multi_modal_projector
-    features = torch.randn(2, 256, 128, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        pooled = PooledProjector(old, 4)(features)
-        for row in range(4):
-            for column in range(4):
-                region = [16 * (4 * row + i) + 4 * column + j for i in range(4) for j in range(4)]
-                expected = old(features[:, region].mean(1))
-                torch.testing.assert_close(pooled[:, 4 * row + column], expected, atol=1e-5, rtol=1e-5)
-        assert pooled.shape[1] == 16
-        torch.testing.assert_close(PooledProjector(old, 1)(features), old(features), atol=1e-5, rtol=1e-5)
-
-
-def test_a_pooled_projector_shares_no_weight_with_the_one_it_starts_from(shipped):
-    old = shipped[0].model.multi_modal_projector
-    assert not {p.data_ptr() for p in PooledProjector(old, 2).parameters()} & {p.data_ptr() for p in old.parameters()}
-
-
 @pytest.mark.parametrize("variant", [Variant("tokenpacker", 2), Variant("average", 4)], ids=lambda v: v.name)
 def test_each_block_of_a_shorter_sequence_gives_the_logits_that_the_model_gives_alone(variant, batch):
     model, processor = load()
     projector = variant.put_on(model, processor)
-    shorter = batch.condensed(variant.tokens)
+    shorter = batch.condensed(tokens_at(variant.scale))
     with torch.no_grad():
         states = tower_states(model, batch)
         features = torch.cat([states[level][:, 1:] for level in levels(model)], dim=-1)
         projected, decoder = projector(features), model.model.language_model
-        prefix = 1 + variant.tokens
+        prefix = 1 + tokens_at(variant.scale)
         words = decoder.embed_tokens(shorter.input_ids)
         embeds = torch.cat([words[:, :1], projected, words[:, prefix:]], dim=1)
         use_block_attention(decoder)
@@ -92,7 +74,7 @@ def test_each_block_of_a_shorter_sequence_gives_the_logits_that_the_model_gives_
             text = processor.tokenizer.decode(shorter.input_ids[0, at])
             picture = ((batch.pixels[0] * 0.25 + 0.5) * 255).round().byte().permute(1, 2, 0).numpy()
             inputs = processor(images=[picture], text=[f"<image> {text}"], return_tensors="pt")
-            assert (inputs["input_ids"] == model.config.image_token_id).sum() == variant.tokens
+            assert (inputs["input_ids"] == model.config.image_token_id).sum() == tokens_at(variant.scale)
             alone = model(**inputs).logits[0, prefix:]
             torch.testing.assert_close(together[at], alone, atol=5e-4, rtol=1e-3)
 
@@ -108,7 +90,7 @@ def test_shorter_sequences_keep_questions_and_targets(batch):
 
 
 def test_tokenpacker_and_average_pooling_start_from_the_same_answers(runs):
-    pooling, packer = (read_result(runs, Run(variant, "projector", 0)) for variant in VARIANTS[1:])
+    pooling, packer = (read_result(runs, Run(variant, "projector", 0), 4) for variant in VARIANTS[1:])
     assert packer["untrained"] == pytest.approx(pooling["untrained"], abs=1e-3)
     assert packer["val"]["loss"] != pytest.approx(pooling["val"]["loss"], abs=1e-3)
 
@@ -149,6 +131,41 @@ def test_training_canvases_are_none_that_the_model_was_trained_on():
     assert condense.FIRST_SEED > 4  # its four phases drew from seeds 1 to 4
 
 
+def test_a_projector_for_several_scales_is_trained_tested_and_shipped_for_each(tmp_path):
+    app = typer.Typer()
+    app.command()(main)
+    arguments = ["--out", str(tmp_path), "--kinds", "tokenpacker,shuffle", "--scales", "4,2+4", "--seeds", "0"]
+    arguments += ["--parts", "projector", "--steps", "2", "--batch-size", "1", "--questions", "4"]
+    run = CliRunner().invoke(app, [*arguments, "--adapters", str(tmp_path / "adapters")])
+    assert run.exit_code == 0, run.output
+    tokens = {}
+    for path in tmp_path.glob("projector-*.json"):
+        record = json.loads(path.read_text())
+        tokens[path.stem.removeprefix("projector-")] = record["run"]["tokens"]
+        assert sum(record["test"]["asked"].values()) >= 4 and record["val"]["loss"] > 0
+    single = {"tokenpacker-s4-seed0": 16, "shuffle-s4-seed0": 16}
+    assert tokens == single | {"tokenpacker-s2+4-seed0-at2": 64, "tokenpacker-s2+4-seed0-at4": 16}
+    names = {"tokenpacker-s4", "shuffle-s4", "tokenpacker-s2+4"}
+    assert {path.name for path in (tmp_path / "adapters").iterdir()} == names
+    model, processor = load()
+    with vltok.load(model, tmp_path / "adapters" / "tokenpacker-s2+4", processor=processor) as handle:
+        assert handle.methods[0].scale_factor == (2, 4)
+
+
+def test_a_learner_of_several_scales_lowers_its_loss_at_each(shipped, batch):
+    base, _ = load()
+    base.requires_grad_(False)
+    use_block_attention(base.model.language_model)
+    learner = Learner(Run(SEVERAL, "projector", 0), base, Phase("condense", 12, 3, 0.01, 1e-3, 0.0, min_items=1))
+    seen = [(tower_states(base, batch), batch)]
+    before = learner.validate(seen)
+    for number in range(12):
+        learner.step(number, *seen[0])
+    after = learner.validate(seen)
+    assert before.keys() == after.keys() == {2, 4}
+    assert all(after[scale]["loss"] < 0.8 * before[scale]["loss"] for scale in after)
+
+
 def test_a_learner_lowers_its_loss(shipped, batch):
     base, _ = load()
     base.requires_grad_(False)
@@ -183,7 +200,7 @@ def test_an_adapter_holds_the_trained_weights_in_bfloat16(runs, tmp_path):
 
 def test_a_test_answers_with_the_trained_weights_through_generate(runs, batch):
     run = Run(VARIANTS[2], "lm", 0)
-    result = condense.test(run, runs, questions=8, seed=1)
+    result = condense.test(run, 4, runs, questions=8, seed=1)
     assert sum(result.asked.values()) >= 8 and result.visual_tokens == 16 * result.total
     model, processor = load()
     run.variant.put_on(model, processor).load_state_dict(
@@ -266,7 +283,8 @@ def test_shipped_adapters_answer_better_than_pooling(scale):
     with torch.no_grad():
         states = tower_states(model, batch)
         tokens = (16 // scale) ** 2
-        pooled = PooledProjector(model.model.multi_modal_projector, scale)(states[-2][:, 1:])
+        with vltok.apply(model, vltok.AveragePool(scale), processor=processor) as handle:
+            pooled = handle.added_modules[0](states[-2][:, 1:])
         plain = answer_loss(model, pooled, batch.condensed(tokens))[0]
         with vltok.load(model, folder, processor=processor) as handle:
             features = torch.cat([states[level][:, 1:] for level in levels(model)], dim=-1)

@@ -19,7 +19,6 @@ from eval.canvas.data import KINDS, Canvases
 from eval.canvas.memory import early_layers_remembered
 from eval.canvas.model import MODEL_DIR, load
 from eval.canvas.pool import Bench, Plan, run_cases
-from eval.canvas.pooled import PooledProjector
 from eval.canvas.runner import Case, Result, cases, draw_questions, encode, evaluate, kept_patches, time_prefill
 
 METHODS = ["ToDRE, stage 1", "ToDRE, stages 1+2", "DivPrune", "FasterVLM", "stride", "random"]
@@ -62,17 +61,16 @@ def test_a_model_without_adapters_is_condensed_by_pooling_only():
     assert all(case.adapter is None for case in every)
 
 
-def test_untrained_pooling_answers_as_pooled_patches_before_the_models_own_projector():
+def test_untrained_tokenpacker_answers_as_average_pooling_before_the_models_own_projector():
     bench = Bench(Plan(MODEL_DIR, "float32", "cpu", None, 3, 20, 8))
     questions = bench.questions[:8]
-    case = Case("average pooling", 0.25, vltok.TokenPacker(scale_factor=2, init="pool"))
-    batch = bench.encode(case, questions)[0]
-    with torch.no_grad():
-        with case.put_on(bench.model, bench.processor):
-            logits = bench.model(**batch).logits
-        old = bench.model.model.multi_modal_projector
-        bench.model.model.multi_modal_projector = PooledProjector(old, 2)
-        torch.testing.assert_close(bench.model(**batch).logits, logits, atol=2e-2, rtol=1e-3)
+    answers = []
+    for method in (vltok.AveragePool(2), vltok.TokenPacker(scale_factor=2, init="pool")):
+        case = Case("average pooling", 0.25, method)
+        batch = bench.encode(case, questions)[0]
+        with torch.no_grad(), case.put_on(bench.model, bench.processor):
+            answers.append(bench.model(**batch).logits)
+    torch.testing.assert_close(*answers, atol=2e-2, rtol=1e-3)
 
 
 def test_condensed_cases_count_placeholders_text_and_cache_and_leave_model_and_processor_as_they_were():

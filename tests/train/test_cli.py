@@ -71,6 +71,16 @@ def test_help_explains_every_option_in_its_group():
         assert f"--{name.replace('_', '-')}" in result.output
 
 
+def test_a_projector_for_several_scale_factors_is_trained_by_its_text(run, folder, tmp_path):
+    method, out = "tokenpacker,scale_factor=(2,4),init=pool", tmp_path / "out"
+    data = caption(folder, tmp_path)
+    printed = run("--method", method, *SHORT, "--images", folder.path, "--out", out, data=data)
+    assert "TokenPacker(scale_factor=(2, 4)" in printed
+    assert len(curve(out)) == 4
+    with vltok.load(LLAVA.model(), out / "adapter", processor=LLAVA.processor()) as handle:
+        assert handle.methods[0].scale_factor == (2, 4)
+
+
 def test_both_stages_run_one_after_the_other_and_the_result_loads(run, folder, saved, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     images = ("--images", folder.path)

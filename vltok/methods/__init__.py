@@ -1,7 +1,7 @@
 """The methods, each in a file or folder of its own. Importing this package registers them all by name."""
 
 from vltok.methods.adl import ADL
-from vltok.methods.condensing import TokenPacker
+from vltok.methods.condensing import AveragePool, PixelShuffle, TokenPacker
 from vltok.methods.pruning import (
     EVS,
     DARTDecoder,
@@ -25,11 +25,13 @@ __all__ = [
     "EVS",
     "SOFT",
     "TAP",
+    "AveragePool",
     "DARTDecoder",
     "DecoderRule",
     "DivPrune",
     "FastV",
     "FasterVLM",
+    "PixelShuffle",
     "PyramidDrop",
     "RandomTokens",
     "Selector",

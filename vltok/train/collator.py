@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import logging
 import re
 from bisect import bisect_left
@@ -15,6 +16,8 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from vltok.engine.projector import scales_of
+from vltok.processing import TokenPackerHDProcessor
 from vltok.train.data import (
     BadImageError,
     Sample,
@@ -29,6 +32,7 @@ from vltok.train.prompt import PromptText, PromptWriter, Style, places_of_marks,
 logger = logging.getLogger(__name__)
 OnFault = Literal["raise", "drop"]
 IGNORE = -100  # the label that losses skip
+SCALE = "scale_factor"  # in a batch: what its placeholders were written for
 TOKEN_KEYS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")  # one entry per token
 GREY_SIZE = (224, 224)  # of pictures that stand in for others
 _LEARNED = "assistant_masks"  # as transformers calls it
@@ -99,6 +103,9 @@ class Collator:
     for its own if one can't be opened: it trains nothing, and the batch keeps its shape on every process. `dropped`
     counts these.
 
+    Where the method on the model has several scale factors, placeholders are those of the one that counts when a batch
+    is made. `drawing` gives a collator that draws one for each batch.
+
     A batch of texts gets a grey picture behind its shortest text, where causal attention lets nothing learn from it. So
     every process calls vision tower and projector in every step, as distributed training expects.
 
@@ -137,19 +144,51 @@ class Collator:
         self.max_length, self.pad_to_square, self.always_picture = max_length, pad_to_square, always_picture
         self.on_bad_image, self.on_too_long = on_bad_image, on_too_long
         self._dropped = {"bad image": Value("q", 0), "too long": Value("q", 0)}  # shared with the loader's workers
+        self._epoch = Value("q", 0)  # so is this
+        self._draws = False
 
     @property
     def dropped(self) -> dict[str, int]:
         """How often a sample was dropped so far, for each reason: once per epoch that it came up in."""
         return {reason: count.value for reason, count in self._dropped.items()}
 
-    def __call__(self, samples: Sequence[Sample | Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    @property
+    def epoch(self) -> int:
+        """Number of the epoch, on which draws depend; who trains sets it before the epoch's first batch."""
+        return self._epoch.value
+
+    @epoch.setter
+    def epoch(self, value: int) -> None:
+        self._epoch.value = value
+
+    def drawing(self) -> Collator:
+        """A collator like this one that draws a scale factor for each batch, if the method on the model has several.
+
+        A batch then says as "scale_factor" what its placeholders were written for; pop it, and call the model in a
+        block of `handle.using(scale_factor=...)`. The draw hangs on the samples of the batch and on `epoch` alone, so
+        it is the same in any process, and after a run was resumed.
+        """
+        twin = copy.copy(self)
+        twin._draws = True
+        return twin
+
+    def __call__(self, samples: Sequence[Sample | Mapping[str, Any]]) -> dict[str, Any]:
         """Make a batch: the processor's tensors, padded on the right, and labels, (B, T).
 
         Raises:
             SampleError: If a sample can't be trained on, and is not to be dropped.
         """
-        prompts = [self._open(item if isinstance(item, Sample) else read_sample(item)) for item in samples]
+        samples = [item if isinstance(item, Sample) else read_sample(item) for item in samples]
+        is_hd = isinstance(self.processor, TokenPackerHDProcessor)
+        scales = scales_of(self.processor.processor if is_hd else self.processor)
+        if not self._draws or scales is None:
+            return self._batch(samples)
+        drawn = _draw(scales.every, samples, self.epoch)
+        with scales.at(drawn):
+            return {**self._batch(samples), SCALE: drawn}
+
+    def _batch(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+        prompts = [self._open(sample) for sample in samples]
         encoded = [self._fit(prompt) for prompt in prompts]
         if self.always_picture and not any("pixel" in key for item in encoded for key in item.features):
             self._append_picture(min(encoded, key=lambda item: len(item.labels)))
@@ -263,6 +302,12 @@ class Collator:
         with self._dropped[reason].get_lock():
             self._dropped[reason].value += 1
         logger.warning("dropped (%s): %s", reason, message)
+
+
+def _draw(scales: Sequence[int], samples: Sequence[Sample], epoch: int) -> int:
+    """One of the scale factors, each as likely as another, by the texts of a batch and the number of the epoch."""
+    words = repr([epoch, *((sample.name, sample.turns) for sample in samples)])
+    return scales[int.from_bytes(hashlib.sha256(words.encode()).digest()) % len(scales)]
 
 
 def _concatenate(parts: list[Any]) -> Any:

@@ -6,18 +6,21 @@ Distribution (DDP, FSDP, DeepSpeed), accumulation, schedules and progress are th
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import EvalPrediction, Trainer, TrainingArguments
+from torch.utils.data import DataLoader
+from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
 from vltok.api import Handle
 from vltok.train.checkpoint import TrainedWeights
-from vltok.train.collator import IGNORE, Collator
+from vltok.train.collator import IGNORE, SCALE, Collator
 from vltok.train.data import Conversations
 from vltok.train.method_loss import method_loss
 from vltok.train.trainable import parts_of
@@ -40,6 +43,10 @@ class VltokTrainer(Trainer):
     optimizer's state. `train(resume_from_checkpoint=...)` goes on exactly. Evaluation gives the loss per answer token
     and the share of answer tokens that come out right, the same on any number of processes. `save_model(folder)`
     writes the result and log_history.json.
+
+    A method with several scale factors is trained at all of them: each batch of each process draws one, see
+    `Collator.drawing`. Evaluation is at the first; at another one inside `with handle.using(scale_factor=...)`, with
+    `dataloader_num_workers=0`.
 
     Args:
         handle: The methods on the model; `set_trainable` says what trains.
@@ -94,6 +101,7 @@ class VltokTrainer(Trainer):
             compute_metrics=answer_metrics,
             **options,
         )
+        self.add_callback(_TellEpoch(collator))
         # Many models would average over each batch by itself, so the loss is ours: of a whole step, told its tokens.
         self.model_accepts_loss_kwargs = True
         if self.is_fsdp_enabled:
@@ -112,6 +120,14 @@ class VltokTrainer(Trainer):
                 logger.warning("samples dropped (%s): %d", reason, total)
         return result
 
+    def get_train_dataloader(self) -> DataLoader:
+        plain = self.data_collator
+        self.data_collator = plain.drawing()
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = plain
+
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, torch.Tensor | int | None]:
         batches, tokens = super().get_batch_samples(*args, **kwargs)
         # Where every sample of a step was dropped the loss is 0 / 1, not 0 / 0.
@@ -124,13 +140,21 @@ class VltokTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
-        outputs = model(**inputs, use_cache=False)  # with labels, which tell methods where answers begin
+        with self._at_scale_of(inputs) as inputs:
+            outputs = model(**inputs, use_cache=False)  # with labels, which tell methods where answers begin
         sums = answer_sums(outputs.logits, inputs["labels"])
         loss = sums[:, 0].sum() / (sums[:, 2].sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # the gradients of all processes are averaged
         loss = loss + method_loss(self, self.handle, num_items_in_batch).to(loss)
         return (loss, outputs) if return_outputs else loss
+
+    @contextmanager
+    def _at_scale_of(self, inputs: dict[str, Any]) -> Iterator[dict[str, torch.Tensor]]:
+        """What the model is called with, in a block in which the scale factor that the batch was made for counts."""
+        tensors = {name: value for name, value in inputs.items() if name != SCALE}
+        with self.handle.using(**({SCALE: inputs[SCALE]} if SCALE in inputs else {})):
+            yield tensors
 
     def prediction_step(
         self,
@@ -167,6 +191,16 @@ class VltokTrainer(Trainer):
             super()._load_best_model()
         else:
             self.weights.load(self.state.best_model_checkpoint)
+
+
+class _TellEpoch(TrainerCallback):
+    """Tells the collator the number of the epoch that begins."""
+
+    def __init__(self, collator: Collator) -> None:
+        self.collator = collator
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.collator.epoch = int(state.epoch or 0)
 
 
 def answer_sums(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,7 @@ from vltok.engine.projector import CoarserPatches, ProjectorChanges, patch_grid,
 from vltok.errors import UnsupportedModelError
 from vltok.method import Run
 from vltok.tokens import Grid3
-from vltok.views import AttentionRequest, ProjectorSite
+from vltok.views import AttentionRequest, ProjectorSite, ScaleChoice
 
 PROJECTING = ("llava", "llava_next", "llava_onevision", "vipllava", "llava_next_video", "internvl")
 
@@ -324,13 +324,14 @@ class VlmFamily:
         processor: Any,
         projector: nn.Module,
         levels: tuple[int, ...],
-        scale_factor: int,
+        scales: ScaleChoice,
     ) -> dict[str, dict[str, Any]]:
         """Replace the projector, see `ProjectorView.swap_projector`. Returns what config and processor held before."""
-        changes = self.projector_changes(model, levels, patch_grid(model.config.vision_config), scale_factor)
-        before = swap_projector(edits, run, model, processor, projector, changes)
+        grid = patch_grid(model.config.vision_config)
+        changes = {scale: self.projector_changes(model, levels, grid, scale) for scale in scales.every}
+        before = swap_projector(edits, run, model, processor, projector, changes, scales)
         for name in self.patch_counters:
-            edits.set_attribute(model, name, CoarserPatches(model, name, scale_factor))
+            edits.set_attribute(model, name, CoarserPatches(model, name, scales))
         return before
 
     def patch_size(self, model: nn.Module) -> int:

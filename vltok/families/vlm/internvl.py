@@ -16,7 +16,7 @@ from vltok.engine.weights import check_at_hand
 from vltok.errors import UnsupportedModelError
 from vltok.families.vlm.base import VlmFamily
 from vltok.method import Run
-from vltok.views import ProjectorSite
+from vltok.views import ProjectorSite, ScaleChoice
 
 
 class InternVL(VlmFamily):
@@ -76,10 +76,10 @@ class InternVL(VlmFamily):
         processor: Any,
         projector: nn.Module,
         levels: tuple[int, ...],
-        scale_factor: int,
+        scales: ScaleChoice,
     ) -> dict[str, dict[str, Any]]:
         """Replace the projector, and what merges patches before it."""
-        before = super().swap_projector(edits, run, model, processor, projector, levels, scale_factor)
+        before = super().swap_projector(edits, run, model, processor, projector, levels, scales)
         edits.set_attribute(model, "pixel_shuffle", _unmerged)
         edits.wrap_method(model, "get_image_features", _Levels(levels))
         edits.after(self.tower(model), _give_levels)

@@ -16,6 +16,7 @@ from vltok.families.vlm.base import VlmFamily
 from vltok.families.vlm.llava import Llava
 from vltok.method import Run
 from vltok.tokens import Grid3
+from vltok.views import ScaleChoice
 
 
 class LlavaNext(Llava):
@@ -92,10 +93,10 @@ class LlavaNextVideo(LlavaNext):
         processor: Any,
         projector: nn.Module,
         levels: tuple[int, ...],
-        scale_factor: int,
+        scales: ScaleChoice,
     ) -> dict[str, dict[str, Any]]:
         """Replace the projector for images, and refuse videos."""
-        before = super().swap_projector(edits, run, model, processor, projector, levels, scale_factor)
+        before = super().swap_projector(edits, run, model, processor, projector, levels, scales)
         edits.before(model.vision_resampler, _refuse_videos)
         return before
 

@@ -15,7 +15,15 @@ from vltok.families.towers import TOWERS
 from vltok.families.towers.view import TowerView
 from vltok.families.vlm.base import VlmFamily
 from vltok.method import Run
-from vltok.views import LanguageView, ProjectorSite, ProjectorView, TokenRule, TokenSelector, VisionView
+from vltok.views import (
+    LanguageView,
+    ProjectorSite,
+    ProjectorView,
+    ScaleChoice,
+    TokenRule,
+    TokenSelector,
+    VisionView,
+)
 
 
 class VlmView(LanguageView, ProjectorView):
@@ -52,16 +60,14 @@ class VlmView(LanguageView, ProjectorView):
         return self.family.projector_site(self.host)
 
     def swap_projector(
-        self, edits: Edits, run: Run, projector: nn.Module, levels: tuple[int, ...], scale_factor: int
+        self, edits: Edits, run: Run, projector: nn.Module, levels: tuple[int, ...], scales: ScaleChoice
     ) -> None:
         if self._engine is not None or self._is_pruned():
             raise ValueError(
                 "the tokens that the projector in place returns are already being pruned; replace the projector first: "
                 "vltok.apply(model, [projector method, pruning method], processor=processor)"
             )
-        self._restore = self.family.swap_projector(
-            edits, run, self.host, self.processor, projector, levels, scale_factor
-        )
+        self._restore = self.family.swap_projector(edits, run, self.host, self.processor, projector, levels, scales)
 
     def mark_checkpoint(self, edits: Edits, settings: dict[str, Any]) -> None:
         """Note in the model's config what is on it, so that a checkpoint saved meanwhile says how to load it."""

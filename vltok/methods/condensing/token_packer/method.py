@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import nn
 
 from vltok.checks import check_choice, check_integer, is_integer
-from vltok.edits import Edits
 from vltok.errors import UnsupportedModelError
-from vltok.method import Method, Run, register
+from vltok.method import register
+from vltok.methods.condensing.condenser import Condenser
 from vltok.methods.condensing.token_packer.projector import TokenPackerProjector
 from vltok.views import ProjectorSite, ProjectorView
 
@@ -31,12 +31,13 @@ CONSTANT = 1024.0
 
 @register("tokenpacker")
 @dataclass(frozen=True)
-class TokenPacker(Method):
+class TokenPacker(Condenser):
     """Condense visual tokens in a new projector: s^2 times fewer. Not training-free: train it, or load its weights.
 
     Attributes:
         scale_factor: Side s of a region of patches that becomes one token; must divide the model's patch grid. Released
-            are 2, 3 and 4.
+            are 2, 3 and 4. Several, such as (2, 3, 4), make one projector that serves each of them: the first counts,
+            and in `handle.using(scale_factor=4)` the one that is given.
         levels: Hidden states of the vision tower to read (0 is the embeddings), ascending; point queries come from the
             last one. By default the level that the model's projector reads, and before it those at the published
             relative depths: 12, 16, 22, 23 in CLIP-L.
@@ -47,19 +48,16 @@ class TokenPacker(Method):
         num_heads: Attention heads, a divisor of embed_dim. By default one per 128 channels, as released.
     """
 
-    training_free: ClassVar[bool] = False
-
-    scale_factor: int = 2
     levels: tuple[int, ...] | None = None
     init: Init = "random"
     embed_dim: int | None = None
     num_heads: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("scale_factor", "embed_dim", "num_heads"):
-            value = getattr(self, name)
-            if value is not None or name == "scale_factor":
-                check_integer(name, value, 1)
+        super().__post_init__()
+        for name in ("embed_dim", "num_heads"):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), 1)
         check_choice("init", self.init, Init)
         if self.levels is not None:
             object.__setattr__(self, "levels", tuple(self.levels))
@@ -69,17 +67,15 @@ class TokenPacker(Method):
                 raise ValueError(f"levels must be different hidden states in ascending order, got {self.levels}")
 
     def settled(self, view: ProjectorView) -> TokenPacker:
-        site = view.projector_site()
+        return self._settled(view.projector_site())
+
+    def _settled(self, site: ProjectorSite) -> TokenPacker:
         embed_dim = self.embed_dim or site.dim * (2 if self.init == "pool" else 1)
         heads = self.num_heads or _heads(embed_dim)
         return replace(self, levels=self._levels_of(site), embed_dim=embed_dim, num_heads=heads)
 
-    def attach(self, view: ProjectorView, edits: Edits, run: Run) -> None:
-        site, method = view.projector_site(), self.settled(view)
-        if isinstance(site.old, TokenPackerProjector):
-            raise ValueError(
-                "this model's visual tokens are already condensed by TokenPacker; remove that handle first"
-            )
+    def projector(self, site: ProjectorSite) -> tuple[TokenPackerProjector, tuple[int, ...]]:
+        method = self._settled(site)
         projector = TokenPackerProjector(
             grid=site.grid,
             dim=site.dim,
@@ -97,9 +93,7 @@ class TokenPacker(Method):
                     f'{"" if site.layers else " and is built otherwise"}; use init="random"'
                 )
             start_from_pooling(projector, *site.layers)
-        parameter = next(p for p in site.old.parameters() if p.is_floating_point())
-        projector.to(parameter.device, parameter.dtype)
-        view.swap_projector(edits, run, projector, method.levels, self.scale_factor)
+        return projector, method.levels
 
     def _levels_of(self, site: ProjectorSite) -> tuple[int, ...]:
         if self.levels is None:

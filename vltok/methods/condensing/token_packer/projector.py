@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from vltok.autograd import is_recorded, recomputed
 from vltok.checks import check_integer
+from vltok.methods.condensing.regions import RegionProjector
 from vltok.methods.weights import load_weights, weights_around
 from vltok.tokens import Grid
 
@@ -35,6 +36,14 @@ class GeluMlp(nn.Sequential):
             return super().forward(x)
         first, gelu, second = self
         return recomputed(lambda hidden: second(gelu(hidden)), first(x))
+
+    @torch.no_grad()
+    def start_from(self, first: nn.Linear, second: nn.Linear, patches: int = 1) -> None:
+        """Compute what two linear layers with a GELU between make of the mean of patches side by side, copying them."""
+        self[0].weight.copy_(first.weight.repeat(1, patches) / patches)
+        self[2].weight.copy_(second.weight)
+        for own, old in ((self[0], first), (self[2], second)):
+            own.bias.copy_(torch.zeros_like(own.bias) if old.bias is None else old.bias)
 
 
 class RegionAttention(nn.Module):
@@ -87,7 +96,7 @@ class RegionAttention(nn.Module):
         return f"dim={self.out_proj.in_features}, num_heads={self.num_heads}"
 
 
-class TokenPackerProjector(nn.Module):
+class TokenPackerProjector(RegionProjector):
     """Condense patch features of several tower levels into one token per region (TokenPacker), ready for the LM.
 
     Paper: https://arxiv.org/abs/2407.02392. Needs training, or released weights: see `from_official`.
@@ -96,14 +105,15 @@ class TokenPackerProjector(nn.Module):
         grid: Patches of an image, (H, W) or the side of a square; both sides divisible by `scale_factor`.
         dim: Width of one level of the vision tower, C.
         hidden: Width of the language model, D.
-        scale_factor: Side s of a region, at least 1: N patches become N / s^2 tokens.
+        scale_factor: Side s of a region, at least 1: N patches become N / s^2 tokens. Of several the first counts where
+            a call doesn't say; the weights are the same for all.
         num_levels: Levels of the tower that come concatenated on channels.
         embed_dim: Width inside, E.
         num_heads: Attention heads; divides `embed_dim`.
 
     Raises:
         TypeError: If a size is not an integer.
-        ValueError: If a size is below 1, or `scale_factor` doesn't divide the grid, or `num_heads` not `embed_dim`.
+        ValueError: If a size is below 1, a scale factor doesn't divide the grid, or `num_heads` not `embed_dim`.
     """
 
     def __init__(
@@ -111,28 +121,19 @@ class TokenPackerProjector(nn.Module):
         grid: int | Grid,
         dim: int,
         hidden: int,
-        scale_factor: int,
+        scale_factor: int | tuple[int, ...],
         num_levels: int = 4,
         embed_dim: int = 1024,
         num_heads: int = 8,
     ) -> None:
-        super().__init__()
-        self.grid = (grid, grid) if isinstance(grid, int) else tuple(grid)
-        if len(self.grid) != 2:
-            raise ValueError(f"grid must be (H, W) or the side of a square, got {grid}")
-        sizes = {"dim": dim, "hidden": hidden, "scale_factor": scale_factor, "num_levels": num_levels}
+        super().__init__(grid, scale_factor)
+        sizes = {"dim": dim, "hidden": hidden, "num_levels": num_levels}
         sizes |= {"embed_dim": embed_dim, "num_heads": num_heads}
-        for name, value in [*sizes.items(), *(("grid", side) for side in self.grid)]:
+        for name, value in sizes.items():
             check_integer(name, value, 1)
-        if any(side % scale_factor for side in self.grid):
-            fitting = [s for s in range(2, min(self.grid) + 1) if not any(side % s for side in self.grid)]
-            raise ValueError(
-                f"scale_factor={scale_factor} doesn't divide the grid of {self.grid[0]} x {self.grid[1]} patches; "
-                f"scale factors that do: {', '.join(map(str, fitting)) or 'none but 1'}"
-            )
         if embed_dim % num_heads:
             raise ValueError(f"embed_dim must be divisible by num_heads, got {embed_dim} and {num_heads}")
-        self.dim, self.hidden, self.scale_factor, self.num_levels = dim, hidden, scale_factor, num_levels
+        self.dim, self.hidden, self.num_levels = dim, hidden, num_levels
         self.q_proj_1 = nn.Linear(dim, embed_dim, bias=False)
         self.k_proj_1 = GeluMlp(num_levels * dim, embed_dim, embed_dim)
         self.v_proj_1 = GeluMlp(num_levels * dim, embed_dim, embed_dim)
@@ -142,11 +143,6 @@ class TokenPackerProjector(nn.Module):
         self.clip_attn = RegionAttention(embed_dim, num_heads)
         self.mlp = GeluMlp(embed_dim, hidden, hidden)
         self.reset_parameters()
-
-    @property
-    def num_tokens(self) -> int:
-        """Visual tokens that an image becomes, N / s^2."""
-        return self.grid[0] * self.grid[1] // self.scale_factor**2
 
     def reset_parameters(self) -> None:
         """Draw the published start: truncated normal of 0.02 for linear layers, Xavier for the attention's inputs."""
@@ -160,49 +156,47 @@ class TokenPackerProjector(nn.Module):
         nn.init.xavier_uniform_(self.clip_attn.in_proj_weight)
         nn.init.zeros_(self.clip_attn.in_proj_bias)
 
-    def forward(self, features: torch.Tensor, coarse: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, features: torch.Tensor, coarse: torch.Tensor | None = None, scale_factor: int | None = None
+    ) -> torch.Tensor:
         """Condense the patches of each image.
 
         Args:
             features: Levels of the tower, concatenated on channels, (B, N, num_levels * C), patches row by row.
             coarse: The level that point queries are made from, (B, N, C); the last of `features` by default.
+            scale_factor: One of those that the projector was made for; the first by default.
 
         Returns:
             Visual tokens, (B, N / s^2, D), regions row by row.
 
         Raises:
-            ValueError: If a shape is not as said above.
+            ValueError: If a shape or the scale factor is not as said above.
         """
-        batch, patches = features.shape[0], self.grid[0] * self.grid[1]
-        if features.shape[1:] != (patches, self.num_levels * self.dim):
-            raise ValueError(
-                f"features must be (B, {patches}, {self.num_levels * self.dim}): the patches of a "
-                f"{self.grid[0]} x {self.grid[1]} grid without prefix tokens, {self.num_levels} levels of {self.dim} "
-                f"channels; got {tuple(features.shape)}"
-            )
+        scale, batch, patches = self.scale_of_call(scale_factor), features.shape[0], self.grid[0] * self.grid[1]
+        self.check_features(features, self.num_levels * self.dim, f"{self.num_levels} levels of {self.dim} channels")
         coarse = features[..., -self.dim :] if coarse is None else coarse
         if coarse.shape != (batch, patches, self.dim):
             raise ValueError(f"coarse must be {(batch, patches, self.dim)}, got {tuple(coarse.shape)}")
         attention = self.clip_attn
         to_query, to_key, to_value = attention.in_proj_weight.chunk(3)
-        query = recomputed(self._queries, to_query, coarse)
-        keys = self._regions(self.k_proj_1(features), self.ln_k_1)
+        query = recomputed(self._queries, to_query, coarse, scale)
+        keys = self._regions(self.k_proj_1(features), self.ln_k_1, scale)
         shares = recomputed(attention.weigh, to_key, query, *keys)
         del keys
-        values = self._regions(self.v_proj_1(features), self.ln_v_1)
+        values = self._regions(self.v_proj_1(features), self.ln_v_1, scale)
         out = recomputed(attention.gather, to_value, shares, *values)
         del values
-        return self.mlp(attention.out_proj(out).unflatten(0, (batch, self.num_tokens)))
+        return self.mlp(attention.out_proj(out).unflatten(0, (batch, patches // scale**2)))
 
-    def _queries(self, weight: torch.Tensor, coarse: torch.Tensor) -> torch.Tensor:
+    def _queries(self, weight: torch.Tensor, coarse: torch.Tensor, scale: int) -> torch.Tensor:
         """Ask for regions with the patch map at 1 / s, bilinear, not antialiased: (B, N, C) -> (heads, B * M, d)."""
         wide = torch.promote_types(coarse.dtype, torch.float32)
         image = coarse.to(wide).mT.unflatten(-1, self.grid)  # (B, C, H, W)
-        size = tuple(side // self.scale_factor for side in self.grid)
+        size = tuple(side // scale for side in self.grid)
         points = F.interpolate(image, size=size, mode="bilinear", align_corners=False).flatten(2).mT  # (B, M, C)
         return self.clip_attn.ask(weight, self.ln_q_1(self.q_proj_1(points.to(coarse.dtype))).flatten(0, 1))
 
-    def _regions(self, x: torch.Tensor, norm: Norm) -> tuple[torch.Tensor, Norm]:
+    def _regions(self, x: torch.Tensor, norm: Norm, s: int) -> tuple[torch.Tensor, Norm]:
         """Gather the patches of each region, row by row inside it: (B, N, E) -> (B * M, s * s, E).
 
         Returns:
@@ -210,7 +204,6 @@ class TokenPackerProjector(nn.Module):
         """
         from einops import rearrange  # here, so that `import vltok` loads torch alone
 
-        s = self.scale_factor
         x = rearrange(x, "b (h i w j) e -> (b h w) (i j) e", i=s, j=s, w=self.grid[1] // s)
         return (x, norm) if is_recorded() else (norm(x).to(x.dtype), lambda rows: rows)
 
