@@ -64,6 +64,7 @@ class VisualTokens:
             in their place.
         keys: The keys of the layer whose attention was requested, (B, N, C), all heads side by side, as its projection
             makes them: the mean over the patches, 0 for none. None unless asked for.
+        num_heads: How many heads these are of.
         text: Embeddings of the words of the question, (B, M, D): those of the language model. Answers are never among
             them. None unless asked for.
         text_mask: Which of these are no padding, (B, M), bool.
@@ -78,6 +79,7 @@ class VisualTokens:
     features: torch.Tensor | None = None
     can_project: bool = False
     keys: torch.Tensor | None = None
+    num_heads: int | None = None
     text: torch.Tensor | None = None
     text_mask: torch.Tensor | None = None
 
