@@ -16,7 +16,7 @@ import torch
 from vltok.checks import check_integer, check_share
 from vltok.method import register
 from vltok.methods.pruning.floors import select_stride
-from vltok.methods.pruning.greedy import cosine_matrix
+from vltok.methods.pruning.greedy import check_tokens, cosine_matrix
 from vltok.methods.pruning.tower import TowerSelector, mix_tokens, pick_patches
 from vltok.views import Need, Selection, VisualTokens
 
@@ -62,7 +62,11 @@ def neighbour_weights(
 
     Returns:
         Weights, (B, K, N), float32; equal cosines go to the lowest index.
+
+    Raises:
+        ValueError: If a key is NaN or infinite.
     """
+    check_tokens(keys)
     batch, length, _ = keys.shape
     weights = torch.zeros(batch, centres.shape[1], length, device=keys.device)
     is_patch = attention > -math.inf

@@ -46,6 +46,7 @@ def cover_order(tokens: torch.Tensor, num_keep: int, weights: torch.Tensor) -> t
         raise ValueError(f"num_keep must be in 1..{length} (the visual tokens), got {num_keep}")
     if not (((weights >= 0) & (weights < math.inf)) | (weights == -math.inf)).all():
         raise ValueError("the weights of visual tokens must be numbers of at least 0, or -inf; some are not, or NaN")
+    greedy.check_tokens(tokens)
     group = max(1, greedy.GRAM_ENTRIES // length**2)
     picks = [
         _lazy_greedy(greedy.cosine_matrix(part), num_keep, weight)
@@ -55,7 +56,11 @@ def cover_order(tokens: torch.Tensor, num_keep: int, weights: torch.Tensor) -> t
 
 
 def _lazy_greedy(cosine: torch.Tensor, num_keep: int, weights: torch.Tensor) -> torch.Tensor:
-    images = torch.arange(len(weights), device=weights.device)
+    batch, length = weights.shape
+    count = min(_AT_A_TIME, length)
+    images = torch.arange(batch, device=weights.device)
+    rows = cosine.view(-1, length)
+    offsets = (images * length).unsqueeze(1)  # of an image's rows among all
     scale = weights.clamp_min(0)
     cover = torch.zeros_like(weights)
     bound = (cosine.clamp_min(0).sum(2) * scale).masked_fill_(weights < 0, -1.0)  # of the gains
@@ -64,9 +69,9 @@ def _lazy_greedy(cosine: torch.Tensor, num_keep: int, weights: torch.Tensor) -> 
     for _ in range(num_keep):
         best = bound.argmax(1)  # documented to return the first of equal values
         while not known[images, best].all():
-            doubtful = bound.masked_fill(known, -math.inf).topk(min(_AT_A_TIME, len(weights[0])), dim=1).indices
-            rows = cosine[images.unsqueeze(1), doubtful]  # (B, 32, N)
-            gains = rows.sub_(cover.unsqueeze(1)).clamp_min_(0).sum(2) * scale.gather(1, doubtful)
+            doubtful = bound.masked_fill(known, -math.inf).topk(count, dim=1).indices
+            more = rows.index_select(0, (doubtful + offsets).flatten()).view(batch, count, length)
+            gains = more.sub_(cover.unsqueeze(1)).clamp_min_(0).sum(2) * scale.gather(1, doubtful)
             # Picked tokens, at -inf, stay there.
             bound.scatter_(1, doubtful, torch.minimum(gains, bound.gather(1, doubtful)))
             known.scatter_(1, doubtful, True)
@@ -100,5 +105,5 @@ class SCOPE(TowerSelector):
 
     def select(self, visual: VisualTokens, num_keep: int) -> torch.Tensor:
         attention, features = self.given(visual, "attention", "features")
-        weights = torch.where(attention > -math.inf, attention.clamp_min(0) ** self.alpha, attention)
+        weights = torch.where(attention.isfinite(), attention.clamp_min(0) ** self.alpha, attention)
         return cover_order(features, num_keep, weights).sort(dim=1).values

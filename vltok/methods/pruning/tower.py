@@ -73,9 +73,13 @@ def mix_tokens(visual: VisualTokens, indices: torch.Tensor, weights: torch.Tenso
         weights: How much of each token each kept one has, (B, K, N), float32.
 
     Raises:
-        ValueError: If a token is NaN or infinite, which would reach all sums.
+        ValueError: If features are missing, or a token is NaN or infinite, which would reach all sums.
     """
     values = visual.features if visual.can_project else visual.embeddings
+    if values is None:
+        raise ValueError(
+            "tokens are merged before the projector where `can_project` says so; give `features`, (B, N, C)"
+        )
     if not values.isfinite().all():
         raise ValueError("the visual tokens to merge hold NaN or infinite values; check the image's pixels")
     with float32_products(values), torch.autocast(values.device.type, enabled=False):

@@ -17,7 +17,7 @@ import torch
 
 from vltok.checks import check_choice, check_share
 from vltok.method import register
-from vltok.methods.pruning.greedy import cosine_matrix
+from vltok.methods.pruning.greedy import check_tokens, cosine_matrix
 from vltok.methods.pruning.tower import TowerSelector, mix_tokens, pick_patches
 from vltok.views import Need, Selection, VisualTokens
 
@@ -73,7 +73,11 @@ def contextual_weights(
 
     Returns:
         Weights, (B, K, N), float32. Equal cosines go to the target of the lowest index.
+
+    Raises:
+        ValueError: If a key is NaN or infinite.
     """
+    check_tokens(keys)
     weights = torch.zeros(*kept.shape, keys.shape[1], device=keys.device)
     weights.scatter_(2, kept.unsqueeze(2), 1.0)
     for own, key, score, places, target in zip(weights, keys, attention, kept, is_target, strict=True):

@@ -13,7 +13,7 @@ import torch
 
 from vltok.checks import check_share
 from vltok.method import register
-from vltok.methods.pruning.greedy import cosine_matrix
+from vltok.methods.pruning.greedy import check_tokens, cosine_matrix
 from vltok.methods.pruning.tower import TowerSelector, pick_patches
 from vltok.views import Need, VisualTokens
 
@@ -38,7 +38,8 @@ def drop_duplicates(cosine: torch.Tensor, num_keep: int) -> torch.Tensor:
         return left[:0]
     while len(left) > num_keep:
         a, b = left[0::2], left[1::2]
-        order = cosine[a][:, b].amax(1).argsort(descending=True, stable=True)
+        nearest = cosine.index_select(0, a).index_select(1, b).amax(1)
+        order = nearest.argsort(descending=True, stable=True)
         left = torch.cat([a[order[min(_DROPPED_A_ROUND, len(left) - num_keep) :]], b])
     return left
 
@@ -62,6 +63,8 @@ def select_without_duplicates(
     """
     if not 0 <= num_important <= num_keep:
         raise ValueError(f"num_important must be in 0..{num_keep} (the kept tokens), got {num_important}")
+
+    check_tokens(features)
 
     def pick(image: int, patches: torch.Tensor) -> torch.Tensor:
         order = attention[image, patches].argsort(descending=True, stable=True)
