@@ -127,6 +127,12 @@ def test_alpha_is_the_exponent_of_attention():
     assert (torch.isin(attended, top)).sum() > (torch.isin(coverage, top)).sum()
 
 
+def test_weights_of_minus_infinity_come_after_those_of_zero():
+    tokens = torch.eye(5).repeat(1, 1, 1)
+    weights = torch.tensor([[-torch.inf, 0.0, 1.0, -torch.inf, 0.0]])
+    assert cover_order(tokens, 5, weights).tolist() == [[2, 1, 4, 0, 3]]
+
+
 @pytest.mark.parametrize("value", [-0.1, torch.nan, torch.inf])
 def test_weights_that_are_none_are_refused(value):
     weights = torch.ones(2, 5)
