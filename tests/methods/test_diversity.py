@@ -380,7 +380,7 @@ def test_unusable_embeddings_are_refused_with_the_image_named(value, num_keep, r
     with pytest.raises(ValueError, match=r"image \[1\].*NaN"):
         select_max_min(tokens, num_keep)
     with pytest.raises(ValueError, match=r"image \[1\].*NaN"):
-        greedy.check_tokens(tokens)
+        greedy.check_usable(tokens)
 
 
 @pytest.mark.parametrize("scale", [1e-9, 1e15])

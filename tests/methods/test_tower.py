@@ -18,7 +18,7 @@ from vltok.views import AttentionRequest, Selection, VisualTokens
 
 METHODS = [
     VisionZip(num_keep=8),
-    VisionZip(num_keep=8, contextual=0.5, merge="mean"),
+    VisionZip(num_keep=8, contextual=0.5, average=True),
     SCOPE(num_keep=8),
     SCOPE(num_keep=8, alpha=0.0),
     VisPruner(num_keep=8),
@@ -216,7 +216,6 @@ def test_features_to_merge_must_be_there():
     [
         (lambda: VisionZip(num_keep=1, contextual=1.5), r"contextual must be a share in 0\.\.1, got 1\.5"),
         (lambda: VisionZip(num_keep=1, contextual=True), "contextual must be a share"),
-        (lambda: VisionZip(num_keep=1, merge="max"), "merge must be one of 'sum', 'mean', got 'max'"),
         (lambda: SCOPE(num_keep=1, alpha=-1), "alpha must be a number of at least 0, got -1"),
         (lambda: VisPruner(num_keep=1, important="half"), "important must be a share"),
         (lambda: HoloV(num_keep=1, crops=0), "crops must be at least 1, got 0"),
@@ -227,3 +226,8 @@ def test_features_to_merge_must_be_there():
 def test_settings_out_of_range_are_refused(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_average_is_yes_or_no():
+    with pytest.raises(TypeError, match="average must be True or False, got 'mean'"):
+        VisionZip(num_keep=1, average="mean")

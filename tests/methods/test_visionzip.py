@@ -19,7 +19,7 @@ DATA = Path(__file__).parents[1] / "data"
 SIZES = {"visionzip_b3_n24_k5_3": (5, 3), "visionzip_n576_k27_5": (27, 5), "visionzip_n576_k54_10": (54, 10)}
 
 
-def naive(attention, keys, values, num_keep: int, num_targets: int, merge: str) -> tuple[list[int], torch.Tensor]:
+def naive(attention, keys, values, num_keep: int, num_targets: int, average: bool) -> tuple[list[int], torch.Tensor]:
     """Of one image without newlines: kept positions, ascending, and what stands there, float64."""
     dominant = ranking(attention)[: num_keep - num_targets]
     rest = [i for i in range(len(attention)) if i not in dominant]
@@ -32,7 +32,7 @@ def naive(attention, keys, values, num_keep: int, num_targets: int, merge: str) 
     out = []
     for i in sorted(dominant + targets):
         own = [values[j] for j in groups.get(i, [])]
-        if merge == "mean":
+        if average:
             out.append(sum([values[i], *own]) / (1 + len(own)))
         else:
             out.append(values[i] + (sum(own) / len(own) if own else 0))
@@ -60,15 +60,15 @@ def test_tokens_are_the_published_ones(name):
     torch.testing.assert_close(released, golden["out.tokens"], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("merge", ["sum", "mean"])
+@pytest.mark.parametrize("average", [False, True])
 @pytest.mark.parametrize(("num_keep", "share"), [(1, 0.9), (2, 0.5), (12, 10 / 64), (13, 0.5), (59, 1.0), (60, 0.3)])
-def test_tokens_are_those_of_the_naive_twin(merge, num_keep, share):
+def test_tokens_are_those_of_the_naive_twin(average, num_keep, share):
     visual = tower_tokens()
-    picked = VisionZip(num_keep=num_keep, contextual=share, merge=merge).select(visual, num_keep)
+    picked = VisionZip(num_keep=num_keep, contextual=share, average=average).select(visual, num_keep)
     metric = visual.keys.unflatten(2, (4, -1)).mean(2)  # over the heads
     for image in range(3):
         targets = min(round(share * num_keep), num_keep - 1)
-        kept, values = naive(visual.attention[image], metric[image], visual.features[image], num_keep, targets, merge)
+        kept, values = naive(visual.attention[image], metric[image], visual.features[image], num_keep, targets, average)
         assert picked.indices[image].tolist() == kept
         torch.testing.assert_close(picked.features[image].double(), values, atol=1e-5, rtol=1e-5)
 
@@ -83,7 +83,7 @@ def test_ties_zero_keys_and_small_images_follow_the_definition_exactly(rows, dat
     kept, is_target = dominant_and_targets(attention[None], num_keep, targets)
     weights = contextual_weights(keys[None], attention[None], kept, is_target)
     values = torch.eye(len(rows))
-    expected, tokens = naive(attention, keys, values, num_keep, targets, "sum")
+    expected, tokens = naive(attention, keys, values, num_keep, targets, False)
     assert kept[0].tolist() == expected
     torch.testing.assert_close((weights[0] @ values).double(), tokens)
 
@@ -99,7 +99,7 @@ def test_a_target_and_the_mean_of_what_goes_there_by_hand():
         [0, 1, 0.5, 0, 0, 0.5],
         [0, 0, 0, 1, 1, 0],
     ]
-    mean = contextual_weights(keys, attention, kept, is_target, "mean")[0]
+    mean = contextual_weights(keys, attention, kept, is_target, True)[0]
     torch.testing.assert_close(mean[1] * 3, torch.tensor([0.0, 1, 1, 0, 0, 1]))
     assert mean[2].tolist() == [0, 0, 0, 0.5, 0.5, 0]
 

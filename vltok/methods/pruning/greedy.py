@@ -79,14 +79,14 @@ def cosine_matrix(tokens: torch.Tensor) -> torch.Tensor:
 
     Returns:
         Cosines, (B, N, N), float32 whatever the dtype, without a graph. A row of norm zero is similar to none, not even
-        to itself. Equal tokens have equal rows, and a set's don't depend on the other sets. See `check_tokens`.
+        to itself. Equal tokens have equal rows, and a set's don't depend on the other sets. See `check_usable`.
     """
     tokens = tokens.detach().contiguous()
     with float32_products(tokens, matrix_units=True):
         return _cosines(tokens)[0]
 
 
-def check_tokens(tokens: torch.Tensor) -> None:
+def check_usable(tokens: torch.Tensor) -> None:
     """Raise ValueError, with the images named, if tokens, (B, N, D), are NaN, infinite or overflow when squared."""
     if not tokens.float().square().sum(-1).isfinite().all():
         _explain(tokens, None)

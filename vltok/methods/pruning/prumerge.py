@@ -16,7 +16,7 @@ import torch
 from vltok.checks import check_integer, check_share
 from vltok.method import register
 from vltok.methods.pruning.floors import select_stride
-from vltok.methods.pruning.greedy import check_tokens, cosine_matrix
+from vltok.methods.pruning.greedy import check_usable, cosine_matrix
 from vltok.methods.pruning.tower import TowerSelector, mix_tokens, pick_patches
 from vltok.views import Need, Selection, VisualTokens
 
@@ -66,7 +66,7 @@ def neighbour_weights(
     Raises:
         ValueError: If a key is NaN or infinite.
     """
-    check_tokens(keys)
+    check_usable(keys)
     batch, length, _ = keys.shape
     weights = torch.zeros(batch, centres.shape[1], length, device=keys.device)
     is_patch = attention > -math.inf

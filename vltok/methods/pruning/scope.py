@@ -46,7 +46,7 @@ def cover_order(tokens: torch.Tensor, num_keep: int, weights: torch.Tensor) -> t
         raise ValueError(f"num_keep must be in 1..{length} (the visual tokens), got {num_keep}")
     if not (((weights >= 0) & (weights < math.inf)) | (weights == -math.inf)).all():
         raise ValueError("the weights of visual tokens must be numbers of at least 0, or -inf; some are not, or NaN")
-    greedy.check_tokens(tokens)
+    greedy.check_usable(tokens)
     group = max(1, greedy.GRAM_ENTRIES // length**2)
     picks = [
         _lazy_greedy(greedy.cosine_matrix(part), num_keep, weight)

@@ -11,17 +11,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
-from vltok.checks import check_choice, check_share
+from vltok.checks import check_share
 from vltok.method import register
-from vltok.methods.pruning.greedy import check_tokens, cosine_matrix
+from vltok.methods.pruning.greedy import check_usable, cosine_matrix
 from vltok.methods.pruning.tower import TowerSelector, mix_tokens, pick_patches
 from vltok.views import Need, Selection, VisualTokens
-
-Merge = Literal["sum", "mean"]
 
 
 def dominant_and_targets(attention: torch.Tensor, num_keep: int, num_targets: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -59,7 +56,7 @@ def dominant_and_targets(attention: torch.Tensor, num_keep: int, num_targets: in
 
 @torch.no_grad()
 def contextual_weights(
-    keys: torch.Tensor, attention: torch.Tensor, kept: torch.Tensor, is_target: torch.Tensor, merge: Merge = "sum"
+    keys: torch.Tensor, attention: torch.Tensor, kept: torch.Tensor, is_target: torch.Tensor, average: bool = False
 ) -> torch.Tensor:
     """Say what each kept token is made of, where every dropped one goes to the target whose key is most like its own.
 
@@ -68,8 +65,8 @@ def contextual_weights(
         attention: (B, N), -inf where a token stands for no patch and is merged into nothing.
         kept: Kept positions, (B, K).
         is_target: Which of these are targets, (B, K), bool.
-        merge: "sum" adds the mean of what went to a target to the target, as released: it about doubles in length.
-            "mean" takes the mean over the target and what went there.
+        average: False adds the mean of what went to a target to the target, as released: it about doubles in length.
+            True takes the mean over the target and what went there.
 
     Returns:
         Weights, (B, K, N), float32. Equal cosines go to the target of the lowest index.
@@ -77,7 +74,7 @@ def contextual_weights(
     Raises:
         ValueError: If a key is NaN or infinite.
     """
-    check_tokens(keys)
+    check_usable(keys)
     weights = torch.zeros(*kept.shape, keys.shape[1], device=keys.device)
     weights.scatter_(2, kept.unsqueeze(2), 1.0)
     for own, key, score, places, target in zip(weights, keys, attention, kept, is_target, strict=True):
@@ -88,7 +85,7 @@ def contextual_weights(
             cosine = cosine_matrix(key.unsqueeze(0))[0][dropped][:, places[slots]]
             own[slots[cosine.argmax(1)], dropped] = 1.0
     total = weights.sum(2, keepdim=True)
-    if merge == "mean":
+    if average:
         return weights / total
     merged = weights / (total - 1).clamp_min(1)
     return merged.scatter_(2, kept.unsqueeze(2), 1.0)
@@ -102,16 +99,17 @@ class VisionZip(TowerSelector):
     Attributes:
         contextual: Share of the kept tokens that are contextual, in 0..1, rounded half to even; at least one token is
             dominant. 10/64 is the paper's split of 64 tokens; budgets below 4 then have none.
-        merge: How others are merged into a contextual token, see `contextual_weights`.
+        average: Whether a contextual token is a mean of tokens, see `contextual_weights`; as released it is none.
     """
 
     contextual: float = 10 / 64
-    merge: Merge = "sum"
+    average: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_share("contextual", self.contextual)
-        check_choice("merge", self.merge, Merge)
+        if not isinstance(self.average, bool):
+            raise TypeError(f"average must be True or False, got {self.average!r}")
 
     @property
     def needs(self) -> tuple[Need, ...]:
@@ -127,4 +125,4 @@ class VisionZip(TowerSelector):
             keys = keys.detach().float().unflatten(2, (visual.num_heads, -1)).mean(2)  # the paper's metric
         targets = min(round(self.contextual * num_keep), num_keep - 1)
         kept, is_target = dominant_and_targets(attention, num_keep, targets)
-        return mix_tokens(visual, kept, contextual_weights(keys, attention, kept, is_target, self.merge))
+        return mix_tokens(visual, kept, contextual_weights(keys, attention, kept, is_target, self.average))

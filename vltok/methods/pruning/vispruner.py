@@ -13,7 +13,7 @@ import torch
 
 from vltok.checks import check_share
 from vltok.method import register
-from vltok.methods.pruning.greedy import check_tokens, cosine_matrix
+from vltok.methods.pruning.greedy import check_usable, cosine_matrix
 from vltok.methods.pruning.tower import TowerSelector, pick_patches
 from vltok.views import Need, VisualTokens
 
@@ -64,7 +64,7 @@ def select_without_duplicates(
     if not 0 <= num_important <= num_keep:
         raise ValueError(f"num_important must be in 0..{num_keep} (the kept tokens), got {num_important}")
 
-    check_tokens(features)
+    check_usable(features)
 
     def pick(image: int, patches: torch.Tensor) -> torch.Tensor:
         order = attention[image, patches].argsort(descending=True, stable=True)
