@@ -62,8 +62,8 @@ class VisualTokens:
             it stands for none. None unless asked for.
         can_project: Whether these are what the projector reads, token by token, so that a `Selection` may have features
             in their place.
-        keys: The keys of the layer whose attention was requested, (B, N, C), all heads side by side, as its projection
-            makes them: the mean over the patches, 0 for none. None unless asked for.
+        keys: The keys by which the layer attends whose attention was requested, (B, N, C), all heads side by side, with
+            its norms and rotary positions: the mean over the patches, 0 for none. None unless asked for.
         num_heads: How many heads these are of.
         text: Embeddings of the words of the question, (B, M, D): those of the language model. Answers are never among
             them. None unless asked for.
@@ -105,7 +105,7 @@ class TokenSelector(Protocol):
 
     keep_ratio: float | None
     num_keep: int | None
-    positions: Literal["keep", "reindex"]
+    positions: Literal["keep", "reindex", "stretch"]
     per: Literal["image", "tile", "frame"]
 
     @property
@@ -118,7 +118,7 @@ class TokenSelector(Protocol):
 
     def budget(self, num_tokens: int, grid: Grid3 | None, kind: Literal["image", "video"]) -> int: ...
 
-    def select(self, visual: VisualTokens, num_keep: int) -> torch.Tensor | Selection: ...
+    def pick(self, visual: VisualTokens, num_keep: int) -> Selection: ...
 
 
 class DecoderState(Protocol):

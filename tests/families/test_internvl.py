@@ -145,12 +145,12 @@ def test_frames_of_a_video_are_pruned_like_images():
 def test_a_fault_patches_merged_in_a_row_are_caught(monkeypatch):
     """The deliberate fault of this file: four patches side by side taken for a 2 x 2 block."""
 
-    def wrong(self, model, encoding):
-        return encoding.attention[0][:, 1:].unflatten(1, (-1, 4)).mean(-1).flatten()
+    def wrong(self, model, encoding, name, fill):
+        return encoding.of_tower(name)[:, 1:].unflatten(1, (-1, 4)).mean(-1).flatten()
 
     model = shared_model(INTERNVL)
     right: VisualTokens = probe(model, single(INTERNVL, "image first"), "cls")[0]
-    monkeypatch.setattr(InternVL, "token_attention", wrong)
+    monkeypatch.setattr(InternVL, "of_tokens", wrong)
     assert probe(model, single(INTERNVL, "image first"), "cls")[0].attention.shape == right.attention.shape
     with pytest.raises(AssertionError):
         check_attention(model, shared_model(INTERNVL, "eager"), "cls", -1)

@@ -150,13 +150,13 @@ def test_what_the_tower_cannot_give_is_refused():
 
 def test_a_fault_attention_of_the_neighbouring_patch_is_caught(monkeypatch):
     """The deliberate fault of this file: what the tower attends to is given to the patch beside it."""
-    right = Llava.token_attention
+    right = Llava.of_tokens
 
-    def wrong(self, model, encoding):
-        return right(self, model, encoding).roll(1)
+    def wrong(self, *args):
+        return right(self, *args).roll(1)
 
     inputs = single(LLAVA, IMAGES)
-    monkeypatch.setattr(Llava, "token_attention", wrong)
+    monkeypatch.setattr(Llava, "of_tokens", wrong)
     (visual,) = probe(shared_model(LLAVA), inputs, "cls")
     expected = tower_attention(LLAVA, inputs, -1)[:, 0, 1:]
     assert not torch.allclose(visual.attention, expected, atol=1e-2)

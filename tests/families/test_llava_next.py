@@ -156,10 +156,10 @@ def test_a_fault_newlines_forgotten_in_the_map_are_caught(monkeypatch):
     model, inputs = shared_model(LLAVA_NEXT), single(LLAVA_NEXT, "text around")
     right = probe(model, inputs, "cls")[0].attention
 
-    def wrong(self, model, encoding):
-        return encoding.attention[0][:, 1:].flatten()[: sum(encoding.lengths)]
+    def wrong(self, model, encoding, name, fill):
+        return encoding.of_tower(name)[:, 1:].flatten()[: sum(encoding.lengths)]
 
-    monkeypatch.setattr(llava_next.LlavaNext, "token_attention", wrong)
+    monkeypatch.setattr(llava_next.LlavaNext, "of_tokens", wrong)
     shifted = probe(model, inputs, "cls")[0].attention
     with pytest.raises(AssertionError):
         torch.testing.assert_close(shifted, right, rtol=1e-5, atol=1e-6)

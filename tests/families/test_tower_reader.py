@@ -12,9 +12,10 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vltok.engine.attention import cls_attention, received_attention, tower_attention
-from vltok.engine.patches import by_picture, fold, token_scores
+from vltok.engine.patches import by_picture, fold, token_values
 from vltok.errors import UnsupportedInputError, UnsupportedModelError
 
+LOWEST = -torch.inf
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 LENGTHS = [5, 3]  # tokens of two rows that are no padding, of 6
 
@@ -87,7 +88,7 @@ def test_attention_is_that_of_the_module_under_its_mask(name, kind):
     module, states = Attention(), torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(1))
     mask, allowed = MASKS[name]
     before = dict(vars(module))
-    actual = tower_attention(module, (states,), {"attention_mask": mask}, kind)
+    actual, _ = tower_attention(module, (states,), {"attention_mask": mask}, kind)
     torch.testing.assert_close(actual, naive(module, states, allowed, kind), **CLOSE)
     assert vars(module) == before
     if kind == "received":
@@ -98,7 +99,7 @@ def test_attention_is_that_of_the_module_under_its_mask(name, kind):
 def test_pieces_of_a_row_that_flash_attention_is_told_of_are_apart():
     module, states = Attention(), torch.randn(1, 6, 8, generator=torch.Generator().manual_seed(1))
     bounds = torch.tensor([0, 4, 6], dtype=torch.int32)
-    actual = tower_attention(module, (states,), {"cu_seq_lens_q": bounds}, "received")
+    actual, _ = tower_attention(module, (states,), {"cu_seq_lens_q": bounds}, "received")
     torch.testing.assert_close(actual, naive(module, states, BLOCKS[:1], "received"), **CLOSE)
 
 
@@ -139,9 +140,9 @@ def test_a_copied_module_is_read_with_its_own_weights():
     module, states = Attention(), torch.randn(2, 6, 8)
     twin = copy.deepcopy(module)
     nn.init.zeros_(twin.k_proj.weight)
-    even = tower_attention(twin, (states,), {}, "received")
+    even, _ = tower_attention(twin, (states,), {}, "received")
     torch.testing.assert_close(even, torch.ones(2, 6), **CLOSE)
-    assert not torch.allclose(tower_attention(module, (states,), {}, "received"), even, atol=1e-2)
+    assert not torch.allclose(tower_attention(module, (states,), {}, "received")[0], even, atol=1e-2)
 
 
 # From patches to tokens
@@ -169,22 +170,31 @@ def test_frames_are_rows_of_their_own_or_one_after_another():
 
 def test_frames_are_pooled_where_there_are_as_many_tokens_as_in_one():
     picture = torch.arange(8.0), (2, 2, 2)
-    assert token_scores([picture], [2], "rows", 2).tolist() == [1.5, 5.5]
-    assert token_scores([picture], [2], "rows", 1).tolist() == [3.5]
+    assert token_values([picture], [2], "rows", 2, LOWEST).tolist() == [1.5, 5.5]
+    assert token_values([picture], [2], "rows", 1, LOWEST).tolist() == [3.5]
 
 
 def test_tokens_in_front_of_the_patches_get_the_lowest_score():
     pictures = [(torch.tensor([1.0, 2.0]), (1, 1, 2)), (torch.tensor([3.0, 4.0]), (1, 1, 2))]
-    assert token_scores(pictures, [1, 1], "rows", 6).tolist() == [-torch.inf, 1, 2, -torch.inf, 3, 4]
-    assert token_scores([], [], "rows", 0).tolist() == []
+    assert token_values(pictures, [1, 1], "rows", 6, LOWEST).tolist() == [-torch.inf, 1, 2, -torch.inf, 3, 4]
+    assert token_values([], [], "rows", 0, LOWEST).tolist() == []
+
+
+def test_what_has_channels_is_folded_as_one_number_is():
+    grid, channels = (2, 4, 6), torch.randn(48, 2, 3)
+    for order in ("rows", "blocks"):
+        whole = token_values([(channels, grid)], [2], order, 12, 0.0)
+        each = [token_values([(one, grid)], [2], order, 12, 0.0) for one in channels.flatten(1).T]
+        assert torch.equal(whole.flatten(1), torch.stack(each, 1))
+    assert token_values([(channels, grid)], [1], "rows", 49, 0.0)[0].eq(0).all()
 
 
 def test_counts_that_do_not_fit_are_refused():
     picture = torch.arange(6.0), (1, 2, 3)
     with pytest.raises(UnsupportedInputError, match="squares of 2 x 2 patches don't fill a picture of 2 x 3"):
-        token_scores([picture], [2], "rows", 1)
+        token_values([picture], [2], "rows", 1, LOWEST)
     with pytest.raises(UnsupportedInputError, match="returns 5 tokens for 6 places of patches"):
-        token_scores([picture], [1], "rows", 5)
+        token_values([picture], [1], "rows", 5, LOWEST)
     for attention in (torch.zeros(2, 4), torch.zeros(1, 3)):
         with pytest.raises(UnsupportedInputError, match=r"patches of the grids \[\(1, 2, 2\)\] were expected"):
             by_picture(attention, [(1, 2, 2)], False)

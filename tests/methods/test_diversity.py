@@ -101,14 +101,14 @@ def test_divprune_takes_one_token_of_every_group_of_equal_ones():
 def test_planted_faults_miss_the_golden_picks(fault, monkeypatch):
     right = greedy._follow
 
-    def follow(row_of, first, num_keep, score):
+    def follow(row_of, first, num_keep, score, scale):
         def wrong_row_of(index):
             row = row_of(index[:1].expand_as(index) if fault == "first row for all" else index)
             if fault == "bfloat16 similarity":
                 row = row.bfloat16().float()
             return row.clamp(max=1.0) if fault == "not masked" else row
 
-        return right(wrong_row_of, first, num_keep, score)
+        return right(wrong_row_of, first, num_keep, score, scale)
 
     monkeypatch.setattr(greedy, "_follow", follow)
     if fault == "not normalised":

@@ -239,8 +239,10 @@ def unreadable(attention: object) -> UnsupportedModelError:
 READ_TOWER = "vltok_read_tower"
 
 
-def tower_attention(module: nn.Module, args: tuple, kwargs: dict[str, Any], kind: AttentionKind) -> torch.Tensor:
-    """Attention over a tower's tokens, from the queries and keys that the module attends with, whatever made them.
+def tower_attention(
+    module: nn.Module, args: tuple, kwargs: dict[str, Any], kind: AttentionKind
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over a tower's tokens, and their keys, from the queries and keys that the module attends with.
 
     Norms, rotary positions, windows, adapters and masks are the module's own: it runs as a copy, whose attention
     function looks at what it is given and returns zeros.
@@ -252,8 +254,8 @@ def tower_attention(module: nn.Module, args: tuple, kwargs: dict[str, Any], kind
         kind: "cls" for the first query's row, "received" for what all queries give together.
 
     Returns:
-        Attention, (R, S), float32, in the order in which the tower has its tokens, 0 for padding. Where pictures stand
-        one after another in one row, R is 1.
+        Attention, (R, S), float32, in the order in which the tower has its tokens, 0 for padding; and keys,
+        (R, S, H, d). Where pictures stand one after another in one row, R is 1.
 
     Raises:
         UnsupportedModelError: If the module doesn't attend by one of transformers' attention functions, or timm's.
@@ -262,7 +264,7 @@ def tower_attention(module: nn.Module, args: tuple, kwargs: dict[str, Any], kind
         ALL_ATTENTION_FUNCTIONS.register(READ_TOWER, _read_tower)
     shadow = copy.copy(module)
     shadow.training = False
-    shadow.vltok_reading = kind, (parts := [])
+    shadow.vltok_reading = kind, (parts := []), (keys := [])
     if hasattr(module, "fused_attn"):
         shadow.fused_attn = True
         with _FusedReading(shadow):
@@ -272,7 +274,7 @@ def tower_attention(module: nn.Module, args: tuple, kwargs: dict[str, Any], kind
         type(module).forward(shadow, *args, **kwargs)
     if not parts:
         raise unreadable_tower(module)
-    return torch.cat(parts, dim=-1)
+    return torch.cat(parts, dim=-1), torch.cat(keys, dim=2).transpose(1, 2)
 
 
 def can_be_read(module: nn.Module | None) -> bool:
@@ -297,7 +299,8 @@ class _FusedReading(TorchFunctionMode):
 def _read_tower(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[torch.Tensor, None]:
-    kind, parts = module.vltok_reading
+    kind, parts, keys = module.vltok_reading
+    keys.append(key)
     if attention_mask is not None and not isinstance(attention_mask, torch.Tensor):
         raise UnsupportedInputError(
             f"attention in the vision tower can't be read under a mask of type {type(attention_mask).__name__}; load "
@@ -333,5 +336,33 @@ class TowerReader:
     @torch.no_grad()
     def see(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         encoding = self.tape.encoding  # none while a backward pass recomputes a checkpointed layer
-        if encoding is not None and encoding.request == self.request:
-            encoding.attention.append(tower_attention(module, args, kwargs, self.request.kind))
+        if encoding is None or encoding.wanted is None or encoding.wanted.attention != self.request:
+            return
+        attention, keys = tower_attention(module, args, kwargs, self.request.kind)
+        encoding.note("attention", attention)
+        if encoding.wanted.keys:
+            encoding.note("keys", keys)
+
+
+class FeatureReader:
+    """Stands behind a tower's last block, or the projector, and notes the features for the encoding under way.
+
+    Args:
+        tape: The engine's.
+    """
+
+    def __init__(self, tape: Any) -> None:
+        self.tape = tape
+
+    def after_projector(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: torch.Tensor) -> None:
+        states = args[0] if args else next(iter(kwargs.values()))
+        self._note("inputs" if states.shape[:-1] == output.shape[:-1] else "features", states)
+
+    def after_block(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        self._note("features", output if isinstance(output, torch.Tensor) else output[0])
+
+    def _note(self, name: str, states: torch.Tensor) -> None:
+        encoding = self.tape.encoding  # none while a backward pass recomputes a checkpointed layer
+        if encoding is not None and encoding.wanted is not None and encoding.wanted.features:
+            states = states if encoding.wanted.merges else states.detach()
+            encoding.note(name, states.unsqueeze(0) if states.dim() == 2 else states.flatten(1, -2))

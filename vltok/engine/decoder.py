@@ -55,7 +55,7 @@ def _enter_prompt(prompt: Prompt, module: nn.Module, embeds: torch.Tensor, kwarg
     positions = kwargs.get("position_ids")
     find_pictures(prompt, embeds, prompt.engine.family, prompt.engine.recent)
     prompt.split_samples(_samples(prompt, module, positions, kwargs))
-    visual = pick_tokens(prompt, embeds, prompt.engine.family)
+    visual, embeds = pick_tokens(prompt, embeds, prompt.engine.family)
     attended = (prompt.attended & ~prompt.visual) | visual
     keep = attended.clone()
     keep[:, -1] |= ~prompt.visual[:, -1]  # generate() reads the last column, also where it is padding

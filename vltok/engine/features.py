@@ -26,6 +26,30 @@ KEYWORD = "vltok_call"  # by which the state of a call travels; no name that tra
 PIXELS = "pixel_values"  # how the arguments begin that hold pictures
 RECORD = "vltok_record"
 REMEMBERED = 64  # encodings whose rows are known again when callers merge them into embeddings themselves
+REMEMBERED_PROMPTS = 4096  # prompts about the same encoded pictures, of which it is known what was decided on them
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a selector wants to know of the vision tower.
+
+    Attributes:
+        attention: Which attention, or None.
+        keys: Whether it wants the keys of that layer, too.
+        features: Whether it wants what the tower says of its patches.
+        merges: Whether gradients are to flow through keys and features.
+    """
+
+    attention: AttentionRequest | None = None
+    keys: bool = False
+    features: bool = False
+    merges: bool = False
+
+    @property
+    def names(self) -> list[str]:
+        """What is read for it, by name."""
+        found = {"attention": self.attention is not None, "keys": self.keys, "features": self.features}
+        return [name for name, is_wanted in found.items() if is_wanted]
 
 
 @dataclass
@@ -39,42 +63,47 @@ class Encoding:
         spans: Visual tokens that each of these numbers is about.
         pixels_shape: Shape of the pixels.
         arguments: The other arguments they were encoded with.
-        request: Which attention was asked for while they were encoded.
-        attention: The attention as read in the tower, (R, S), float32, each time that it ran.
+        wanted: What was asked for while they were encoded.
+        read: What was read in the tower, each time that it ran, by name: "attention" (R, S), float32; "keys"
+            (R, S, H, d); "features" (R, S, C), or in their place what the projector reads, "inputs" (R, N, C).
         seen: Which of these tokens the model takes, (V of `whole`,), bool, where it leaves some out itself.
         whole: The encoding with all of them.
         rows: A number made from each visual token, (V,), int64, to know them again in merged embeddings.
         notes: What the family works out once.
-        decisions: What decoder rules decided on prompts about these pictures, for `generate` without a cache.
+        decisions: What was decided on prompts about these pictures, for `generate` without a cache.
     """
 
     kind: str
     arguments: dict[str, Any]
-    request: AttentionRequest | None = None
+    wanted: Wanted | None = None
     pixels_shape: tuple[int, ...] = ()
     lengths: list[int] = field(default_factory=list)
     keys: torch.Tensor | None = None
     spans: list[int] = field(default_factory=list)
-    attention: list[torch.Tensor] = field(default_factory=list)
+    read: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     seen: torch.Tensor | None = None
     whole: Encoding | None = None
     rows: torch.Tensor | None = None
     notes: dict[str, Any] = field(default_factory=dict)
     decisions: dict[Any, Any] = field(default_factory=dict)
 
-    @property
-    def tower_attention(self) -> torch.Tensor:
-        """The attention as read in the tower, (R, S), which runs once on pictures that are encoded together.
+    def of_tower(self, name: str) -> torch.Tensor:
+        """What was read in the tower, (R, S, ...), which runs once on pictures that are encoded together.
 
         Raises:
             UnsupportedInputError: If it ran more often.
         """
-        if len(self.attention) != 1:
+        runs = self.read.get(name, ())
+        if len(runs) != 1:
             raise UnsupportedInputError(
-                f"the vision tower ran {len(self.attention)} times on pictures that were encoded together, so its "
-                "attention can't be matched with their tokens; choose a method that needs no vision attention"
+                f"the vision tower ran {len(runs)} times on pictures that were encoded together, so its {name} can't "
+                "be matched with their tokens; choose a method that needs no such thing of the vision tower"
             )
-        return self.attention[0]
+        return runs[0]
+
+    def note(self, name: str, values: torch.Tensor) -> None:
+        """Keep what the tower shows, (R, S, ...)."""
+        self.read.setdefault(name, []).append(values)
 
     @property
     def grids(self) -> list[list[int]] | None:
@@ -197,7 +226,7 @@ class Encoder(MethodWrapper):
         kind: What it encodes, "image" or "video".
         tape: The engine's.
         recent: The engine's.
-        begin: Called before: it says which attention is wanted, and sees to it that the tower is watched.
+        begin: Called before: it says what is wanted, and sees to it that the tower is watched.
         describe: Called after, with the record and the pixels: it gives the keys.
     """
 
@@ -206,7 +235,7 @@ class Encoder(MethodWrapper):
         kind: str,
         tape: Tape,
         recent: Recent,
-        begin: Callable[[], AttentionRequest | None],
+        begin: Callable[[], Wanted | None],
         describe: Callable[[Encoding, torch.Tensor], tuple[torch.Tensor, list[int]]],
     ) -> None:
         self.kind = kind

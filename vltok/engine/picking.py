@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from vltok.engine.features import Encoding, pixel_keys
 from vltok.engine.pictures import Picture
+from vltok.engine.question import Words
 from vltok.errors import UnsupportedInputError
-from vltok.tokens import Grid3
-from vltok.views import TokenSelector, VisualTokens
+from vltok.tokens import Grid3, gather_tokens
+from vltok.views import Selection, TokenSelector, VisualTokens
 
 if TYPE_CHECKING:
     from vltok.engine.prompt import Prompt
@@ -38,7 +42,7 @@ class Part:
     kind: str
 
 
-def pick_tokens(prompt: Prompt, embeds: torch.Tensor, family: Any) -> torch.Tensor:
+def pick_tokens(prompt: Prompt, embeds: torch.Tensor, family: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose the tokens to keep of every picture of a prompt, and leave them in `prompt.picks`.
 
     Args:
@@ -47,22 +51,54 @@ def pick_tokens(prompt: Prompt, embeds: torch.Tensor, family: Any) -> torch.Tens
         family: The family of the model.
 
     Returns:
-        Which visual tokens stay, (B, T), bool, on the CPU.
+        Which visual tokens stay, (B, T), bool, on the CPU; and what enters the language model, (B, T, D).
     """
     visual = prompt.visual[:: prompt.repeat]
-    flat = embeds.detach()[:: prompt.repeat].flatten(0, 1)
+    selector = prompt.selector
+    is_changing = selector is not None and selector.merges
+    flat = (embeds if is_changing else embeds.detach())[:: prompt.repeat].flatten(0, 1)
     place = visual.flatten().nonzero().squeeze(1)  # of each visual token in the flattened batch, on the CPU
     keep = torch.zeros_like(visual)
     picks: list[list[torch.Tensor]] = [[] for _ in prompt.pictures]
+    changes: list[tuple[torch.Tensor, torch.Tensor]] = []
+    words = Words(prompt, embeds) if selector is not None and "text" in selector.needs else None
     for parts in _alike(prompt, family):
         starts = torch.tensor([prompt.pictures[part.picture].start + part.begin for part in parts]).unsqueeze(1)
         where = place[starts + torch.arange(parts[0].length)]  # (G, N)
-        kept = _pick(prompt, flat[where.to(flat.device)], parts, family)
-        keep.view(-1)[where.gather(1, kept.cpu()).flatten()] = True
-        for part, indices in zip(parts, kept, strict=True):
+        selection = _pick(prompt, flat[where.to(flat.device)], parts, family, words)
+        indices = selection.indices.cpu()
+        _check(selector, indices, parts)
+        kept = where.gather(1, indices)
+        keep.view(-1)[kept.flatten()] = True
+        if selection.embeddings is not None:
+            changes.append((kept.flatten(), selection.embeddings.flatten(0, 1)))
+        for part, indices in zip(parts, selection.indices, strict=True):
             picks[part.picture].append(indices + part.begin)
     prompt.picks = [torch.cat(own).sort().values if len(own) > 1 else own[0] for own in picks]
-    return keep.repeat_interleave(prompt.repeat, 0)
+    return keep.repeat_interleave(prompt.repeat, 0), _changed(prompt, embeds, changes)
+
+
+def _check(selector: TokenSelector | None, indices: torch.Tensor, parts: list[Part]) -> None:
+    """Raise ValueError unless these are ascending positions of each part, (G, K), as many as the budget says."""
+    length = parts[0].length
+    count = length if selector is None else selector.budget(length, parts[0].grid, parts[0].kind)
+    fits = indices.shape == (len(parts), count) and (indices.diff(dim=1) > 0).all()
+    if not fits or not ((indices >= 0) & (indices < length)).all():
+        raise ValueError(
+            f"{type(selector).__name__}.select() must return ascending positions in 0..{length - 1}, "
+            f"({len(parts)}, {count}), got {tuple(indices.shape)}: {indices.tolist()}"
+        )
+
+
+def _changed(prompt: Prompt, embeds: torch.Tensor, changes: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """Put other content in the places of a prompt, (n,) of the flattened batch without repetitions and (n, D) each."""
+    if not changes:
+        return embeds
+    places = torch.cat([where for where, _ in changes]).to(embeds.device)
+    values = torch.cat([content for _, content in changes]).to(embeds)
+    rows, columns = places // embeds.shape[1], places % embeds.shape[1]
+    each = [rows * prompt.repeat + number for number in range(prompt.repeat)]
+    return embeds.index_put((torch.cat(each), columns.repeat(prompt.repeat)), values.repeat(prompt.repeat, 1))
 
 
 def _alike(prompt: Prompt, family: Any) -> list[list[Part]]:
@@ -70,9 +106,9 @@ def _alike(prompt: Prompt, family: Any) -> list[list[Part]]:
     groups: dict[Any, list[Part]] = {}
     per = "image" if prompt.selector is None else prompt.selector.per
     for number, picture in enumerate(prompt.pictures):
-        has_attention = picture.encoding is not None and bool(picture.encoding.attention)
+        read = () if picture.encoding is None else tuple(picture.encoding.read)
         for part in _parts(prompt.model, number, picture, per, family):
-            groups.setdefault((part.length, part.grid, part.kind, has_attention), []).append(part)
+            groups.setdefault((part.length, part.grid, part.kind, read), []).append(part)
     return list(groups.values())
 
 
@@ -96,34 +132,67 @@ def _parts(model: torch.nn.Module, number: int, picture: Picture, per: str, fami
         yield Part(number, begin, length, grid, picture.kind)
 
 
-def _pick(prompt: Prompt, embeddings: torch.Tensor, parts: list[Part], family: Any) -> torch.Tensor:
-    """Ask the selector about parts of equal length, (G, N, D) -> (G, K)."""
+def _pick(prompt: Prompt, embeddings: torch.Tensor, parts: list[Part], family: Any, words: Words | None) -> Selection:
+    """Ask the selector about parts of equal length, (G, N, D); what it says, projected."""
     selector = prompt.selector
     count, length, _ = embeddings.shape
     device = embeddings.device
     num_keep = length if selector is None else selector.budget(length, parts[0].grid, parts[0].kind)
     if num_keep == length:
-        return torch.arange(length, device=device).expand(count, length)
+        return Selection(torch.arange(length, device=device).expand(count, length))
+    remembered = None if words is None else words.recalled(parts)
+    if remembered is not None:
+        return remembered
     if not embeddings.isfinite().all():
         raise UnsupportedInputError("the visual tokens contain NaN or infinity; check the image and the model's dtype")
     known = [_known(prompt, part, selector, family) for part in parts]
     keys = [
-        pixel_keys(own.unsqueeze(0))[0] if key is None else key
-        for own, (key, _, _) in zip(embeddings, known, strict=True)
+        pixel_keys(own.unsqueeze(0))[0] if each.key is None else each.key
+        for own, each in zip(embeddings, known, strict=True)
     ]
     everything = torch.ones(length, dtype=torch.bool)
-    attention = [scores for _, scores, _ in known]
+    overview = [everything if each.overview is None else each.overview for each in known]
     grid = parts[0].grid
+    text, text_mask = (None, None) if words is None else words.of(parts)
+    read = {name: torch.stack([each.read[name].to(device) for each in known]) for name in known[0].read}
+    features = read.get("inputs", read.get("features"))
+    has_patch = None if features is None else ~features[..., 0].isnan()
     visual = VisualTokens(
         embeddings=embeddings,
         image_keys=torch.stack([key.to(device) for key in keys]),
-        attention=None if attention[0] is None else torch.stack([scores.to(device) for scores in attention]),
-        is_overview=torch.stack([(everything if own is None else own).to(device) for _, _, own in known]),
+        attention=read.get("attention"),
+        is_overview=torch.stack([each.to(device) for each in overview]),
         grid=grid,
         coordinates=None if grid is None else _coordinates(grid, length).to(device).expand(count, length, 3),
+        features=None if features is None else features.masked_fill(~has_patch.unsqueeze(-1), 0),
+        can_project="inputs" in read,
+        keys=read["keys"].flatten(-2) if "keys" in read else None,
+        num_heads=read["keys"].shape[-2] if "keys" in read else None,
+        text=text,
+        text_mask=text_mask,
     )
-    with torch.no_grad():
-        return selector.select(visual, num_keep)
+    with nullcontext() if selector.merges else torch.no_grad():
+        selection = selector.pick(visual, num_keep)
+        selection = _projected(selection, visual, has_patch, family.projector(prompt.model))
+    if words is not None:
+        words.remember(parts, selection)
+    return selection
+
+
+def _projected(
+    selection: Selection, visual: VisualTokens, has_patch: torch.Tensor | None, projector: nn.Module | None
+) -> Selection:
+    """A selection whose features, if it has some, have gone through the projector."""
+    if selection.features is None:
+        return selection
+    if not visual.can_project or selection.embeddings is not None:
+        raise ValueError(
+            "a Selection may have features where VisualTokens.can_project, and no embeddings besides; give embeddings"
+        )
+    merged = projector(selection.features)
+    own = gather_tokens(visual.embeddings, selection.indices)
+    is_merged = gather_tokens(has_patch, selection.indices).unsqueeze(-1)
+    return Selection(selection.indices, torch.where(is_merged, merged.to(own.dtype), own))
 
 
 def _coordinates(grid: Grid3, length: int) -> torch.Tensor:
@@ -132,37 +201,49 @@ def _coordinates(grid: Grid3, length: int) -> torch.Tensor:
     return torch.nn.functional.pad(places, (0, 0, 0, length - len(places)), value=-1)
 
 
-def _known(
-    prompt: Prompt, part: Part, selector: TokenSelector, family: Any
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Key, attention and overview of a part, None where they are not known or stand for nothing special."""
-    wanted = prompt.engine.request_of(selector)
+@dataclass(frozen=True)
+class Known:
+    """What is known of a part, besides its embeddings.
+
+    Attributes:
+        key: A number made from its pixels, or None.
+        read: What was read in the tower for each token, (N, ...), by name, as in `Encoding.read`.
+        overview: Which tokens show the whole picture, (N,), bool, or None for all.
+    """
+
+    key: torch.Tensor | None
+    read: dict[str, torch.Tensor]
+    overview: torch.Tensor | None
+
+
+def _known(prompt: Prompt, part: Part, selector: TokenSelector, family: Any) -> Known:
+    wanted = prompt.engine.wanted_by(selector)
     picture = prompt.pictures[part.picture]
     encoding = picture.encoding
-    if wanted is not None and (encoding is None or encoding.request != wanted or not encoding.attention):
+    if wanted is not None and (encoding is None or encoding.wanted != wanted or not encoding.read):
         raise UnsupportedInputError(
-            f"{type(selector).__name__} ranks visual tokens by attention in the vision tower, which was not read when "
-            "these images were encoded: they were encoded before the method was applied, with other settings, or the "
-            "features were moved or changed since; pass pixel_values, or encode them anew"
+            f"{type(selector).__name__} looks at {' and '.join(wanted.names)} in the vision tower, which nobody looked "
+            "at when these images were encoded: they were encoded before the method was applied, with other settings, "
+            "or the features were moved or changed since; pass pixel_values, or encode them anew"
         )
     if encoding is None:
-        return None, None, None
+        return Known(None, {}, None)
     own = slice(picture.offset + part.begin, picture.offset + part.begin + part.length)
-    scores = _attention(prompt, encoding, family) if wanted is not None else None
     overview = family.overview(prompt.model, encoding, picture)
-    return (
+    return Known(
         _key(encoding, own.start, part.length),
-        None if scores is None else scores[own],
+        {} if wanted is None else {name: _read(prompt, encoding, family, name)[own] for name in encoding.read},
         None if overview is None else overview[part.begin : part.begin + part.length],
     )
 
 
-def _attention(prompt: Prompt, encoding: Encoding, family: Any) -> torch.Tensor:
-    """The attention that was read, for each visual token of an encoding, (V,), float32."""
-    if "attention" not in encoding.notes:
-        scores = family.token_attention(prompt.model, encoding.whole or encoding)
-        encoding.notes["attention"] = scores if encoding.seen is None else scores[encoding.seen.to(scores.device)]
-    return encoding.notes["attention"]
+def _read(prompt: Prompt, encoding: Encoding, family: Any, name: str) -> torch.Tensor:
+    """What was read in the tower, for each visual token of an encoding, (V, ...)."""
+    if name not in encoding.notes:
+        fill = {"attention": -math.inf, "keys": 0.0}.get(name, math.nan)
+        values = family.of_tokens(prompt.model, encoding.whole or encoding, name, fill)
+        encoding.notes[name] = values if encoding.seen is None else values[encoding.seen.to(values.device)]
+    return encoding.notes[name]
 
 
 def _key(encoding: Encoding, offset: int, length: int) -> torch.Tensor:

@@ -122,6 +122,11 @@ class Prompt(Call):
     def is_reindexed(self) -> bool:
         return self.selector is not None and self.selector.positions == "reindex"
 
+    @property
+    def is_stretched(self) -> bool:
+        """Whether kept tokens are spread over the positions of their run."""
+        return self.selector is not None and self.selector.positions == "stretch"
+
     def samples(self) -> torch.Tensor | None:
         return self._samples
 
@@ -211,12 +216,26 @@ class Prompt(Call):
             if self.base:
                 left_out = left_out + left_out_before(self.cache, self.mask, self.base).to(device)
             position_ids = position_ids - left_out
+        if self.is_stretched:
+            position_ids = self._stretched(position_ids)
         axes = position_ids if position_ids.dim() == 2 else position_ids[-3:].amax(0)
         # Text goes on behind the farthest axis: an image at the end reaches further on one than on another. Positions
         # that the decoder counts by itself go on behind padding, too.
         last = axes[:, -1] if is_counted else axes.masked_fill(~attended, -1).amax(1)
         self.delta = last + 1 - (self.base + self.length)
         return self.layouts[0].pack(position_ids, dim=-1)
+
+    def _stretched(self, position_ids: torch.Tensor) -> torch.Tensor:
+        """Positions, (B, T), with the kept tokens of each run of placeholders spread evenly over those of the run."""
+        position_ids, places = position_ids.clone(), self.keep.cpu() & self.visual
+        begins = self.visual & ~torch.nn.functional.pad(self.visual, (1, 0))[:, :-1]
+        ends = self.visual & ~torch.nn.functional.pad(self.visual, (0, 1))[:, 1:]
+        for (row, begin), (_, end) in zip(begins.nonzero().tolist(), ends.nonzero().tolist(), strict=True):
+            own = begin + places[row, begin : end + 1].nonzero().squeeze(1)
+            if len(own):
+                spread = begin + torch.arange(len(own)) * (end - begin) // max(1, len(own) - 1)
+                position_ids[row, own.to(self.device)] = position_ids[row, spread.to(self.device)]
+        return position_ids
 
     def drop(self, index: int, gone: torch.Tensor) -> None:
         """Take tokens out of the decoder layers after layer `index`.

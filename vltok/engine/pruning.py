@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 import threading
 import weakref
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -20,28 +21,31 @@ import torch
 from torch import nn
 
 from vltok.edits import Edits
-from vltok.engine.attention import TowerReader, unreadable
+from vltok.engine.attention import FeatureReader, TowerReader, unreadable
 from vltok.engine.cache import check_cache, is_pruned
 from vltok.engine.call import Call, Continuation, Hints
 from vltok.engine.decoder import after_attention, after_decoder, before_decoder, before_layer
-from vltok.engine.features import ENCODERS, KEYWORD, KINDS, PIXELS, Encoder, Encoding, Recent, Tape
+from vltok.engine.features import ENCODERS, KEYWORD, KINDS, PIXELS, Encoder, Encoding, Recent, Tape, Wanted
 from vltok.engine.masks import seen_by_any, stores_of
 from vltok.engine.names import cache_in
 from vltok.engine.parts import attention_of, layers_read
 from vltok.engine.pictures import sources_in
 from vltok.engine.prompt import Prompt
+from vltok.engine.question import turn_of
 from vltok.errors import UnsupportedInputError, UnsupportedModelError
 from vltok.report import Report
 from vltok.run import Run
-from vltok.views import AttentionRequest, TokenRule, TokenSelector
+from vltok.views import TokenRule, TokenSelector
 
 
 class PruningEngine:
     """Hooks of one model that prune its visual tokens."""
 
-    def __init__(self, family: Any, model: nn.Module, edits: Edits, run: Run) -> None:
+    def __init__(self, family: Any, model: nn.Module, processor: Any, edits: Edits, run: Run) -> None:
         self.family = family
         self.model = model
+        self.processor = processor
+        self.turn = None if processor is None else turn_of(processor)
         self.edits = edits
         self.run = run
         self.selector: TokenSelector | None = None
@@ -53,7 +57,7 @@ class PruningEngine:
         self._lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_lock"}
+        return {name: value for name, value in vars(self).items() if name != "_lock"} | {"processor": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _lock=threading.RLock())
@@ -71,8 +75,8 @@ class PruningEngine:
         if self.selector is not None:
             raise ValueError(f"{type(self.selector).__name__} already selects visual tokens here; give one selector")
         self._check_positions(selector)
+        self._watch_tower(self.wanted_by(selector))
         self.selector = selector
-        self._watch_tower(self.request_of(selector))
 
     def use_rule(self, rule: TokenRule) -> None:
         """Let `rule` drop visual tokens inside the decoder."""
@@ -97,15 +101,21 @@ class PruningEngine:
         self.follow()
 
     def _check_positions(self, selector: TokenSelector) -> None:
-        if selector.positions == "reindex" and self.family.has_axes(self.model):
+        if selector.positions != "keep" and self.family.has_axes(self.model):
             raise ValueError(
                 f"{self.family.title} gives visual tokens positions on several axes, which can't be counted anew; "
                 'use positions="keep"'
             )
 
-    def request_of(self, selector: TokenSelector) -> AttentionRequest | None:
-        """The attention in the vision tower that a selector wants."""
-        return selector.attention_request(self.has_cls)
+    def wanted_by(self, selector: TokenSelector) -> Wanted | None:
+        """What a selector wants to know of the vision tower, or None."""
+        request = selector.attention_request(self.has_cls)
+        keys, features = ("keys" in selector.needs, "features" in selector.needs)
+        if keys and request is None:
+            raise ValueError(
+                f"{type(selector).__name__} needs keys and doesn't say of which layer; its attention_request() must"
+            )
+        return Wanted(request, keys, features, selector.merges) if request is not None or features else None
 
     # Modules are found when the model is called: others may have wrapped or replaced them since the last time
 
@@ -144,24 +154,30 @@ class PruningEngine:
                 self.edits.after(module, after)
             self._hooked[place] = module
 
-    def _watch_tower(self, request: AttentionRequest | None) -> None:
-        if request is None:
+    def _watch_tower(self, wanted: Wanted | None) -> None:
+        if wanted is None:
             return
+        request = wanted.attention
         with self._lock:
-            for attention in self.family.attention_modules(self.model, request):
-                hooks = attention._forward_pre_hooks.values()
-                known = [getattr(hook, "__self__", None) for hook in hooks]
-                known = [each for each in known if isinstance(each, TowerReader) and each.tape is self.tape]
+            for attention in [] if request is None else self.family.attention_modules(self.model, request):
+                known = _readers(attention._forward_pre_hooks, TowerReader, self.tape)
                 if request not in [each.request for each in known]:
                     self.edits.before(attention, TowerReader(self.tape, request).see)
+            if wanted.features:
+                projector = self.family.projector(self.model)
+                reader = FeatureReader(self.tape)
+                places = self.family.feature_blocks(self.model) if projector is None else [projector]
+                for module in places:
+                    if not _readers(module._forward_hooks, FeatureReader, self.tape):
+                        self.edits.after(module, reader.after_block if projector is None else reader.after_projector)
 
     # Encoding
 
-    def begin_encoding(self) -> AttentionRequest | None:
-        """Pictures are about to be encoded: see to it that the wanted attention is read."""
-        request = None if self.selector is None else self.request_of(self.run.current(self.selector))
-        self._watch_tower(request)
-        return request
+    def begin_encoding(self) -> Wanted | None:
+        """Pictures are about to be encoded: see to it that what is wanted is read."""
+        wanted = None if self.selector is None else self.wanted_by(self.run.current(self.selector))
+        self._watch_tower(wanted)
+        return wanted
 
     def describe(self, encoding: Encoding, pixels: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
         """Numbers made from the pixels, (n,) on the CPU, and how many visual tokens each is about."""
@@ -301,6 +317,12 @@ def call_attends(mask: Any, visual: torch.Tensor, base: int) -> torch.Tensor:
             f"{tuple(maps[0].shape)}"
         )
     return attended.to(visual.device).expand_as(visual)
+
+
+def _readers(hooks: Mapping[int, Any], kind: type, tape: Tape) -> list[Any]:
+    """The readers of a kind among a module's hooks that read for an engine, known by its tape."""
+    owners = (getattr(hook, "__self__", None) for hook in hooks.values())
+    return [owner for owner in owners if isinstance(owner, kind) and owner.tape is tape]
 
 
 def _readable(layer: nn.Module) -> nn.Module:

@@ -17,7 +17,7 @@ from vltok.edits import Edits
 from vltok.engine.attention import can_be_read, unreadable_tower
 from vltok.engine.features import KINDS, Encoding, pixel_keys
 from vltok.engine.parts import attention_of, live
-from vltok.engine.patches import Order, by_picture, token_scores
+from vltok.engine.patches import Order, by_picture, token_values
 from vltok.engine.pictures import Picture
 from vltok.engine.projector import CoarserPatches, ProjectorChanges, patch_grid, swap_projector
 from vltok.errors import UnsupportedModelError
@@ -174,58 +174,72 @@ class VlmFamily:
                     return torch.cat([pixel_keys(own) for own in cut])
         return pixel_keys(pixels)
 
+    def projector(self, model: nn.Module) -> nn.Module | None:
+        """What makes a visual token of each feature; None where it takes several for one, or more is done to them."""
+        return None
+
     @property
     def reads_attention(self) -> bool:
         """Whether selectors may ask for attention in the vision tower: it is known which patches a token stands for."""
         return self.patches is not None
 
-    def token_attention(self, model: nn.Module, encoding: Encoding) -> torch.Tensor:
-        """The attention that was read, for each visual token of the encoding, (V,), float32.
+    def of_tokens(self, model: nn.Module, encoding: Encoding, name: str, fill: float) -> torch.Tensor:
+        """What was read in the tower, for each visual token of the encoding.
 
-        -inf where a token stands for no patch, such as the newline tokens of AnyRes layouts.
+        Args:
+            model: The model.
+            encoding: The encoding.
+            name: What was read, see `Encoding.read`.
+            fill: What tokens get that stand for no patch, such as the newline tokens of AnyRes layouts.
+
+        Returns:
+            Values of the tokens, (V, ...).
         """
-        return self.projected_attention(model, encoding, sum(encoding.lengths))
+        return self.of_projected(model, encoding, name, sum(encoding.lengths), fill)
 
-    def projected_attention(self, model: nn.Module, encoding: Encoding, count: int) -> torch.Tensor:
-        """The same for each of the `count` tokens that the projector returns, (count,)."""
-        attention, merges = encoding.tower_attention, None
+    def of_projected(self, model: nn.Module, encoding: Encoding, name: str, count: int, fill: float) -> torch.Tensor:
+        """The same for each of the `count` tokens that the projector returns, (count, ...)."""
+        values, merges = encoding.of_tower(name), None
+        if name == "inputs" and len(values) * values.shape[1] == count:
+            return values.flatten(0, 1)
         if encoding.grids is not None:
             merges = [self._merge(model, encoding, entry) for entry in range(len(encoding.grids))]
         if self.patches == "windows":
-            attention = self._out_of_windows(model, encoding, merges[0])
-        grids, has_padding = self.patch_grids(model, encoding)
-        pictures = by_picture(attention, grids, has_padding)
+            values = self._out_of_windows(model, encoding, values, merges[0])
+        grids, has_padding = self.patch_grids(model, encoding, values)
+        pictures = by_picture(values, grids, has_padding)
         if merges is None:
             patches = sum(math.prod(grid) for _, grid in pictures)
             merges = [math.isqrt(max(1, patches // max(1, count)))] * len(pictures)
         elif len(merges) < len(pictures):  # frames apart
             merges = [merge for merge, grid in zip(merges, grids, strict=True) for _ in range(grid[0])]
-        return token_scores(pictures, merges, self.patches, count)
+        return token_values(pictures, merges, self.patches, count, fill)
 
-    def patch_grids(self, model: nn.Module, encoding: Encoding) -> tuple[list[Grid3], bool]:
-        """Patches of the pictures that the tower saw, and whether rows of it may have padding behind them."""
+    def patch_grids(self, model: nn.Module, encoding: Encoding, values: torch.Tensor) -> tuple[list[Grid3], bool]:
+        """Patches of the pictures that the tower saw, (R, S, ...), and whether rows may have padding behind them."""
         shapes, sizes = (encoding.arguments.get(name) for name in ("spatial_shapes", "image_sizes"))
         if encoding.grids is not None:
             return [tuple(grid) for grid in encoding.grids], True
         if shapes is not None:
             return [(1, *shape) for shape in shapes.tolist()], True
-        side, (rows, length) = self.patch_size(model), encoding.tower_attention.shape
+        side, (rows, length) = self.patch_size(model), values.shape[:2]
         own = [] if sizes is None else [(1, int(height) // side, int(width) // side) for height, width in sizes]
         if rows == 1 and length == sum(map(math.prod, own)):  # one after another, without what pads the pixels
             return own, False
         height, width = encoding.pixels_shape[-2:]
         return [(1, height // side, width // side)] * rows, False
 
-    def _out_of_windows(self, model: nn.Module, encoding: Encoding, merge: int) -> torch.Tensor:
-        """What was read in a tower that has its patches window by window, picture by picture, (1, patches)."""
-        attention, tower = encoding.tower_attention, self.tower(model)
+    def _out_of_windows(self, model: nn.Module, encoding: Encoding, values: torch.Tensor, merge: int) -> torch.Tensor:
+        """What was read in a tower that has its patches window by window, picture by picture, (1, patches, ...)."""
+        tower = self.tower(model)
         order, _ = get_vision_window_index(
             torch.tensor(encoding.grids),
             spatial_merge_size=merge,
             window_size=tower.window_size,
             patch_size=tower.patch_size,
         )
-        return attention.view(-1, merge**2)[order.argsort().to(attention.device)].view(1, -1)
+        blocks = values.reshape(-1, merge**2, *values.shape[2:])
+        return blocks[order.argsort().to(values.device)].flatten(0, 1).unsqueeze(0)
 
     def overview(self, model: nn.Module, encoding: Encoding, picture: Picture) -> torch.Tensor | None:
         """Which tokens of a picture show the whole of it, (N,), bool; None if all do."""
@@ -238,12 +252,7 @@ class VlmFamily:
             UnsupportedModelError: If there is no attention to read, or no [CLS] token to ask for.
             ValueError: If there is no such layer.
         """
-        if not self.reads_attention:
-            raise UnsupportedModelError(
-                f"vltok can't tell which patches the visual tokens of {self.title} stand for, so it can't rank them by "
-                "attention in the vision tower; choose a method that needs none, such as DivPrune, or ToDRE with "
-                "pivot='center'"
-            )
+        self._check_patches()
         if request.kind == "cls" and not self.has_cls(model):
             raise UnsupportedModelError(
                 f"{type(self.tower(model)).__name__} has no [CLS] token; use a method or pivot that needs none "
@@ -251,7 +260,7 @@ class VlmFamily:
             )
         found = []
         for tower in self.towers(model):
-            layers = max((m for m in tower.modules() if isinstance(m, nn.ModuleList)), key=len)
+            layers = _blocks(tower)
             if not -len(layers) <= request.layer < len(layers):
                 raise ValueError(f"the vision tower has {len(layers)} layers; there is no layer {request.layer}")
             attention = attention_of(layers[request.layer])
@@ -259,6 +268,25 @@ class VlmFamily:
                 raise unreadable_tower(attention or layers[request.layer])
             found.append(attention)
         return found
+
+    def feature_blocks(self, model: nn.Module) -> list[nn.Module]:
+        """The block of each vision tower whose output goes on to the projector.
+
+        Raises:
+            UnsupportedModelError: If it is not known which patches a visual token stands for.
+        """
+        self._check_patches()
+        level = getattr(model.config, "vision_feature_layer", None)
+        level = level if isinstance(level, int) else -1
+        return [_blocks(tower)[level if level < 0 else level - 1] for tower in self.towers(model)]
+
+    def _check_patches(self) -> None:
+        if self.patches is None:
+            raise UnsupportedModelError(
+                f"vltok can't tell which patches the visual tokens of {self.title} stand for, so it can't rank them by "
+                "attention in the vision tower, or by anything else of it; choose a method that needs none, such as "
+                "DivPrune, or ToDRE with pivot='center'"
+            )
 
     @classmethod
     def has_projector_site(cls) -> bool:
@@ -309,6 +337,10 @@ class VlmFamily:
         """Side of a patch in pixels."""
         size = self.tower(model).config.patch_size
         return size if isinstance(size, int) else size[0]
+
+
+def _blocks(tower: nn.Module) -> nn.ModuleList:
+    return max((module for module in tower.modules() if isinstance(module, nn.ModuleList)), key=len)
 
 
 def image_seq_length(config: Any, grid: tuple[int, int], scale_factor: int) -> dict[str, int]:

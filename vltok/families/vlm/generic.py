@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import pad
 
 from vltok.engine.features import PIXELS, Encoding, pixel_keys
 from vltok.engine.parts import live
@@ -120,13 +119,16 @@ class PerceptionLm(Generic):
 class HunYuanVl(Generic):
     """HunYuan-VL: tokens before and behind a picture, and one behind each row, stand for no patch."""
 
-    def token_attention(self, model: nn.Module, encoding: Encoding) -> torch.Tensor:
+    def of_tokens(self, model: nn.Module, encoding: Encoding, name: str, fill: float) -> torch.Tensor:
         merge = self.merge(model)
         sides = [(height // merge, width // merge) for _, height, width in encoding.grids]
         counts = [rows * columns for rows, columns in sides]
-        scores = self.projected_attention(model, encoding, sum(counts)).split(counts)
-        whole = [pad(own.unflatten(0, side), (0, 1), value=-torch.inf) for own, side in zip(scores, sides, strict=True)]
-        return torch.cat([pad(own.flatten(), (1, 1), value=-torch.inf) for own in whole])
+        pictures = self.of_projected(model, encoding, name, sum(counts), fill).split(counts)
+        nothing = pictures[0].new_full((1, *pictures[0].shape[1:]), fill)
+        whole = []
+        for own, (_, columns) in zip(pictures, sides, strict=True):
+            whole += [nothing, *(part for row in own.split(columns) for part in (row, nothing)), nothing]
+        return torch.cat(whole)
 
 
 class Idefics3(Generic):
@@ -148,9 +150,9 @@ class GraniteDocling(Generic):
 class MiniCpm(Generic):
     """MiniCPM-V: the patches of all pictures, slices and frames stand side by side, and are merged on the way."""
 
-    def patch_grids(self, model: nn.Module, encoding: Encoding) -> tuple[list[Grid3], bool]:
+    def patch_grids(self, model: nn.Module, encoding: Encoding, values: torch.Tensor) -> tuple[list[Grid3], bool]:
         sizes = encoding.arguments["target_sizes"]
-        merge = math.isqrt(int(sizes.prod(-1).sum()) // encoding.tower_attention.numel())
+        merge = math.isqrt(int(sizes.prod(-1).sum()) // (values.shape[0] * values.shape[1]))
         return [(1, height // merge, width // merge) for height, width in sizes.tolist()], False
 
     def pixel_keys(self, model: nn.Module, encoding: Encoding, pixels: torch.Tensor) -> torch.Tensor:

@@ -36,6 +36,9 @@ class InternVL(VlmFamily):
         overview[-encoding.lengths[picture.entries.stop - 1] :] = True  # the thumbnail comes last
         return overview
 
+    def projector(self, model: nn.Module) -> nn.Module | None:
+        return model.multi_modal_projector
+
     def projector_site(self, model: nn.Module) -> ProjectorSite:
         config, vision = model.config, model.config.vision_config
         if config.vision_feature_select_strategy != "default":

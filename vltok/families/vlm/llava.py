@@ -30,5 +30,8 @@ class Llava(VlmFamily):
                 f"a {self.title} model with a {kind!r} vision tower is not supported; supported are {', '.join(TOWERS)}"
             )
 
+    def projector(self, model: nn.Module) -> nn.Module | None:
+        return model.multi_modal_projector
+
     def projector_site(self, model: nn.Module) -> ProjectorSite:
         return projector_site(model, model.config.vision_feature_select_strategy)

@@ -27,10 +27,10 @@ class LlavaNext(Llava):
     patch_counters = ("pack_image_features",)
     windows = False
 
-    def token_attention(self, model: nn.Module, encoding: Encoding) -> torch.Tensor:
+    def of_tokens(self, model: nn.Module, encoding: Encoding, name: str, fill: float) -> torch.Tensor:
         numbers, length = self._numbers(model, encoding)
-        attention = self.projected_attention(model, encoding, sum(self._crops(model, encoding)) * length)
-        flat = nn.functional.pad(attention, (0, 1), value=-torch.inf)  # number -1: a newline
+        values = self.of_projected(model, encoding, name, sum(self._crops(model, encoding)) * length, fill)
+        flat = torch.cat([values, values.new_full((1, *values.shape[1:]), fill)])  # number -1: a newline
         return flat[torch.cat(numbers).to(flat.device)]
 
     def overview(self, model: nn.Module, encoding: Encoding, picture: Picture) -> torch.Tensor | None:
@@ -99,10 +99,10 @@ class LlavaNextVideo(LlavaNext):
         edits.before(model.vision_resampler, _refuse_videos)
         return before
 
-    def token_attention(self, model: nn.Module, encoding: Encoding) -> torch.Tensor:
+    def of_tokens(self, model: nn.Module, encoding: Encoding, name: str, fill: float) -> torch.Tensor:
         if encoding.kind == "video":
-            return self.projected_attention(model, encoding, sum(encoding.lengths))
-        return super().token_attention(model, encoding)
+            return self.of_projected(model, encoding, name, sum(encoding.lengths), fill)
+        return super().of_tokens(model, encoding, name, fill)
 
     def overview(self, model: nn.Module, encoding: Encoding, picture: Picture) -> torch.Tensor | None:
         return None if encoding.kind == "video" else super().overview(model, encoding, picture)

@@ -24,22 +24,24 @@ class LlavaOnevision(VlmFamily):
     patch_counters = ("pack_image_features", "apply_pooling")
     videos = "yes"
 
-    def token_attention(self, model: nn.Module, encoding: Encoding) -> torch.Tensor:
-        """The attention that was read, for each visual token: packed, pooled and interpolated as the tokens are."""
-        rows, vision = len(encoding.tower_attention), model.config.vision_config
+    def of_tokens(self, model: nn.Module, encoding: Encoding, name: str, fill: float) -> torch.Tensor:
+        """What was read in the tower, for each visual token: packed, pooled and interpolated as the tokens are."""
+        values, vision = encoding.of_tower(name), model.config.vision_config
+        rows, rest = len(values), values.shape[2:]
         coarser = getattr(vars(model).get("pack_image_features"), "scale", 1)  # where a projector condenses
         length = (vision.image_size // vision.patch_size // coarser) ** 2
-        projected = self.projected_attention(model, encoding, rows * length).view(rows, length, 1)
+        projected = self.of_projected(model, encoding, name, rows * length, fill).reshape(rows, length, -1)
         if encoding.kind == "video":
-            pooled = model.apply_pooling(projected).view(len(encoding.lengths), -1)
-            return nn.functional.pad(pooled, (0, 1), value=-torch.inf).flatten()
+            pooled = model.apply_pooling(projected).reshape(len(encoding.lengths), -1, projected.shape[-1])
+            newline = pooled.new_full((len(pooled), 1, pooled.shape[-1]), fill)
+            return torch.cat([pooled, newline], 1).reshape(-1, *rest)
         packed, _ = model.pack_image_features(
             projected.split(self._crops(model, encoding)),
             encoding.arguments["image_sizes"],
-            image_newline=projected.new_full((1,), -torch.inf),
+            image_newline=projected.new_full((projected.shape[-1],), fill),
             vision_aspect_ratio=encoding.arguments.get("vision_aspect_ratio") or model.config.vision_aspect_ratio,
         )
-        return torch.cat([each.flatten() for each in packed])
+        return torch.cat(list(packed)).reshape(-1, *rest)
 
     def _crops(self, model: nn.Module, encoding: Encoding) -> list[int]:
         """Rows of the tower that each picture has: one alone where a prompt has several."""

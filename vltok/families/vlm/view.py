@@ -79,6 +79,6 @@ class VlmView(LanguageView, ProjectorView):
                     "this model's visual tokens are already pruned; remove that handle first, or apply the methods "
                     "together: vltok.apply(model, [first, second])"
                 )
-            self._engine = PruningEngine(self.family, self.host, edits, run)
+            self._engine = PruningEngine(self.family, self.host, self.processor, edits, run)
             self._engine.install(self._head)
         return self._engine

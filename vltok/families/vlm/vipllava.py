@@ -13,6 +13,9 @@ from vltok.views import ProjectorSite
 class VipLlava(Generic):
     """How VipLLaVA is put together: its projector never gets the first row of the tower."""
 
+    def projector(self, model: nn.Module) -> nn.Module | None:
+        return model.multi_modal_projector
+
     def projector_site(self, model: nn.Module) -> ProjectorSite:
         return projector_site(model, "default", _levels_field(model))
 

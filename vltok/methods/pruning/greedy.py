@@ -22,7 +22,11 @@ _PRECISION_LOCK = threading.RLock()
 
 
 def greedy_order(
-    tokens: torch.Tensor, num_keep: int, start: torch.Tensor | None, score: Literal["sum", "max"]
+    tokens: torch.Tensor,
+    num_keep: int,
+    start: torch.Tensor | None,
+    score: Literal["sum", "max"],
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Pick again and again the token that is least similar to those picked before.
 
@@ -35,6 +39,8 @@ def greedy_order(
         num_keep: Picks per set, in 1..N.
         start: The first pick of each set, (B,); None starts at the token whose nearest neighbour is farthest away.
         score: How similar a token is to those picked: the "sum" of its cosines with them, or the largest, "max".
+        weights: What the distance of each token to those picked is multiplied by, (B, N), at least 0; None for 1. The
+            distance is 1 - cosine, of the most similar or summed up.
 
     Returns:
         Picks in the order they were made, (B, num_keep), int64, each token once; ties go to the lowest index. The picks
@@ -58,12 +64,13 @@ def greedy_order(
     from_gram = start is None or gram_is_cheaper(tokens, num_keep - 1)
     group = max(1, GRAM_ENTRIES // length**2) if from_gram else batch
     starts = [None] * math.ceil(batch / group) if start is None else start.to(tokens.device).split(group)
+    scales = [None] * math.ceil(batch / group) if weights is None else weights.float().clamp_min(1e-12).split(group)
     picks, usable = [], []
     with float32_products(tokens, matrix_units=from_gram):
-        for part, first in zip(tokens.split(group), starts, strict=True):
+        for part, first, scale in zip(tokens.split(group), starts, scales, strict=True):
             row_of, norms, isolated = (_rows_of_gram if from_gram else _rows_one_by_one)(part)
-            within = isolated() if first is None else first.clamp(0, length - 1)
-            picks.append(_follow(row_of, within, num_keep, score))
+            within = isolated(scale) if first is None else first.clamp(0, length - 1)
+            picks.append(_follow(row_of, within, num_keep, score, scale))
             finite = norms.amax() < math.inf  # false for NaN, too
             usable.append(finite if first is None else finite & (within == first).all())
     if not all(usable):  # the one point where the host waits, as a large batch alone has several parts
@@ -95,7 +102,7 @@ def check_usable(tokens: torch.Tensor) -> None:
 RowOf = Callable[[torch.Tensor], torch.Tensor]
 
 
-def _follow(row_of: RowOf, first: torch.Tensor, num_keep: int, score: str) -> torch.Tensor:
+def _follow(row_of: RowOf, first: torch.Tensor, num_keep: int, score: str, scale: torch.Tensor | None) -> torch.Tensor:
     """Pick greedily after `first`, (B,); `row_of` gives a token's cosines with its set, (B, N), +inf with itself."""
     fold = torch.add if score == "sum" else torch.maximum
     picks, total = [first.long()], None
@@ -103,7 +110,8 @@ def _follow(row_of: RowOf, first: torch.Tensor, num_keep: int, score: str) -> to
         row = row_of(picks[-1])
         # +inf stays +inf, so no token is picked twice.
         total = row.clone() if total is None else fold(total, row, out=total)
-        picks.append(total.argmin(1))  # documented to return the first of equal values, on any device
+        nearness = total if scale is None else (total - (len(picks) if score == "sum" else 1)) * scale
+        picks.append(nearness.argmin(1))  # documented to return the first of equal values, on any device
     return torch.stack(picks, 1)
 
 
@@ -119,7 +127,7 @@ def _explain(tokens: torch.Tensor, start: torch.Tensor | None) -> None:
     )
 
 
-def _rows_of_gram(tokens: torch.Tensor) -> tuple[RowOf, torch.Tensor, Callable[[], torch.Tensor]]:
+def _rows_of_gram(tokens: torch.Tensor) -> tuple[RowOf, torch.Tensor, Callable[..., torch.Tensor]]:
     """Cosines from one product X X^T per image: rows on request, the norms (B, N), and where max-min starts."""
     batch, length, _ = tokens.shape
     cosine, norms = _cosines(tokens)
@@ -131,11 +139,11 @@ def _rows_of_gram(tokens: torch.Tensor) -> tuple[RowOf, torch.Tensor, Callable[[
     def row_of(index: torch.Tensor) -> torch.Tensor:
         return rows.index_select(0, index if offsets is None else index + offsets)
 
-    def isolated() -> torch.Tensor:
+    def isolated(scale: torch.Tensor | None) -> torch.Tensor:
         diagonal.fill_(-math.inf)
         nearest = cosine.amax(2)
         diagonal.fill_(math.inf)
-        return nearest.argmin(1)
+        return (nearest if scale is None else (nearest - 1) * scale).argmin(1)
 
     return row_of, norms, isolated
 

@@ -7,10 +7,12 @@ from typing import ClassVar, Literal
 
 import torch
 
-from vltok.checks import check_budget, check_choice
+from vltok.checks import check_budget, check_choice, check_integer
 from vltok.edits import Edits
 from vltok.method import Method, Run
-from vltok.tokens import Grid3, keep_count
+from vltok.methods.pruning.merging import merge_into_kept
+from vltok.methods.pruning.regions import part_of, region_places, region_quotas
+from vltok.tokens import Grid3, gather_tokens, keep_count
 from vltok.views import AttentionRequest, LanguageView, Need, Selection, VisualTokens
 
 
@@ -24,17 +26,23 @@ class Selector(Method):
     Attributes:
         keep_ratio: Share of each image's visual tokens to keep, in (0, 1]. Exactly one of keep_ratio and num_keep.
         num_keep: Number of visual tokens to keep per image, at least 1.
-        positions: "keep" leaves the kept tokens their rotary positions, "reindex" counts them anew without gaps.
+        positions: "keep" leaves the kept tokens their rotary positions, "reindex" counts them anew without gaps,
+            "stretch" spreads those kept of a run of tokens evenly over the positions of this run.
         per: What has a budget of its own: an "image", with all its tiles, or a whole video; each "tile" of an image;
             each "frame" of a video. Tokens that tell no tiles or frames apart have a common budget.
+        merge: "nearest" averages each dropped token into the kept one that it is most like; None drops it.
+        regions: Regions (down, across) of the grid that have equal shares of the budget, each asked about alone; None
+            asks about the whole image.
     """
 
     fixed: ClassVar[tuple[str, ...]] = ()
 
     keep_ratio: float | None = None
     num_keep: int | None = None
-    positions: Literal["keep", "reindex"] = "keep"
+    positions: Literal["keep", "reindex", "stretch"] = "keep"
     per: Literal["image", "tile", "frame"] = field(default="image", kw_only=True)
+    merge: Literal["nearest"] | None = field(default=None, kw_only=True)
+    regions: tuple[int, int] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if (self.keep_ratio is None) == (self.num_keep is None):
@@ -43,8 +51,15 @@ class Selector(Method):
             )
             raise ValueError(f"{type(self).__name__} takes exactly one of keep_ratio and num_keep, got {given}")
         check_budget(self.keep_ratio, self.num_keep)
-        check_choice("positions", self.positions, ("keep", "reindex"))
+        check_choice("positions", self.positions, ("keep", "reindex", "stretch"))
         check_choice("per", self.per, ("image", "tile", "frame"))
+        check_choice("merge", self.merge, (None, "nearest"))
+        if self.regions is not None:
+            if not isinstance(self.regions, tuple | list) or len(self.regions) != 2:
+                raise ValueError(f"regions must be (down, across), such as (2, 2), or None, got {self.regions!r}")
+            for count in self.regions:
+                check_integer("regions", count, 1)
+            object.__setattr__(self, "regions", tuple(self.regions))
 
     @property
     def needs(self) -> tuple[Need, ...]:
@@ -53,8 +68,8 @@ class Selector(Method):
 
     @property
     def merges(self) -> bool:
-        """Whether `select` changes what kept tokens are; then it runs with gradients. Not by default."""
-        return False
+        """Whether kept tokens are changed; then `select` runs with gradients. By default if `merge` says so."""
+        return self.merge is not None
 
     def attention_request(self, has_cls: bool) -> AttentionRequest | None:
         """Say which attention of the vision tower `select` needs; none by default.
@@ -89,5 +104,57 @@ class Selector(Method):
         """
         raise NotImplementedError(f"{type(self).__name__} must define select()")
 
+    def pick(self, visual: VisualTokens, num_keep: int) -> Selection:
+        """Ask `select`, about each region where there are some, and merge what is dropped if that is wanted."""
+        selection = self._select(visual, num_keep) if self.regions is None else self._by_regions(visual, num_keep)
+        if self.merge is None:
+            return selection
+        if selection.embeddings is not None or selection.features is not None:
+            raise ValueError(f"{type(self).__name__} merges tokens by itself; leave out merge={self.merge!r}")
+        return Selection(selection.indices, merge_into_kept(visual.embeddings, selection.indices))
+
+    def _select(self, visual: VisualTokens, num_keep: int) -> Selection:
+        selection = self.select(visual, num_keep)
+        return selection if isinstance(selection, Selection) else Selection(selection)
+
+    def _by_regions(self, visual: VisualTokens, num_keep: int) -> Selection:
+        places = region_places(visual, self.regions)
+        quotas = region_quotas([len(each) for each in places], num_keep)
+        parts = [
+            (where, self._select(part_of(visual, where), quota))
+            for where, quota in zip(places, quotas, strict=True)
+            if quota
+        ]
+        indices, order = torch.cat([where[part.indices] for where, part in parts], 1).sort(1)
+        content = {
+            name: gather_tokens(torch.cat([getattr(part, name) for _, part in parts], 1), order)
+            for name in ("embeddings", "features")
+            if getattr(parts[0][1], name) is not None
+        }
+        return Selection(indices, **content)
+
     def attach(self, view: LanguageView, edits: Edits, run: Run) -> None:
         view.on_visual_tokens(edits, run, self)
+
+
+@dataclass(frozen=True)
+class TextSelector(Selector):
+    """A selector that looks at the question, `VisualTokens.text`.
+
+    That is what the user says in the last turn, where the processor's chat template tells it apart, else all words of
+    the prompt; never an answer, nor what is being generated.
+
+    Attributes:
+        text: The question in place of that; the processor must be given to `vltok.apply`.
+    """
+
+    text: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.text is not None and not (isinstance(self.text, str) and self.text.strip()):
+            raise ValueError(f"text must be a question, or None for the words of the prompt, got {self.text!r}")
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        return ("text",)

@@ -8,14 +8,15 @@ tower without [CLS] token is by default the token nearest to the mean, which nee
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, get_args
 
 import torch
 
 from vltok.checks import check_choice, check_integer, is_number
 from vltok.edits import Edits
 from vltok.method import Run, register
+from vltok.methods.pruning.correction import Correction, centred
 from vltok.methods.pruning.floors import position_hash
 from vltok.methods.pruning.greedy import float32_products, greedy_order, times_row
 from vltok.methods.pruning.selector import Selector
@@ -29,15 +30,23 @@ Pivot = Literal["auto", "cls", "center", "farthest", "random"]
 
 
 def diverse_order(
-    tokens: torch.Tensor, num_keep: int, pivot: torch.Tensor, strategy: Strategy = "max_sum"
+    tokens: torch.Tensor,
+    num_keep: int,
+    pivot: torch.Tensor,
+    strategy: Strategy = "max_sum",
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Like `select_diverse`, with the picks in the order they were made: a smaller budget keeps the first of them."""
     check_choice("strategy", strategy, Strategy)
-    return greedy_order(tokens, num_keep, pivot, score="sum" if strategy == "max_sum" else "max")
+    return greedy_order(tokens, num_keep, pivot, "sum" if strategy == "max_sum" else "max", weights)
 
 
 def select_diverse(
-    tokens: torch.Tensor, num_keep: int, pivot: torch.Tensor, strategy: Strategy = "max_sum"
+    tokens: torch.Tensor,
+    num_keep: int,
+    pivot: torch.Tensor,
+    strategy: Strategy = "max_sum",
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Pick tokens that are as different from each other as possible, greedily.
 
@@ -47,6 +56,7 @@ def select_diverse(
         pivot: First token of each image, (B,), int64.
         strategy: "max_sum" adds the token with the smallest sum of similarities to those picked, "k_center" the one
             whose largest similarity to those picked is smallest.
+        weights: What the distances (1 - similarity) of each token count, (B, N), at least 0; None for 1.
 
     Returns:
         Kept positions, (B, num_keep), ascending, int64. Ties went to the lowest index.
@@ -55,7 +65,7 @@ def select_diverse(
         ValueError: If `num_keep` or `pivot` is out of range, or an embedding is NaN or infinite. Finding that out is
             the one point where the host waits for the device.
     """
-    return diverse_order(tokens, num_keep, pivot, strategy).sort(dim=1).values
+    return diverse_order(tokens, num_keep, pivot, strategy, weights).sort(dim=1).values
 
 
 @torch.no_grad()
@@ -175,6 +185,8 @@ class ToDRE(Selector):
         tau: Stage 2 drops the visual tokens of a sample if both attention ratios are below this, in 0..1.
         stages: Which stages run: (1,), (2,) or (1, 2). Left out, it follows `relevance`.
         seed: For `pivot="random"`.
+        correction: "centred" measures similarity without what all tokens of the image have in common, see
+            `vltok.methods.pruning.correction`. The pivot is chosen as without it.
     """
 
     fixed: ClassVar[tuple[str, ...]] = ("relevance", "depth", "stages")  # they decide which layers are hooked
@@ -186,6 +198,7 @@ class ToDRE(Selector):
     tau: float = 0.10
     stages: tuple[int, ...] | None = None
     seed: int = 0
+    correction: Correction | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if not isinstance(self.relevance, bool):
@@ -198,6 +211,7 @@ class ToDRE(Selector):
         super().__post_init__()
         check_choice("strategy", self.strategy, Strategy)
         check_choice("pivot", self.pivot, Pivot)
+        check_choice("correction", self.correction, (None, *get_args(Correction)))
         if isinstance(self.depth, list):
             object.__setattr__(self, "depth", tuple(self.depth))
         depths = self._depths()
@@ -241,7 +255,10 @@ class ToDRE(Selector):
             is_overview=visual.is_overview,
             seed=self.seed,
         )
-        return select_diverse(visual.embeddings, num_keep, pivot, self.strategy)
+        tokens, weights = visual.embeddings, None
+        if self.correction == "centred":
+            tokens, weights = centred(tokens)
+        return select_diverse(tokens, num_keep, pivot, self.strategy, weights)
 
     def layers(self, num_layers: int) -> tuple[int, ...]:
         """After how many of L decoder layers the visual tokens may leave: depth * L, rounded down, within 1..L - 1.

@@ -1,0 +1,144 @@
+"""Switches that go with every selector: merging what is dropped, and regions with equal shares."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import vltok
+from vltok.errors import UnsupportedInputError
+from vltok.methods.pruning.merging import merge_into_kept, nearest_kept
+from vltok.methods.pruning.regions import region_quotas
+from vltok.views import VisualTokens
+
+
+def visual(grid=(1, 6, 8), behind: int = 0, batch: int = 2) -> VisualTokens:
+    frames, height, width = grid
+    inside = frames * height * width
+    generator = torch.Generator().manual_seed(3)
+    places = torch.cartesian_prod(torch.arange(frames), torch.arange(height), torch.arange(width))
+    places = torch.cat([places, -torch.ones(behind, 3, dtype=torch.long)])
+    return VisualTokens(
+        embeddings=torch.randn(batch, inside + behind, 16, generator=generator),
+        image_keys=torch.arange(batch),
+        attention=torch.rand(batch, inside + behind, generator=generator),
+        is_overview=torch.ones(batch, inside + behind, dtype=torch.bool),
+        grid=grid,
+        coordinates=places.expand(batch, -1, -1),
+    )
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.data())
+def test_shares_are_equal_as_far_as_regions_go(sizes, data):
+    num_keep = data.draw(st.integers(1, sum(sizes)))
+    quotas = region_quotas(sizes, num_keep)
+    assert sum(quotas) == num_keep
+    assert all(0 <= quota <= size for quota, size in zip(quotas, sizes, strict=True))
+    open_ones = [quota for quota, size in zip(quotas, sizes, strict=True) if quota < size]
+    assert not open_ones or max(quotas) - min(open_ones) <= 1
+
+
+@pytest.mark.parametrize("method", [vltok.DivPrune, vltok.FasterVLM, vltok.StrideTokens])
+def test_each_region_is_asked_alone(method):
+    tokens = visual()
+    kept = method(num_keep=8, regions=(2, 2)).pick(tokens, 8).indices
+    for row in range(2):
+        expected = []
+        for top in (0, 3):
+            for left in (0, 4):
+                own = [y * 8 + x for y in range(top, top + 3) for x in range(left, left + 4)]
+                part = VisualTokens(
+                    tokens.embeddings[row : row + 1, own],
+                    tokens.image_keys[row : row + 1],
+                    tokens.attention[row : row + 1, own],
+                    tokens.is_overview[row : row + 1, own],
+                )
+                expected += [own[place] for place in method(num_keep=8).select(part, 2)[0].tolist()]
+        assert kept[row].tolist() == sorted(expected)
+
+
+def test_frames_are_cut_alike_and_tokens_behind_the_grid_are_in_the_last_region():
+    kept = vltok.StrideTokens(num_keep=4, regions=(1, 2)).pick(visual((2, 2, 2), behind=1), 4).indices[0]
+    assert kept.tolist() == [0, 1, 4, 5]
+    kept = vltok.FasterVLM(num_keep=9, regions=(2, 2)).pick(visual((2, 2, 2), behind=1), 9).indices[0]
+    assert kept.tolist() == list(range(9))
+
+
+def test_more_regions_than_rows_are_as_many_as_there_are_rows():
+    tokens = visual((1, 2, 3))
+    assert torch.equal(
+        vltok.DivPrune(num_keep=4, regions=(9, 9)).pick(tokens, 4).indices,
+        vltok.DivPrune(num_keep=4, regions=(2, 3)).pick(tokens, 4).indices,
+    )
+
+
+def test_regions_need_a_grid():
+    with pytest.raises(UnsupportedInputError, match="form no grid"):
+        vltok.DivPrune(num_keep=4, regions=(2, 2)).pick(replace(visual(), grid=None, coordinates=None), 4)
+    for wrong in (3, (1,), (0, 2), (1.5, 2)):
+        with pytest.raises((TypeError, ValueError), match="regions must be"):
+            vltok.DivPrune(num_keep=4, regions=wrong)
+    with pytest.raises(ValueError, match="merge must be one of None, 'nearest'"):
+        vltok.DivPrune(num_keep=4, merge="mean")
+
+
+def test_dropped_tokens_go_to_the_kept_one_that_is_most_like_them():
+    tokens = torch.tensor([[[1.0, 0.0], [0.0, 2.0], [3.0, 0.1], [0.0, 0.0], [0.1, 1.0]]])
+    kept = torch.tensor([[0, 1]])
+    assert nearest_kept(tokens, kept).tolist() == [[0, 1, 0, 0, 1]]  # a zero is as like to all: the first
+    expected = torch.stack([tokens[0, [0, 2, 3]].mean(0), tokens[0, [1, 4]].mean(0)])
+    torch.testing.assert_close(merge_into_kept(tokens, kept)[0], expected)
+    everything = torch.arange(5).unsqueeze(0)
+    assert torch.equal(merge_into_kept(tokens, everything), tokens)
+
+
+def test_gradients_reach_every_token_that_was_merged():
+    tokens = torch.randn(2, 9, 4, requires_grad=True)
+    merge_into_kept(tokens, torch.tensor([[0, 4], [3, 8]])).square().sum().backward()
+    assert (tokens.grad.abs().amax(-1) > 0).all()
+    half = merge_into_kept(tokens.detach().bfloat16(), torch.tensor([[0, 4], [3, 8]]))
+    assert half.dtype == torch.bfloat16
+
+
+def naive_centred(tokens: torch.Tensor, num_keep: int, first: int | None, score) -> list[int]:
+    """Greedy picks of one image by weighted distances of centred tokens, with plain loops."""
+    x = tokens.double()
+    mean = x.mean(0)
+    weight = [float(1 - torch.cosine_similarity(each, mean, dim=0)) for each in x]
+    cosine = torch.nn.functional.normalize(x - mean, dim=-1)
+    cosine = cosine @ cosine.T
+    if first is None:
+        others = [[float(1 - cosine[i, j]) for j in range(len(x)) if j != i] for i in range(len(x))]
+        first = max(range(len(x)), key=lambda i: (weight[i] * min(others[i]), -i))
+    picks = [first]
+    while len(picks) < num_keep:
+        left = [i for i in range(len(x)) if i not in picks]
+        far = {i: weight[i] * score([float(1 - cosine[i, j]) for j in picks]) for i in left}
+        picks.append(max(left, key=lambda i: (far[i], -i)))
+    return sorted(picks)
+
+
+@pytest.mark.parametrize("length", [12, 40])
+def test_centred_similarity_goes_with_distinctness(length):
+    generator = torch.Generator().manual_seed(5)
+    common = 8 * torch.randn(24, generator=generator)
+    tokens = replace(visual(), embeddings=common + torch.randn(3, length, 24, generator=generator), attention=None)
+    tokens = replace(tokens, is_overview=torch.ones(3, length, dtype=torch.bool), grid=None, coordinates=None)
+    for method, score in (
+        (vltok.DivPrune(num_keep=7, correction="centred"), min),
+        (vltok.ToDRE(num_keep=7, stages=(1,), pivot="farthest", correction="centred"), sum),
+        (vltok.ToDRE(num_keep=7, stages=(1,), pivot="farthest", strategy="k_center", correction="centred"), min),
+    ):
+        picks = method.select(tokens, 7)
+        plain = replace(method, correction=None).select(tokens, 7)
+        assert not torch.equal(picks, plain)
+        for row, own in enumerate(tokens.embeddings):
+            cosines = torch.cosine_similarity(own, torch.nn.functional.normalize(own, dim=-1).mean(0), dim=-1)
+            first = None if isinstance(method, vltok.DivPrune) else int(cosines.argmin())
+            assert picks[row].tolist() == naive_centred(own, 7, first, score)
+    with pytest.raises(ValueError, match="correction must be one of None, 'centred'"):
+        vltok.DivPrune(num_keep=7, correction="centered")

@@ -1,0 +1,61 @@
+"""Cuts the grid of an image into regions that each have a share of the budget."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import torch
+
+from vltok.errors import UnsupportedInputError
+from vltok.views import VisualTokens
+
+
+def region_places(visual: VisualTokens, regions: tuple[int, int]) -> list[torch.Tensor]:
+    """Say which tokens are in each region, (n,) each, ascending; tokens behind the grid are in the last one.
+
+    Args:
+        visual: Visual tokens that form a grid; all frames of a video are cut alike.
+        regions: Regions along height and width; as many as there are rows and columns, where these are fewer.
+
+    Raises:
+        UnsupportedInputError: If they form no grid that is known.
+    """
+    if visual.grid is None:
+        raise UnsupportedInputError(
+            "the visual tokens of this image form no grid, as those of AnyRes layouts, so they can't be cut into "
+            "regions; leave out regions="
+        )
+    _, height, width = visual.grid
+    down, across = min(regions[0], height), min(regions[1], width)
+    _, row, column = visual.coordinates[0].unbind(-1)
+    number = (row * down // height) * across + column * across // width
+    number = torch.where(row < 0, down * across - 1, number)
+    return [(number == each).nonzero().squeeze(1) for each in range(down * across)]
+
+
+def region_quotas(sizes: list[int], num_keep: int) -> list[int]:
+    """Give regions equal shares of a budget, none more than it has; shares that are left go round again.
+
+    Shares that don't come out even go to regions at even distances.
+    """
+    level = max(count for count in range(num_keep + 1) if sum(min(size, count) for size in sizes) <= num_keep)
+    quotas = [min(size, level) for size in sizes]
+    room = [number for number, size in enumerate(sizes) if size > level]
+    more = num_keep - sum(quotas)
+    for number in range(more):
+        quotas[room[number * len(room) // more]] += 1
+    return quotas
+
+
+def part_of(visual: VisualTokens, places: torch.Tensor) -> VisualTokens:
+    """Some of the visual tokens, (n,), of all images."""
+    length = visual.embeddings.shape[1]
+    own = {
+        each.name: value[:, places]
+        for each in fields(visual)
+        if isinstance(value := getattr(visual, each.name), torch.Tensor)
+        and value.dim() >= 2
+        and value.shape[1] == length
+        and each.name not in ("text", "text_mask")
+    }
+    return replace(visual, **own, grid=None)
