@@ -49,7 +49,11 @@ def tower_tokens(batch: int = 3, length: int = 60, width: int = 24, newline: int
 
 def only(visual: VisualTokens, *images: int) -> VisualTokens:
     """The same of some of the images alone."""
-    tensors = {name: value[list(images)] for name, value in vars(visual).items() if isinstance(value, torch.Tensor)}
+    tensors = {
+        name: value[torch.tensor(images, dtype=torch.int64)]
+        for name, value in vars(visual).items()
+        if isinstance(value, torch.Tensor)
+    }
     return replace(visual, **tensors)
 
 

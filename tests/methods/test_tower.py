@@ -150,6 +150,13 @@ def test_nothing_is_written_to_and_inference_mode_is_fine(method):
         assert torch.equal(indices(method.select(visual, 12)), kept)
 
 
+@every
+def test_an_empty_batch_is_fine(method):
+    picked = method.select(only(tower_tokens()), 12)
+    assert indices(picked).shape == (0, 12) and indices(picked).dtype == torch.int64
+    assert not method.merges or values(picked).shape == (0, 12, 24)
+
+
 # Merging
 
 
