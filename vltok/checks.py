@@ -53,6 +53,12 @@ def check_integer(name: str, value: object, least: int | None = None) -> None:
         raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
+def check_share(name: str, value: object) -> None:
+    """Raise ValueError if `value` is not a number in 0..1."""
+    if not is_number(value) or not 0 <= value <= 1:
+        raise ValueError(f"{name} must be a share in 0..1, got {value!r}")
+
+
 def check_choice(name: str, value: object, choices: Any) -> None:
     """Raise ValueError if `value` is not one of a Literal's values, or of a tuple's."""
     allowed = choices if isinstance(choices, tuple) else get_args(choices)

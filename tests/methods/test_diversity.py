@@ -360,6 +360,23 @@ def test_cuda_picks_the_same(strategy, dtype, route):
     assert diverse_order(torch.ones(1, 40, 8, device="cuda"), 40, pivots[:1].cuda())[0, 1:5].tolist() == [0, 1, 2, 4]
 
 
+# All similarities at once
+
+
+@pytest.mark.parametrize(("length", "width"), [(1, 8), (15, 64), (50, 33), (577, 1000), (800, 256)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_cosines_are_those_of_the_definition(length, width, dtype):
+    tokens = clustered(2, length, width).to(dtype)
+    tokens[0, -1] = 0
+    tokens[1, -1] = tokens[1, 0]
+    cosine = greedy.cosine_matrix(tokens)
+    assert cosine.dtype == torch.float32 and not cosine.requires_grad
+    torch.testing.assert_close(cosine.double(), unit(tokens) @ unit(tokens).mT, atol=2e-6, rtol=0)
+    assert cosine[0, -1].count_nonzero() == 0
+    assert torch.equal(cosine[1, -1], cosine[1, 0])
+    assert torch.equal(greedy.cosine_matrix(tokens[1:].requires_grad_())[0], cosine[1])
+
+
 # Bad input
 
 
@@ -372,6 +389,8 @@ def test_unusable_embeddings_are_refused_with_the_image_named(value, num_keep, r
         select_diverse(tokens, num_keep, torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"image \[1\].*NaN"):
         select_max_min(tokens, num_keep)
+    with pytest.raises(ValueError, match=r"image \[1\].*NaN"):
+        greedy.check_usable(tokens)
 
 
 @pytest.mark.parametrize("scale", [1e-9, 1e15])

@@ -10,7 +10,8 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -158,6 +159,15 @@ class Tape(threading.local):
     def __init__(self) -> None:
         self.encoding: Encoding | None = None
         self.waiting: weakref.ref | None = None
+
+    @contextmanager
+    def nothing_encoded(self) -> Iterator[None]:
+        """Run a part of the model for other ends than the encoding under way."""
+        outer, self.encoding = self.encoding, None
+        try:
+            yield
+        finally:
+            self.encoding = outer
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tape:
         return Tape()

@@ -10,7 +10,6 @@ from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from vltok.engine.features import Encoding, pixel_keys
 from vltok.engine.pictures import Picture
@@ -173,15 +172,13 @@ def _pick(prompt: Prompt, embeddings: torch.Tensor, parts: list[Part], family: A
     )
     with nullcontext() if selector.merges else torch.no_grad():
         selection = selector.pick(visual, num_keep)
-        selection = _projected(selection, visual, has_patch, family.projector(prompt.model))
+        selection = _projected(prompt, selection, visual, has_patch)
     if words is not None:
         words.remember(parts, selection)
     return selection
 
 
-def _projected(
-    selection: Selection, visual: VisualTokens, has_patch: torch.Tensor | None, projector: nn.Module | None
-) -> Selection:
+def _projected(prompt: Prompt, selection: Selection, visual: VisualTokens, has_patch: torch.Tensor | None) -> Selection:
     """A selection whose features, if it has some, have gone through the projector."""
     if selection.features is None:
         return selection
@@ -189,7 +186,9 @@ def _projected(
         raise ValueError(
             "a Selection may have features where VisualTokens.can_project, and no embeddings besides; give embeddings"
         )
-    merged = projector(selection.features)
+    engine = prompt.engine
+    with engine.tape.nothing_encoded():
+        merged = engine.family.projector(prompt.model)(selection.features)
     own = gather_tokens(visual.embeddings, selection.indices)
     is_merged = gather_tokens(has_patch, selection.indices).unsqueeze(-1)
     return Selection(selection.indices, torch.where(is_merged, merged.to(own.dtype), own))

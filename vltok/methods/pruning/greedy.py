@@ -1,4 +1,4 @@
-"""Greedy picks of tokens that differ from each other: what ToDRE, DivPrune and the determinant methods share.
+"""Similarity of visual tokens, and greedy picks of those that differ: what ToDRE, DivPrune and others share.
 
 Cosine similarity is made from inner products of the tokens as they come, scaled by float32 norms afterwards. Products
 of two bfloat16 (or float16) values are exact in float32, so matrix units that take such values and add in float32 give
@@ -71,6 +71,21 @@ def greedy_order(
             raise ValueError(f"the first picks must be in 0..{length - 1}, got {start.tolist()}")
         raise unusable(tokens)
     return picks
+
+
+def cosine_matrix(tokens: torch.Tensor) -> torch.Tensor:
+    """Say how similar all tokens of an image are to each other.
+
+    Args:
+        tokens: B sets of tokens, (B, N, D), any float dtype.
+
+    Returns:
+        Cosines, (B, N, N), float32 whatever the dtype, without a graph. A row of norm zero is similar to none, not even
+        to itself. Equal tokens have equal rows, and a set's don't depend on the other sets. See `check_usable`.
+    """
+    tokens = tokens.detach().contiguous()
+    with float32_products(tokens, matrix_units=True):
+        return _cosines(tokens)[0]
 
 
 RowOf = Callable[[torch.Tensor], torch.Tensor]
@@ -176,18 +191,10 @@ def _follow(row_of: RowOf, first: torch.Tensor, num_keep: int, score: str, scale
 
 
 def _rows_of_gram(tokens: torch.Tensor) -> CosineRows:
-    """Cosines from one product X X^T per image.
-
-    Every image has a product of its own, whose shape doesn't depend on the batch, so its rows don't either.
-    """
+    """Cosines from one product X X^T per image."""
     batch, length, _ = tokens.shape
-    cosine = torch.empty(batch, length, length, dtype=torch.float32, device=tokens.device)
-    for x, out in zip(tokens, cosine, strict=True):
-        write_gram(_exact(x), out)
+    cosine, norms = _cosines(tokens)
     diagonal = cosine.diagonal(dim1=1, dim2=2)
-    norms = diagonal.sqrt()
-    inverse = _inverse(norms)
-    cosine.mul_(inverse.unsqueeze(1)).mul_(inverse.unsqueeze(2))
     diagonal.fill_(math.inf)
     rows = cosine.view(-1, length)
     offsets = torch.arange(batch, device=tokens.device) * length if batch > 1 else None
@@ -202,6 +209,21 @@ def _rows_of_gram(tokens: torch.Tensor) -> CosineRows:
         return (nearest if scale is None else (nearest - 1) * scale).argmin(1)
 
     return CosineRows(row_of, norms, isolated)
+
+
+def _cosines(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines of all tokens with all, (B, N, N), from one product X X^T per image, and the norms, (B, N).
+
+    Every image has a product of its own, whose shape doesn't depend on the batch, so its rows don't either.
+    """
+    batch, length, _ = tokens.shape
+    cosine = torch.empty(batch, length, length, dtype=torch.float32, device=tokens.device)
+    for x, out in zip(tokens, cosine, strict=True):
+        write_gram(_exact(x), out)
+    norms = cosine.diagonal(dim1=1, dim2=2).sqrt()
+    inverse = _inverse(norms)
+    cosine.mul_(inverse.unsqueeze(1)).mul_(inverse.unsqueeze(2))
+    return cosine, norms
 
 
 def _rows_one_by_one(tokens: torch.Tensor) -> CosineRows:

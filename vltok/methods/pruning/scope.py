@@ -1,0 +1,109 @@
+"""SCOPE: keep tokens that cover the others best, where attended ones count more.
+
+Paper: https://arxiv.org/abs/2510.24214. Training-free. Differs from the released code: similarity is in float32, a
+token is never picked twice, a zero feature covers none (there it makes all picks arbitrary), and all tiles of an image
+have a common budget unless `per="tile"`. Attention is a mean over the heads, not a sum: as a factor of all gains the
+number of heads changes no pick. The released option that adds attention to the gain is left out, as there it would.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from vltok.checks import is_number
+from vltok.method import register
+from vltok.methods.pruning import greedy
+from vltok.methods.pruning.tower import TowerSelector
+from vltok.views import Need, VisualTokens
+
+_AT_A_TIME = 32  # gains computed anew in one go
+
+
+def cover_order(tokens: torch.Tensor, num_keep: int, weights: torch.Tensor) -> torch.Tensor:
+    """Pick again and again the token that adds most to how well all are covered, times its weight.
+
+    A token is covered by its largest cosine with a picked one, at least 0; what a pick adds is summed over all tokens.
+
+    Gains only shrink as more is covered, so a gain computed earlier is an upper bound: only those are computed anew
+    that might still be the largest. The picks are those of computing all of them each time.
+
+    Args:
+        tokens: (B, N, D), any float dtype; the cosine is in float32.
+        num_keep: How many to keep per image, in 1..N.
+        weights: (B, N), at least 0, or -inf for tokens that come after all others.
+
+    Returns:
+        Picks in the order they were made, (B, num_keep), int64, each token once; ties go to the lowest index.
+
+    Raises:
+        ValueError: If `num_keep` is out of range, a weight is NaN, +inf or negative, or a token is NaN or infinite.
+    """
+    length = tokens.shape[1]
+    if not 1 <= num_keep <= length:
+        raise ValueError(f"num_keep must be in 1..{length} (the visual tokens), got {num_keep}")
+    if not (((weights >= 0) & (weights < math.inf)) | (weights == -math.inf)).all():
+        raise ValueError("the weights of visual tokens must be numbers of at least 0, or -inf; some are not, or NaN")
+    greedy.check_usable(tokens)
+    group = max(1, greedy.GRAM_ENTRIES // length**2)
+    picks = [
+        _lazy_greedy(greedy.cosine_matrix(part), num_keep, weight)
+        for part, weight in zip(tokens.split(group), weights.detach().float().split(group), strict=True)
+    ]
+    return torch.cat(picks)
+
+
+def _lazy_greedy(cosine: torch.Tensor, num_keep: int, weights: torch.Tensor) -> torch.Tensor:
+    batch, length = weights.shape
+    count = min(_AT_A_TIME, length)
+    images = torch.arange(batch, device=weights.device)
+    rows = cosine.view(-1, length)
+    offsets = (images * length).unsqueeze(1)  # of an image's rows among all
+    scale = weights.clamp_min(0)
+    cover = torch.zeros_like(weights)
+    bound = (cosine.clamp_min(0).sum(2) * scale).masked_fill_(weights < 0, -1.0)  # of the gains
+    known = torch.ones_like(weights, dtype=torch.bool)  # where the bound is the gain
+    picks = []
+    for _ in range(num_keep):
+        best = bound.argmax(1)  # documented to return the first of equal values
+        while not known[images, best].all():
+            doubtful = bound.masked_fill(known, -math.inf).topk(count, dim=1).indices
+            more = rows.index_select(0, (doubtful + offsets).flatten()).view(batch, count, length)
+            gains = more.sub_(cover.unsqueeze(1)).clamp_min_(0).sum(2) * scale.gather(1, doubtful)
+            # Picked tokens, at -inf, stay there.
+            bound.scatter_(1, doubtful, torch.minimum(gains, bound.gather(1, doubtful)))
+            known.scatter_(1, doubtful, True)
+            best = bound.argmax(1)
+        picks.append(best)
+        cover = torch.maximum(cover, cosine[images, best])
+        bound[images, best] = -math.inf
+        known = bound <= 0  # these can't shrink
+    return torch.stack(picks, 1)
+
+
+@register("scope")
+@dataclass(frozen=True)
+class SCOPE(TowerSelector):
+    """Keep visual tokens that are attended to and like as many others as possible that none kept is like.
+
+    Attributes:
+        alpha: Exponent of the attention, at least 0; 0 looks at coverage alone.
+    """
+
+    alpha: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not is_number(self.alpha) or not 0 <= self.alpha < math.inf:
+            raise ValueError(f"alpha must be a number of at least 0, got {self.alpha!r}")
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        return ("features",)
+
+    def select(self, visual: VisualTokens, num_keep: int) -> torch.Tensor:
+        attention, features = self.given(visual, "attention", "features")
+        weights = torch.where(attention.isfinite(), attention.clamp_min(0) ** self.alpha, attention)
+        return cover_order(features, num_keep, weights).sort(dim=1).values
