@@ -13,6 +13,7 @@ import tiny
 import torch
 import zoo
 from towers import draw
+from zoo import gemma, qwen
 
 import vltok
 
@@ -26,6 +27,19 @@ PRUNING: dict[str, Callable[[], vltok.Method]] = {
     "fastervlm": lambda: vltok.FasterVLM(keep_ratio=0.3),
     "random": lambda: vltok.RandomTokens(keep_ratio=0.3, seed=7),
     "stride": lambda: vltok.StrideTokens(num_keep=4),
+}
+# The reference set: on the first family, and in the full matrix on those of REFERENCED.
+REFERENCE: dict[str, Callable[[], vltok.Method]] = {
+    "visionzip": lambda: vltok.VisionZip(num_keep=5, contextual=0.4),
+    "prumerge_plus": lambda: vltok.PruMergePlus(keep_ratio=0.4),
+    "scope": lambda: vltok.SCOPE(keep_ratio=0.3),
+    "vispruner": lambda: vltok.VisPruner(keep_ratio=0.3),
+    "holov": lambda: vltok.HoloV(keep_ratio=0.3),
+    "cdpruner": lambda: vltok.CDPruner(keep_ratio=0.3),
+    "mmtok": lambda: vltok.MMTok(keep_ratio=0.3),
+    "dart": lambda: vltok.DART(num_keep=5),
+    "otprune": lambda: vltok.OTPrune(keep_ratio=0.3),
+    "divprune-merging": lambda: vltok.DivPrune(keep_ratio=0.3, merge="nearest", correction="centred"),
     "fastv": lambda: vltok.FastV(keep_ratio=0.3),
     "pyramid_drop": lambda: vltok.PyramidDrop(),
     "sparsevlm": lambda: vltok.SparseVLM(),
@@ -49,6 +63,8 @@ WINDOWED = ("todre", "stride")
 FURTHER_NAMES = ("stride",)
 
 OWN = [*tiny.ALL, *tiny.WINDOWED]
+# Families whose rows of the reference set are in the full matrix.
+REFERENCED = [*tiny.ALL, qwen.QWEN3_VL, gemma.SMOLVLM, gemma.GEMMA3_ROW]
 FURTHER = [family for family in zoo.ROWS if family not in OWN]
 FAMILIES: dict[str, tiny.TinyFamily] = {family.key: family for family in [*OWN, *FURTHER]}
 
@@ -68,12 +84,14 @@ class Pair:
         method: The method, or None.
         prunes: Whether it leaves visual tokens out, and brings no weights.
         works: Whether the family has a place for it.
+        is_reference: Whether the method is of the reference set.
     """
 
     family: tiny.TinyFamily
     method: vltok.Method | None
     prunes: bool
     works: bool
+    is_reference: bool = False
 
     @property
     def axes(self) -> tuple[int, ...]:
@@ -83,7 +101,12 @@ class Pair:
     @property
     def reads_question(self) -> bool:
         """Whether another question may keep other tokens, so that a talk told anew may keep others than its turns."""
-        return isinstance(self.method, vltok.DecoderRule)
+        return isinstance(self.method, vltok.DecoderRule | vltok.TextSelector)
+
+    @property
+    def needs_question(self) -> bool:
+        """Whether there has to be a word that is no answer."""
+        return isinstance(self.method, vltok.Selector) and "text" in self.method.needs
 
     def entering(self, length: int) -> int:
         """How many visual tokens of an image or video of so many enter the decoder."""
@@ -117,8 +140,9 @@ class Pair:
 
 def _works(family: tiny.TinyFamily, method: vltok.Method) -> bool:
     """Whether a pruning method can ask the family for what it ranks tokens by."""
-    request = method.attention_request(family.has_cls) if isinstance(method, vltok.Selector) else None
-    return family.shows_patches or request is None
+    if family.shows_patches or not isinstance(method, vltok.Selector):
+        return True
+    return method.attention_request(family.has_cls) is None and "features" not in method.needs
 
 
 def _dropping(family: tiny.TinyFamily) -> vltok.Method:
@@ -136,6 +160,11 @@ def _pairs() -> dict[str, Pair]:
         names = PRUNING if family in tiny.ALL else WINDOWED if family in tiny.WINDOWED else FURTHER_NAMES
         methods = {name: PRUNING[name]() for name in names}
         pairs |= {f"{key}-{name}": Pair(family, each, True, _works(family, each)) for name, each in methods.items()}
+        if family in REFERENCED:
+            methods = {name: make() for name, make in REFERENCE.items()}
+            pairs |= {
+                f"{key}-{name}": Pair(family, each, True, _works(family, each), True) for name, each in methods.items()
+            }
         if family in tiny.ALL:
             trained = (*family.tower, *_projectors(family))
             pairs |= {f"{key}-{name}": Pair(family, TRAINED[name](family), False, name in trained) for name in TRAINED}
@@ -165,5 +194,10 @@ def one_of_each(pairs: dict[str, Pair]) -> dict[str, Pair]:
 
 def parameters(pairs: dict[str, Pair]) -> list[Any]:
     """The pairs as parameters of a test."""
-    full = {True: [pytest.mark.full], False: []}
-    return [pytest.param(pair, id=name, marks=full[pair.family in FURTHER]) for name, pair in pairs.items()]
+    return [pytest.param(pair, id=name, marks=_marks(pair)) for name, pair in pairs.items()]
+
+
+def _marks(pair: Pair) -> list[Any]:
+    if pair.is_reference and pair.family is not tiny.ALL[0]:
+        return [pytest.mark.full, pytest.mark.zoo]
+    return [pytest.mark.full] if pair.family in FURTHER else []

@@ -17,10 +17,19 @@ from reference import assert_close
 from rows import few, only_pruning
 
 
+def taught(pair, inputs) -> torch.Tensor:
+    """Labels, (B, T): all that there is, or the last word of each row where a method has to read the others."""
+    ids = inputs["input_ids"]
+    if not pair.needs_question:
+        return ids
+    last = torch.arange(ids.shape[1]) == (inputs["attention_mask"].cumsum(1).argmax(1, keepdim=True))
+    return ids.masked_fill(~last, -100)
+
+
 def test_labels_give_the_loss_of_the_kept_sequence_and_gradients(pair, model):
     inputs = batch(pair, "right")
     trained = copy.deepcopy(model).train()
-    labels = inputs["input_ids"].masked_fill(placeholders(model, inputs) | ~inputs["attention_mask"].bool(), -100)
+    labels = taught(pair, inputs).masked_fill(placeholders(model, inputs) | ~inputs["attention_mask"].bool(), -100)
     with pair.apply(trained) as handle:
         output = trained(**inputs, labels=labels)
         output.loss.backward()
@@ -72,7 +81,7 @@ def checkpointed_gradients_are_the_same(pair, model):
             trained.enable_input_require_grads()
         torch.manual_seed(0)  # some towers leave out layers at random
         with pair.apply(trained):
-            trained(**inputs, labels=inputs["input_ids"], use_cache=False).loss.backward()
+            trained(**inputs, labels=taught(pair, inputs), use_cache=False).loss.backward()
         grads.append({name: p.grad for name, p in trained.named_parameters() if p.grad is not None})
     assert_alike(grads)
 
@@ -131,7 +140,7 @@ def two_forwards_are_recomputed(pair, model):
             trained.enable_input_require_grads()
         torch.manual_seed(0)
         with pair.apply(trained):
-            losses = [trained(**each, labels=each["input_ids"], use_cache=False).loss for each in inputs]
+            losses = [trained(**each, labels=taught(pair, each), use_cache=False).loss for each in inputs]
             with ThreadPoolExecutor(1) as pool:
                 for loss in losses:
                     pool.submit(loss.backward).result()
