@@ -16,6 +16,7 @@ import remote
 import timm
 import torch
 import transformers
+from PIL import Image
 from safetensors.torch import save_file
 from tiny import LLAVA, QWEN2_5_VL, TinyFamily, picture, sharpen
 
@@ -109,6 +110,22 @@ def test_finetune_tokenpacker_trains_a_projector_that_loads_and_answers(run, ima
     assert "16 patches -> 4 visual tokens" in printed
     handle = vltok.load(LLAVA.model(), tmp_path / "out/adapter", processor=LLAVA.processor())
     assert (handle.methods[0].scale_factor, handle.methods[0].init) == (2, "pool")
+
+
+def test_own_selector_prints_an_answer_and_the_report(run, monkeypatch):
+    monkeypatch.chdir(EXAMPLES.parent)  # where the model lies that it asks
+    printed = run("own_selector.py")
+    assert "visual tokens 256 -> 26" in printed
+    assert printed.splitlines()[0].endswith("</s>")
+
+
+def test_compare_methods_prints_answers_and_draws_what_was_kept(run, image, tmp_path):
+    folder, out = saved(LLAVA, tmp_path / "model"), tmp_path / "compared.png"
+    options = ("--model", folder, "--methods", "divprune;stride", "--keep-ratio", 0.25, "--out", out)
+    printed = run("compare_methods.py", image, "w1 w2", *options)
+    assert [line.partition(":")[0] for line in printed.splitlines()] == ["divprune", "stride"]
+    with Image.open(out) as drawn:
+        assert drawn.width > drawn.height > 100
 
 
 def test_soft_vit_teaches_new_attention_and_saves_it(run, image, tmp_path):

@@ -55,11 +55,13 @@ def test_a_model_shows_what_the_table_says(family: TinyFamily):
     assert type(model.model).__name__ in support.model_classes
     assert ("video" in tiny.marks(model)) >= (support.videos == "yes")
     assert takes(model, vltok.StrideTokens(num_keep=2))
-    assert takes(model, vltok.StrideTokens(num_keep=2, positions="reindex")) == ("reindex" in support.positions)
+    for positions in ("keep", "reindex", "stretch"):
+        assert takes(model, vltok.StrideTokens(num_keep=2, positions=positions)) == (positions in support.positions)
     assert takes(model, vltok.FasterVLM(num_keep=2)) == support.attention
     assert takes(model, vltok.FasterVLM(num_keep=2, score="cls")) == family.has_cls
-    packer = vltok.TokenPacker(scale_factor=family.packer_scale)
-    assert takes(model, packer, family.processor()) == ("TokenPacker" in support.condensers)
+    for condenser in (vltok.AveragePool, vltok.PixelShuffle, vltok.TokenPacker):
+        method = condenser(scale_factor=family.packer_scale)
+        assert takes(model, method, family.processor()) == (condenser.__name__ in support.condensers)
 
 
 @pytest.mark.parametrize("name", MODELS["vlm"])

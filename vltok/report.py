@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from vltok.tokens import Grid3
+
 
 @dataclass(frozen=True)
 class RelevanceRecord:
@@ -102,6 +104,8 @@ class Report:
         visual_tokens: Visual tokens of each image of each sample before pruning.
         kept_tokens: Visual tokens kept of each image of each sample at the entry of the language model.
         keep_indices: Which ones, ascending positions within the image, (K,) each.
+        grids: Frames, rows and columns (T, H, W) that the visual tokens of each image form before pruning, row by row;
+            None where they form none that is known.
         tokens_per_layer: Tokens each decoder layer worked on, (B, layers), int64, padding excluded.
         kv_entries: Entries in each layer's KV cache after the prompt, fill-up included; empty without a cache.
         kv_bytes: Bytes of all keys and values in the KV cache after the prompt, without the states of other layers.
@@ -116,6 +120,7 @@ class Report:
     visual_tokens: list[list[int]] = field(default_factory=list)
     kept_tokens: list[list[int]] = field(default_factory=list)
     keep_indices: list[list[torch.Tensor]] = field(default_factory=list)
+    grids: list[list[Grid3 | None]] = field(default_factory=list)
     tokens_per_layer: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.int64))
     kv_entries: list[int] = field(default_factory=list)
     kv_bytes: int = 0

@@ -277,6 +277,7 @@ def make_report(prompt: Prompt, cache: Any) -> Report:
         visual_tokens=[[prompt.pictures[number].length for number in row] for row in rows],
         kept_tokens=[[len(prompt.picks[number]) for number in row] for row in rows],
         keep_indices=[[prompt.picks[number] for number in row] for row in rows],
+        grids=[[prompt.grid_of(prompt.pictures[number]) for number in row] for row in rows],
         tokens_per_layer=torch.stack([prompt.counts[group] for group in prompt.groups], dim=1),
         kv_entries=[
             layer.entries if isinstance(layer, PrunedLayer) else layer.get_seq_length() for layer in layers.values()

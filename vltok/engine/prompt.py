@@ -11,6 +11,7 @@ from vltok.engine.call import Call, Hints
 from vltok.engine.features import Encoding
 from vltok.engine.layout import Layout, since_begin
 from vltok.errors import UnsupportedInputError
+from vltok.tokens import Grid3
 
 if TYPE_CHECKING:
     from vltok.engine.pictures import Picture, Source
@@ -166,6 +167,13 @@ class Prompt(Call):
                     'the model with attn_implementation="sdpa"'
                 )
         self.maps = {kind: each for kind, each in made.items() if each is not None and each.dim() == 4}
+
+    def grid_of(self, picture: Picture) -> Grid3 | None:
+        """Frames, rows and columns of a picture before any token left, or None."""
+        encoding = picture.encoding
+        if encoding is None:
+            return None
+        return self.engine.family.grid(self.model, encoding, picture.offset, picture.length)
 
     def rows_of_pictures(self) -> list[list[int]]:
         """The pictures of each row, by number."""

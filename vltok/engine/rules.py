@@ -76,17 +76,16 @@ class State:
     @cached_property
     def grids(self) -> list[list[Grid3 | None]]:
         """Frames, rows and columns of each of these images before any token left, None where they aren't known."""
-        return self._by_sample([[self._grid(picture) for picture in own] for own in self._pictures])
+        return self._by_sample([[self._prompt.grid_of(picture) for picture in own] for own in self._pictures])
 
     @cached_property
     def coordinates(self) -> torch.Tensor:
         """Frame, row and column of the visual tokens, (N, S, 3), int64; -1 for others, and where they aren't known."""
-        places = [
-            torch.cat([_places(self._grid(picture), picture.length) for picture in own]) if own else torch.zeros(0, 3)
-            for own in self._pictures
-        ]
         found = torch.full((*self._prompt.visual.shape, 3), -1)
-        found[self._prompt.visual] = torch.cat(places).long()
+        pictures = [picture for own in self._pictures for picture in own]
+        if pictures:
+            places = [_places(self._prompt.grid_of(picture), picture.length) for picture in pictures]
+            found[self._prompt.visual] = torch.cat(places)
         found = self._layout.pack(found.to(self._prompt.device))[self._rows]
         return found.masked_fill(~self.is_visual.unsqueeze(-1), -1)
 
@@ -152,12 +151,6 @@ class State:
     def _pictures(self) -> list[list[Picture]]:
         """The pictures of each batch row."""
         return [[self._prompt.pictures[number] for number in own] for own in self._numbered]
-
-    def _grid(self, picture: Picture) -> Grid3 | None:
-        prompt, encoding = self._prompt, picture.encoding
-        if encoding is None:
-            return None
-        return prompt.engine.family.grid(prompt.model, encoding, picture.offset, picture.length)
 
     def _by_sample(self, rows: list[Any]) -> list[Any]:
         return [rows[row] for row in self._rows.tolist()]

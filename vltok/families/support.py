@@ -60,10 +60,10 @@ class ModelSupport:
             videos=family.videos,
             cls=family.cls,
             attention=family.reads_attention,
-            positions=("keep",) if family.axes else ("keep", "reindex"),
+            positions=("keep",) if family.axes else ("keep", "reindex", "stretch"),
             windows=family.windows,
             unit=family.unit,
-            condensers=("TokenPacker",) if family.has_projector_site() else (),
+            condensers=family.condensers,
             real_processor=family.real_processor,
             refuses=family.refuses,
         )

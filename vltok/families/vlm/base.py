@@ -50,6 +50,7 @@ class VlmFamily:
     cls: ClassVar[str] = "no"
     axes: ClassVar[bool] = False
     windows: ClassVar[bool] = False
+    condensers: ClassVar[tuple[str, ...]] = ()
     real_processor: ClassVar[bool] = True
     refuses: ClassVar[str] = ""
 
@@ -287,11 +288,6 @@ class VlmFamily:
                 "attention in the vision tower, or by anything else of it; choose a method that needs none, such as "
                 "DivPrune, or ToDRE with pivot='center'"
             )
-
-    @classmethod
-    def has_projector_site(cls) -> bool:
-        """Whether the projector can be replaced in members of this family."""
-        return cls.projector_site is not VlmFamily.projector_site
 
     def projector_site(self, model: nn.Module) -> ProjectorSite:
         """Say where the projector stands.

@@ -30,6 +30,7 @@ class InternVL(VlmFamily):
     videos = "frames"
     cls = "yes"
     windows = True
+    condensers = ("TokenPacker",)
 
     def overview(self, model: nn.Module, encoding: Encoding, picture: Picture) -> torch.Tensor | None:
         overview = torch.zeros(picture.length, dtype=torch.bool)

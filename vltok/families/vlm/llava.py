@@ -21,6 +21,7 @@ class Llava(VlmFamily):
     patches = "rows"
     cls = "with CLIP"
     windows = True
+    condensers = ("AveragePool", "PixelShuffle", "TokenPacker")
     refuses = "vision towers other than CLIP and SigLIP"
 
     def check(self, model: nn.Module) -> None:

@@ -23,6 +23,7 @@ class LlavaOnevision(VlmFamily):
     patches = "rows"
     patch_counters = ("pack_image_features", "apply_pooling")
     videos = "yes"
+    condensers = ("AveragePool", "PixelShuffle", "TokenPacker")
 
     def of_tokens(self, model: nn.Module, encoding: Encoding, name: str, fill: float) -> torch.Tensor:
         """What was read in the tower, for each visual token: packed, pooled and interpolated as the tokens are."""

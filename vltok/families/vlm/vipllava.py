@@ -13,6 +13,8 @@ from vltok.views import ProjectorSite
 class VipLlava(Generic):
     """How VipLLaVA is put together: its projector never gets the first row of the tower."""
 
+    condensers = ("TokenPacker",)
+
     def projector(self, model: nn.Module) -> nn.Module | None:
         return model.multi_modal_projector
 
