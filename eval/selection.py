@@ -1,6 +1,7 @@
 """How long picking tokens takes, as ratios to the matrix products that it can't do without.
 
     python -m eval.selection
+    python -m eval.selection --methods
     python -m eval.selection --device cuda --json selection.json
 
 Every number is the ratio of two medians measured in turns in one process, on one CPU thread unless told otherwise. On
@@ -23,6 +24,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+import vltok
 from eval.measure import machine
 from vltok.methods.pruning.divprune import select_max_min
 from vltok.methods.pruning.todre import select_diverse
@@ -133,6 +135,74 @@ def measure(case: Case, dtype: str, device: str, seconds: float) -> Result:
     )
 
 
+# What `--methods` sets beside ToDRE's first stage: every selector of images, with the settings it comes with.
+SELECTORS: dict[str, Callable[[int], vltok.Selector]] = {
+    "ToDRE": lambda k: vltok.ToDRE(num_keep=k, stages=(1,)),
+    "ToDRE, centred": lambda k: vltok.ToDRE(num_keep=k, stages=(1,), correction="centred"),
+    "DivPrune": lambda k: vltok.DivPrune(num_keep=k),
+    "DivPrune, merging": lambda k: vltok.DivPrune(num_keep=k, merge="nearest"),
+    "DivPrune, 2 x 2 regions": lambda k: vltok.DivPrune(num_keep=k, regions=(2, 2)),
+    "FasterVLM": lambda k: vltok.FasterVLM(num_keep=k),
+    "VisionZip": lambda k: vltok.VisionZip(num_keep=k),
+    "PruMerge+": lambda k: vltok.PruMergePlus(num_keep=k),
+    "SCOPE": lambda k: vltok.SCOPE(num_keep=k),
+    "VisPruner": lambda k: vltok.VisPruner(num_keep=k),
+    "HoloV": lambda k: vltok.HoloV(num_keep=k),
+    "CDPruner": lambda k: vltok.CDPruner(num_keep=k),
+    "MMTok": lambda k: vltok.MMTok(num_keep=k),
+    "DART": lambda k: vltok.DART(num_keep=k),
+    "OTPrune": lambda k: vltok.OTPrune(num_keep=k),
+    "random": lambda k: vltok.RandomTokens(num_keep=k),
+    "stride": lambda k: vltok.StrideTokens(num_keep=k),
+}
+TOWER_WIDTH, HEADS, WORDS = 1024, 16, 12  # of what CLIP-L shows, and of the question
+
+
+def visual_of(case: Case, device: str) -> vltok.VisualTokens:
+    """Random visual tokens with all that a selector may ask for."""
+    generator = torch.Generator().manual_seed(1)
+    shape = (case.images, case.length)
+    height = max(n for n in range(1, case.length + 1) if case.length % n == 0 and n * n <= case.length)
+    places = torch.cartesian_prod(torch.zeros(1).long(), torch.arange(height), torch.arange(case.length // height))
+    return vltok.VisualTokens(
+        embeddings=tokens_of(case, torch.float32, device),
+        image_keys=torch.arange(case.images, device=device),
+        attention=torch.rand(shape, generator=generator).pow(8).to(device),
+        is_overview=torch.ones(shape, dtype=torch.bool, device=device),
+        grid=(1, height, case.length // height),
+        coordinates=places.to(device).expand(*shape, 3),
+        features=tokens_of(Case(*shape, TOWER_WIDTH, case.keep), torch.float32, device),
+        can_project=True,
+        keys=torch.randn(*shape, TOWER_WIDTH, generator=generator).to(device),
+        num_heads=HEADS,
+        text=torch.randn(case.images, WORDS, case.width, generator=generator).to(device),
+        text_mask=torch.ones(case.images, WORDS, dtype=torch.bool, device=device),
+    )
+
+
+@torch.no_grad()
+def measure_methods(case: Case, device: str, seconds: float) -> dict[str, float]:
+    """Milliseconds of each selector on one case, in turns."""
+    visual = visual_of(case, device)
+    methods = {name: make(case.keep) for name, make in SELECTORS.items()}
+    runs = {name: lambda method=method: method.pick(visual, case.keep) for name, method in methods.items()}
+    return medians(runs, device, seconds)
+
+
+def show_methods(results: dict[Case, dict[str, float]], about: dict[str, Any]) -> None:
+    """Print how long each selector takes beside ToDRE's first stage."""
+    console = Console(width=130)
+    table = Table(title="Time of each selector as a ratio to ToDRE's first stage, float32")
+    table.add_column("selector")
+    for case in results:
+        table.add_column(f"B {case.images}, N {case.length}, D {case.width}, k {case.keep}", justify="right")
+    for name in SELECTORS:
+        table.add_row(name, *(f"{took[name] / took['ToDRE']:.2f}" for took in results.values()))
+    console.print(table)
+    console.print("ToDRE's milliseconds: " + ", ".join(f"{took['ToDRE']:.1f}" for took in results.values()))
+    console.print(", ".join(f"{name}: {value}" for name, value in about.items()))
+
+
 def cases(quick: bool) -> list[Case]:
     """The sizes: LLaVA-1.5 (576 tokens) and LLaVA-NeXT (2880), small and 7B-wide, at 25, 10 and 5 % and 8 tokens."""
     if quick:
@@ -185,15 +255,25 @@ def main(
     threads: Annotated[int, typer.Option(help="CPU threads")] = 1,
     seconds: Annotated[float, typer.Option(help="time for each function in each case")] = 1.5,
     quick: Annotated[bool, typer.Option(help="three sizes only")] = False,
+    methods: Annotated[bool, typer.Option("--methods", help="every selector beside ToDRE's first stage")] = False,
     json_path: Annotated[Path | None, typer.Option("--json", help="write everything to this file")] = None,
 ) -> None:
     """Measure select_diverse and DivPrune against matrix products and the published max-min formulation."""
     if device not in ("cpu", "cuda"):
         raise typer.BadParameter(f"device must be cpu or cuda, got {device}")
     torch.set_num_threads(threads)
+    about = machine(device)
+    if methods:
+        sizes = [Case(1, 576, 4096, 64), Case(1, 2880, 4096, 320)]
+        sizes += [] if quick else [Case(8, 576, 4096, 64), Case(8, 2880, 4096, 320)]
+        took = {case: measure_methods(case, device, seconds) for case in track(sizes, "measuring", transient=True)}
+        show_methods(took, about)
+        if json_path is not None:
+            rows = [{**asdict(case), "milliseconds": own} for case, own in took.items()]
+            json_path.write_text(json.dumps({"machine": about, "methods": rows}, indent=1) + "\n")
+        return
     work = [(case, dtype) for case in cases(quick) for dtype in DTYPES]
     results = [measure(case, dtype, device, seconds) for case, dtype in track(work, "measuring", transient=True)]
-    about = machine(device)
     show(results, about)
     if json_path is not None:
         json_path.write_text(json.dumps({"machine": about, "results": [asdict(r) for r in results]}, indent=1) + "\n")
