@@ -65,6 +65,8 @@ FURTHER_NAMES = ("stride",)
 OWN = [*tiny.ALL, *tiny.WINDOWED]
 # Families whose rows of the reference set are in the full matrix.
 REFERENCED = [*tiny.ALL, qwen.QWEN3_VL, gemma.SMOLVLM, gemma.GEMMA3_ROW]
+# Of these, those whose first decoder layers add features of the tower, so that rules may drop behind them alone.
+DEEP = [qwen.QWEN3_VL]
 FURTHER = [family for family in zoo.ROWS if family not in OWN]
 FAMILIES: dict[str, tiny.TinyFamily] = {family.key: family for family in [*OWN, *FURTHER]}
 
@@ -149,6 +151,12 @@ def _dropping(family: tiny.TinyFamily) -> vltok.Method:
     return vltok.ToDRE(keep_ratio=0.3, tau=1.0, depth=family.drop_depth, pivot="center")
 
 
+def _late(method: vltok.Method) -> vltok.Method:
+    """The same, with all that it drops in several places of the decoder in the second half."""
+    depths = getattr(method, "depths", None)
+    return method if depths is None else replace(method, depths=tuple(0.5 + depth / 2 for depth in depths))
+
+
 def _projectors(family: tiny.TinyFamily) -> tuple[str, ...]:
     """The methods whose projector has a place in the family."""
     return (*CONDENSING, *(CONTINUING if family.continued else ())) if family.projects else ()
@@ -161,7 +169,7 @@ def _pairs() -> dict[str, Pair]:
         methods = {name: PRUNING[name]() for name in names}
         pairs |= {f"{key}-{name}": Pair(family, each, True, _works(family, each)) for name, each in methods.items()}
         if family in REFERENCED:
-            methods = {name: make() for name, make in REFERENCE.items()}
+            methods = {name: _late(make()) if family in DEEP else make() for name, make in REFERENCE.items()}
             pairs |= {
                 f"{key}-{name}": Pair(family, each, True, _works(family, each), True) for name, each in methods.items()
             }

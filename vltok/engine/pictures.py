@@ -324,18 +324,16 @@ def _known(picture: Picture, source: Source) -> Picture:
     """A picture made of features that were found again, with what is known of these."""
     if source.found is None:
         return picture
-    own = source.found[_slice(_between(source.lengths, picture.offset, picture.length))]
+    numbers = _between(source.lengths, picture.offset, picture.length)
+    own = source.found[numbers.start : numbers.stop]
     entries = [each.entry for each in own]
     is_one = all(each.encoding is own[0].encoding for each in own)
     if not is_one or entries != list(range(entries[0], entries[0] + len(own))):
         return replace(picture, encoding=None)
-    return replace(picture, encoding=own[0].encoding, offset=sum(own[0].encoding.lengths[: entries[0]]))
+    inside = picture.offset - sum(source.lengths[: numbers.start])  # of the first entry
+    return replace(picture, encoding=own[0].encoding, offset=sum(own[0].encoding.lengths[: entries[0]]) + inside)
 
 
 def _each(values: list[Any], times: int) -> list[Any]:
     """Each value so many times."""
     return [value for value in values for _ in range(times)]
-
-
-def _slice(numbers: range) -> slice:
-    return slice(numbers.start, numbers.stop)
