@@ -22,7 +22,7 @@ from eval.canvas.pool import Bench, Plan, run_cases
 from eval.canvas.pooled import PooledProjector
 from eval.canvas.runner import Case, Result, cases, draw_questions, encode, evaluate, kept_patches, time_prefill
 
-METHODS = ["ToDRE, stage 1", "ToDRE, stages 1+2", "DivPrune", "FasterVLM", "stride", "random"]
+METHODS = ["ToDRE, stage 1", "ToDRE, stages 1+2", "DivPrune", "FasterVLM", "stride", "pool", "random"]
 CONDENSED = [("TokenPacker", 0.25), ("average pooling", 0.25), ("TokenPacker", 0.0625), ("average pooling", 0.0625)]
 
 

@@ -4,6 +4,7 @@ from vltok.methods.pruning.divprune import DivPrune
 from vltok.methods.pruning.evs import EVS, StrideFrames
 from vltok.methods.pruning.fastervlm import FasterVLM
 from vltok.methods.pruning.floors import RandomTokens, StrideTokens
+from vltok.methods.pruning.pool import Pool
 from vltok.methods.pruning.rule import DecoderRule
 from vltok.methods.pruning.selector import Selector
 from vltok.methods.pruning.todre import ToDRE
@@ -13,6 +14,7 @@ __all__ = [
     "DecoderRule",
     "DivPrune",
     "FasterVLM",
+    "Pool",
     "RandomTokens",
     "Selector",
     "StrideFrames",
