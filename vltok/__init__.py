@@ -29,6 +29,7 @@ from vltok.methods import (
     TokenPacker,
 )
 from vltok.report import Report
+from vltok.resizing import Resizing, resize
 from vltok.serialization import from_pretrained, load, save
 from vltok.version import __version__
 
@@ -45,6 +46,7 @@ __all__ = [
     "Pool",
     "RandomTokens",
     "Report",
+    "Resizing",
     "Selector",
     "StrideFrames",
     "StrideTokens",
@@ -60,6 +62,7 @@ __all__ = [
     "register",
     "register_family",
     "remove",
+    "resize",
     "save",
     "supported_models",
 ]

@@ -238,7 +238,7 @@ def test_the_command_writes_the_table_and_draws_the_pictures(tmp_path):
     assert written["settings"]["questions"] >= 8 and written["settings"]["split"] == "test"
     with (out / "results.csv").open() as file:
         flat = list(csv.DictReader(file))
-    assert [float(row["visual_tokens"]) for row in flat] == [256, 256] + [26] * 6 + [64, 64, 16, 16]
+    assert [float(row["visual_tokens"]) for row in flat] == [256, 256] + [26] * 5 + [25, 26] + [64, 64, 16, 16]
     for name in ("accuracy.png", "kept.png"):
         picture = np.asarray(Image.open(out / name).convert("RGB"))
         assert min(picture.shape[:2]) > 300 and picture.std() > 5
