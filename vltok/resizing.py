@@ -27,6 +27,7 @@ _RULES, _SETTINGS = "_preprocess", "to_dict"  # of the image and the video proce
 _PROBES = ((1024, 1024), (64, 48), (300, 1000), (1000, 480))  # heights and widths, of several shapes
 _SOFT_TOKENS = (70, 140, 280, 560, 1120)  # all that Gemma 4 takes
 _LEAST = 1 / 64  # how far a side is shrunk at most
+_NO_LIMIT = 2**40  # pixels
 _MOST_PIXELS = 4096  # on a side, to see whether size matters
 Size = tuple[int, int]  # height and width in pixels
 
@@ -62,7 +63,8 @@ def resize(processor: Any, keep_ratio: float) -> Resizing:
     check_budget(keep_ratio, None)
     if keep_ratio is None:
         raise TypeError("keep_ratio must be a number in (0, 1], got None")
-    parts = {name: vars(processor).get(f"{name[:-1]}_processor") for name in ("images", "videos")}
+    own = getattr(processor, "__dict__", {})
+    parts = {name: own.get(f"{name[:-1]}_processor") for name in ("images", "videos")}
     if parts["images"] is None or not callable(processor):
         raise TypeError(
             "resize() takes the processor of a vision-language model, with its image processor and tokenizer, got "
@@ -125,6 +127,10 @@ def _tokens_of(processor: Any) -> _Tokens:
                 f"{name} lays images out in one of a few ways ({layouts}) that the model knows, so that smaller ones "
                 "don't have fewer tokens in proportion; prune visual tokens instead"
             )
+    if hasattr(part, "max_num_tiles"):
+        raise UnsupportedModelError(
+            f"{name} makes as many tiles as it may of an image of any size; lower max_num_tiles of its image processor"
+        )
     texts: list[str] = []
     if callable(getattr(part, _RULES, None)) and callable(getattr(processor, "_process_images", None)):
         given = getattr(getattr(processor, "tokenizer", None), "init_kwargs", {})
@@ -298,6 +304,8 @@ class _Rules:
         return _Plan(best, cost(best))
 
     def _cost(self, picture: Any, settings: dict[str, Any]) -> int:
+        if "use_token_compression" in settings:  # which leaves out what is alike in pixels
+            settings = {**settings, "use_token_compression": False}
         return self.tokens(self.call(picture, settings), self.options.get("merge_size"))
 
     @staticmethod
@@ -321,9 +329,9 @@ class _Rules:
         if options.get("crop_to_patches"):
             height, width, most = size.height, size.width, options["max_patches"]
         elif options.get("tile_size"):
-            height = width = options["tile_size"]
-            most = options["max_num_tiles"] if "max_num_tiles" in options else options["max_tiles"]
-        elif options.get("max_image_size") and self.free:
+            height = width = options["tile_size"] * 17 // 16  # only what is larger than two tiles is cut up
+            most = options["max_tiles"]
+        elif "do_resize" in self.free and "max_image_size" in options:
             height = width = options["max_image_size"]["longest_edge"]
             most = math.ceil(size.longest_edge / height) ** 2
         else:
@@ -343,13 +351,15 @@ class _Rules:
 
 
 def _free(options: dict[str, Any]) -> dict[str, Any]:
-    """Settings with which the size of a picture alone says how many tokens it has, down to one."""
+    """Settings with which the size of a picture alone says how many tokens it has, from one on."""
     size = options.get("size")
-    if options.get("max_soft_tokens") or (options.get("max_image_size") and getattr(size, "longest_edge", None)):
+    is_cut = options.get("do_image_splitting") and getattr(size, "longest_edge", None)
+    if options.get("max_soft_tokens") or is_cut:
         return {"do_resize": False}  # else it would be made as large as allowed, whatever it was
-    if options.get("merge_size") and getattr(size, "shortest_edge", None):
-        return {"size": replace(size, shortest_edge=1)}  # pixels of a picture, not an edge
-    return {name: 1 for name in ("min_pixels", "min_image_tokens") if options.get(name)}
+    if options.get("merge_size") and getattr(size, "shortest_edge", None):  # these are pixels, and no edges
+        return {"size": replace(size, shortest_edge=1, longest_edge=_NO_LIMIT)}
+    limits = {"min_pixels": 1, "max_pixels": _NO_LIMIT, "min_image_tokens": 1}
+    return {name: value for name, value in limits.items() if options.get(name)}
 
 
 def _blank(picture: Any, size: Size) -> Any:
