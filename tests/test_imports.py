@@ -25,6 +25,7 @@ MAY_IMPORT = {
         "methods",
         "nn",
         "report",
+        "resizing",
         "serialization",
         "version",
     },
@@ -53,6 +54,7 @@ MAY_IMPORT = {
     "errors": set(),
     "recompute": set(),
     "report": set(),
+    "resizing": {"checks", "edits", "errors"},
     "tokens": set(),
     "version": set(),
 }

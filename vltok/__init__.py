@@ -30,6 +30,7 @@ from vltok.methods import (
     MMTok,
     OTPrune,
     PixelShuffle,
+    Pool,
     PruMergePlus,
     PyramidDrop,
     RandomTokens,
@@ -45,6 +46,7 @@ from vltok.methods import (
     VisPruner,
 )
 from vltok.report import Report
+from vltok.resizing import Resizing, resize
 from vltok.serialization import from_pretrained, load, save
 from vltok.version import __version__
 from vltok.views import DecoderState, Selection, VisualTokens
@@ -70,10 +72,12 @@ __all__ = [
     "Method",
     "OTPrune",
     "PixelShuffle",
+    "Pool",
     "PruMergePlus",
     "PyramidDrop",
     "RandomTokens",
     "Report",
+    "Resizing",
     "Selection",
     "Selector",
     "SparseVLM",
@@ -96,6 +100,7 @@ __all__ = [
     "register",
     "register_family",
     "remove",
+    "resize",
     "save",
     "supported_models",
 ]

@@ -18,6 +18,7 @@ STYLES = {
     "DivPrune": ("#0000a7", "s", "-"),
     "FasterVLM": ("#008176", "D", "-"),
     "stride": ("#eeaa22", "^", "-"),
+    "pool": ("#eeaa22", "p", ":"),
     "random": ("#777777", "v", "-"),
     "TokenPacker": ("#7b3294", "P", "-"),
     "average pooling": ("#7b3294", "X", ":"),

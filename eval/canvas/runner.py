@@ -102,6 +102,7 @@ def cases(keep_ratios: Sequence[float], seed: int, adapters: Path | None = ADAPT
         "DivPrune": lambda ratio: vltok.DivPrune(keep_ratio=ratio),
         "FasterVLM": lambda ratio: vltok.FasterVLM(keep_ratio=ratio),
         "stride": lambda ratio: vltok.StrideTokens(keep_ratio=ratio),
+        "pool": lambda ratio: vltok.Pool(keep_ratio=ratio),
         "random": lambda ratio: vltok.RandomTokens(keep_ratio=ratio, seed=seed),
     }
     fixed = [Case("unpruned", 1.0), Case("unpruned, wrong image", 1.0, wrong_image=True)]

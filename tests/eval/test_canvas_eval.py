@@ -21,7 +21,7 @@ from eval.canvas.model import MODEL_DIR, load
 from eval.canvas.pool import Bench, Plan, run_cases
 from eval.canvas.runner import Case, Result, cases, draw_questions, encode, evaluate, kept_patches, time_prefill
 
-METHODS = ["ToDRE, stage 1", "ToDRE, stages 1+2", "DivPrune", "FasterVLM", "stride", "random"]
+METHODS = ["ToDRE, stage 1", "ToDRE, stages 1+2", "DivPrune", "FasterVLM", "stride", "pool", "random"]
 CONDENSED = [("TokenPacker", 0.25), ("average pooling", 0.25), ("TokenPacker", 0.0625), ("average pooling", 0.0625)]
 
 
@@ -236,7 +236,7 @@ def test_the_command_writes_the_table_and_draws_the_pictures(tmp_path):
     assert written["settings"]["questions"] >= 8 and written["settings"]["split"] == "test"
     with (out / "results.csv").open() as file:
         flat = list(csv.DictReader(file))
-    assert [float(row["visual_tokens"]) for row in flat] == [256, 256] + [26] * 6 + [64, 64, 16, 16]
+    assert [float(row["visual_tokens"]) for row in flat] == [256, 256] + [26] * 5 + [25, 26] + [64, 64, 16, 16]
     for name in ("accuracy.png", "kept.png"):
         picture = np.asarray(Image.open(out / name).convert("RGB"))
         assert min(picture.shape[:2]) > 300 and picture.std() > 5

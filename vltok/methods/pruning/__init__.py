@@ -11,6 +11,7 @@ from vltok.methods.pruning.floors import RandomTokens, StrideTokens
 from vltok.methods.pruning.holov import HoloV
 from vltok.methods.pruning.mmtok import MMTok
 from vltok.methods.pruning.otprune import OTPrune
+from vltok.methods.pruning.pool import Pool
 from vltok.methods.pruning.prumerge import PruMergePlus
 from vltok.methods.pruning.pyramid_drop import PyramidDrop
 from vltok.methods.pruning.question import TextSelector
@@ -36,6 +37,7 @@ __all__ = [
     "HoloV",
     "MMTok",
     "OTPrune",
+    "Pool",
     "PruMergePlus",
     "PyramidDrop",
     "RandomTokens",
