@@ -152,6 +152,7 @@ SELECTORS: dict[str, Callable[[int], vltok.Selector]] = {
     "MMTok": lambda k: vltok.MMTok(num_keep=k),
     "DART": lambda k: vltok.DART(num_keep=k),
     "OTPrune": lambda k: vltok.OTPrune(num_keep=k),
+    "pool": lambda k: vltok.Pool(num_keep=k),
     "random": lambda k: vltok.RandomTokens(num_keep=k),
     "stride": lambda k: vltok.StrideTokens(num_keep=k),
 }
@@ -185,7 +186,8 @@ def measure_methods(case: Case, device: str, seconds: float) -> dict[str, float]
     """Milliseconds of each selector on one case, in turns."""
     visual = visual_of(case, device)
     methods = {name: make(case.keep) for name, make in SELECTORS.items()}
-    runs = {name: lambda method=method: method.pick(visual, case.keep) for name, method in methods.items()}
+    counts = {name: method.budget(case.length, visual.grid, "image") for name, method in methods.items()}
+    runs = {name: lambda name=name: methods[name].pick(visual, counts[name]) for name in methods}
     return medians(runs, device, seconds)
 
 

@@ -18,7 +18,7 @@ from eval.canvas import plots, table
 from eval.canvas.data import load_items
 from eval.canvas.model import MODEL_DIR
 from eval.canvas.pool import Bench, Plan, run_cases
-from eval.canvas.runner import ADAPTERS, Case, cases, encode, kept_patches, time_prefill
+from eval.canvas.runner import ADAPTERS, METHODS, Case, cases, encode, kept_patches, time_prefill
 
 TIMING_BATCH = 8
 SHOWN_CANVASES = range(6)
@@ -28,6 +28,7 @@ FULL = {"questions": 1000, "keep_ratios": "0.5,0.25,0.1,0.05", "rounds": 5}
 
 def main(
     quick: Annotated[bool, typer.Option("--quick", help="Fewer questions, two keep ratios: under a minute.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="Every method, and the switches of selectors.")] = False,
     items: Annotated[
         Path | None,
         typer.Option(help="Other item pictures, .npz: images (N, h, w) uint8, labels (N,), optional names."),
@@ -55,21 +56,21 @@ def main(
     plan = Plan(model, dtype, device, items, seed, questions or mode["questions"], batch_size)
     _check_items(plan)
     bench = Bench(plan)
-    every = cases(ratios, seed, ADAPTERS if model == MODEL_DIR else None)
+    chosen = cases(ratios, seed, ADAPTERS if model == MODEL_DIR else None, every)
     out.mkdir(parents=True, exist_ok=True)
 
     columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        answering = progress.add_task("answering questions", total=len(bench.questions) * len(every))
+        answering = progress.add_task("answering questions", total=len(bench.questions) * len(chosen))
         jobs = jobs or _default_jobs(device)
-        results = run_cases(bench, every, jobs, lambda count: progress.advance(answering, count))
+        results = run_cases(bench, chosen, jobs, lambda count: progress.advance(answering, count))
         changed = [result for result in results if not result.case.is_plain]
         timing = progress.add_task("timing the prefill", total=len(changed) * mode["rounds"])
         batches = [_first_batch(bench, result.case) for result in changed]
         ratios_of_time = time_prefill(
             bench.model,
             bench.processor,
-            _first_batch(bench, every[0]),
+            _first_batch(bench, chosen[0]),
             list(zip([result.case for result in changed], batches, strict=True)),
             mode["rounds"],
             lambda count: progress.advance(timing, count),
@@ -97,6 +98,7 @@ def main(
     }
     table.write(rows, settings, out)
     plots.plot_accuracy(rows, out / "accuracy.png")
+    plots.plot_accuracy(rows, out / "time.png", along="prefill_ratio")
     shown_ratio = min(ratios, key=lambda ratio: abs(ratio - 0.1))
     selectors = [result.case for result in changed if not result.case.condenses]
     _draw_kept(bench, [case for case in selectors if case.keep_ratio == shown_ratio], out / "kept.png")
@@ -105,7 +107,7 @@ def main(
     console.print(table.stage2_note(rows), highlight=False)
     seconds = time.perf_counter() - started
     console.print(
-        f"{len(bench.questions)} questions x {len(every)} rows in {seconds:.0f} s; written to {out}", highlight=False
+        f"{len(bench.questions)} questions x {len(chosen)} rows in {seconds:.0f} s; written to {out}", highlight=False
     )
 
 
@@ -121,7 +123,7 @@ def _draw_kept(bench: Bench, pruned: list[Case], path: Path) -> None:
     questions = [bench.canvases.questions(index)[0] for index in SHOWN_CANVASES]
     batch = encode(bench.processor, bench.canvases, questions, len(questions), wrong_image=False)[0]
     images = [bench.canvases.canvas(index).image for index in SHOWN_CANVASES]
-    one_stage = [case for case in pruned if case.name != "ToDRE, stages 1+2"]
+    one_stage = [case for case in pruned if case.name in METHODS and case.name != "ToDRE, stages 1+2"]
     kept = {case.name.removesuffix(", stage 1"): kept_patches(bench.model, case, batch) for case in one_stage}
     number = len(next(iter(kept.values()))[0])
     plots.plot_kept(images, kept, path, f"The {number} of 256 patches that each method keeps")

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import matplotlib
 
@@ -17,6 +18,9 @@ STYLES = {
     "ToDRE, stages 1+2": ("#c1272d", "o", "--"),
     "DivPrune": ("#0000a7", "s", "-"),
     "FasterVLM": ("#008176", "D", "-"),
+    "VisionZip": ("#008176", "d", "--"),
+    "SCOPE": ("#d95f02", "h", "-"),
+    "CDPruner": ("#0000a7", "s", "--"),
     "stride": ("#eeaa22", "^", "-"),
     "pool": ("#eeaa22", "p", ":"),
     "random": ("#777777", "v", "-"),
@@ -25,21 +29,32 @@ STYLES = {
 }
 
 
-def plot_accuracy(rows: Sequence[dict[str, object]], path: Path) -> None:
-    """One panel per question type: methods with 95 % intervals, the unpruned model, the wrong-image control."""
+def plot_accuracy(
+    rows: Sequence[dict[str, object]], path: Path, along: Literal["visual_tokens", "prefill_ratio"] = "visual_tokens"
+) -> None:
+    """One panel per question type: methods with 95 % intervals, the unpruned model, the wrong-image control.
+
+    Args:
+        rows: The records of the table; methods without a style of their own are left out.
+        path: Where the PNG goes.
+        along: What they stand over: visual tokens, or the time of the prefill as a ratio to the unpruned model's.
+    """
     figure, axes = plt.subplots(1, len(KINDS), figsize=(15, 4.4), sharey=True, layout="constrained")
     named = {row["method"]: row for row in rows if row["keep_ratio"] == 1.0}
     for axis, kind in zip(axes, KINDS, strict=True):
         for number, (name, (colour, marker, line)) in enumerate(STYLES.items()):
             beside = 1.025 ** (number - (len(STYLES) - 1) / 2)  # points stand side by side, not on top of each other
-            points = sorted((row for row in rows if row["method"] == name), key=lambda row: row["visual_tokens"])
+            points = [row for row in rows if row["method"] == name and row[along] is not None]
+            points.sort(key=lambda row: row["visual_tokens"])
+            if along == "prefill_ratio":  # no two are measured alike
+                beside = 1.0
             if not points or points[0][f"{kind}_accuracy"] is None:
                 continue
             accuracy = 100 * np.array([row[f"{kind}_accuracy"] for row in points])
             low = 100 * np.array([row[f"{kind}_low"] for row in points])
             high = 100 * np.array([row[f"{kind}_high"] for row in points])
             axis.errorbar(
-                [row["visual_tokens"] * beside for row in points],
+                [row[along] * beside for row in points],
                 accuracy,
                 yerr=np.maximum(0, [accuracy - low, high - accuracy]),
                 label=name,
@@ -56,13 +71,14 @@ def plot_accuracy(rows: Sequence[dict[str, object]], path: Path) -> None:
                 axis.axhline(
                     100 * named[name][f"{kind}_accuracy"], color="black", linestyle=style, linewidth=1, label=name
                 )
-        ticks = sorted({round(row["visual_tokens"]) for row in rows})
-        axis.set_xscale("log")
-        axis.xaxis.set_major_locator(FixedLocator(ticks))
-        axis.xaxis.set_minor_locator(NullLocator())
-        axis.set_xticklabels([str(tick) for tick in ticks])
+        if along == "visual_tokens":
+            ticks = sorted({round(row["visual_tokens"]) for row in rows if row["method"] != "pool"})
+            axis.set_xscale("log")
+            axis.xaxis.set_major_locator(FixedLocator(ticks))
+            axis.xaxis.set_minor_locator(NullLocator())
+            axis.set_xticklabels([str(tick) for tick in ticks])
         axis.set_title(kind)
-        axis.set_xlabel("visual tokens")
+        axis.set_xlabel("visual tokens" if along == "visual_tokens" else "time of the prefill, unpruned = 1")
         axis.set_ylim(0, 102)
         axis.grid(alpha=0.25)
     axes[0].set_ylabel("accuracy, %")

@@ -4,7 +4,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -91,22 +91,60 @@ class Result:
         return self.hits[kind] / self.asked[kind] if self.asked[kind] else float("nan")
 
 
-def cases(keep_ratios: Sequence[float], seed: int, adapters: Path | None = ADAPTERS) -> list[Case]:
-    """The unpruned model, the wrong-image control, every method at every keep ratio, then condensing projectors.
+# Each method by its name in the table, given a keep ratio and the seed of random pruning.
+Maker = Callable[[float, int], vltok.Method]
+METHODS: dict[str, Maker] = {
+    "ToDRE, stage 1": lambda ratio, seed: vltok.ToDRE(keep_ratio=ratio, relevance=False),
+    "ToDRE, stages 1+2": lambda ratio, seed: vltok.ToDRE(keep_ratio=ratio),
+    "DivPrune": lambda ratio, seed: vltok.DivPrune(keep_ratio=ratio),
+    "FasterVLM": lambda ratio, seed: vltok.FasterVLM(keep_ratio=ratio),
+    "VisionZip": lambda ratio, seed: vltok.VisionZip(keep_ratio=ratio),
+    "SCOPE": lambda ratio, seed: vltok.SCOPE(keep_ratio=ratio),
+    "CDPruner": lambda ratio, seed: vltok.CDPruner(keep_ratio=ratio),
+    "stride": lambda ratio, seed: vltok.StrideTokens(keep_ratio=ratio),
+    "pool": lambda ratio, seed: vltok.Pool(keep_ratio=ratio),
+    "random": lambda ratio, seed: vltok.RandomTokens(keep_ratio=ratio, seed=seed),
+}
+# The rest of the reference set, and switches on ToDRE's first stage and DivPrune.
+FURTHER: dict[str, Maker] = {
+    "VisPruner": lambda ratio, seed: vltok.VisPruner(keep_ratio=ratio),
+    "PruMerge+": lambda ratio, seed: vltok.PruMergePlus(keep_ratio=ratio),
+    "HoloV": lambda ratio, seed: vltok.HoloV(keep_ratio=ratio),
+    "MMTok": lambda ratio, seed: vltok.MMTok(keep_ratio=ratio),
+    "DART": lambda ratio, seed: vltok.DART(keep_ratio=ratio),
+    "OTPrune": lambda ratio, seed: vltok.OTPrune(keep_ratio=ratio),
+    "FastV": lambda ratio, seed: vltok.FastV(keep_ratio=ratio),
+    "FastV, 4 x 4 windows": lambda ratio, seed: vltok.FastV(keep_ratio=ratio, window=(4, 4)),
+    "PyramidDrop": lambda ratio, seed: vltok.PyramidDrop(ratios=(ratio ** (1 / 3), ratio ** (2 / 3), ratio)),
+    "DART in the decoder": lambda ratio, seed: vltok.DARTDecoder(keep_ratio=ratio),
+    "ToDRE, k-center": lambda ratio, seed: vltok.ToDRE(keep_ratio=ratio, relevance=False, strategy="k_center"),
+    **{
+        f"{name}, {switch}": lambda ratio, seed, make=make, knobs=knobs: replace(make(ratio), **knobs)
+        for name, make in (
+            ("ToDRE", lambda ratio: vltok.ToDRE(keep_ratio=ratio, relevance=False)),
+            ("DivPrune", lambda ratio: vltok.DivPrune(keep_ratio=ratio)),
+        )
+        for switch, knobs in {
+            "centred": {"correction": "centred"},
+            "merging": {"merge": "nearest"},
+            "2 x 2 regions": {"regions": (2, 2)},
+            "4 x 4 regions": {"regions": (4, 4)},
+            "reindex": {"positions": "reindex"},
+            "stretch": {"positions": "stretch"},
+        }.items()
+    },
+}
 
-    `adapters` is the folder of those that were trained for the model, None for a model that has none.
+
+def cases(keep_ratios: Sequence[float], seed: int, adapters: Path | None = ADAPTERS, every: bool = False) -> list[Case]:
+    """The unpruned model, the wrong-image control, methods at every keep ratio, then condensing projectors.
+
+    `adapters` is the folder of those that were trained for the model, None for a model that has none. `every` takes
+    FURTHER, too.
     """
-    makers: dict[str, Callable[[float], vltok.Method]] = {
-        "ToDRE, stage 1": lambda ratio: vltok.ToDRE(keep_ratio=ratio, relevance=False),
-        "ToDRE, stages 1+2": lambda ratio: vltok.ToDRE(keep_ratio=ratio),
-        "DivPrune": lambda ratio: vltok.DivPrune(keep_ratio=ratio),
-        "FasterVLM": lambda ratio: vltok.FasterVLM(keep_ratio=ratio),
-        "stride": lambda ratio: vltok.StrideTokens(keep_ratio=ratio),
-        "pool": lambda ratio: vltok.Pool(keep_ratio=ratio),
-        "random": lambda ratio: vltok.RandomTokens(keep_ratio=ratio, seed=seed),
-    }
+    makers = METHODS | FURTHER if every else METHODS
     fixed = [Case("unpruned", 1.0), Case("unpruned, wrong image", 1.0, wrong_image=True)]
-    pruned = [Case(name, ratio, make(ratio)) for ratio in keep_ratios for name, make in makers.items()]
+    pruned = [Case(name, ratio, make(ratio, seed)) for ratio in keep_ratios for name, make in makers.items()]
     condensed = []
     for scale in SCALES:
         if adapters is not None:

@@ -19,9 +19,19 @@ from eval.canvas.data import KINDS, Canvases
 from eval.canvas.memory import early_layers_remembered
 from eval.canvas.model import MODEL_DIR, load
 from eval.canvas.pool import Bench, Plan, run_cases
-from eval.canvas.runner import Case, Result, cases, draw_questions, encode, evaluate, kept_patches, time_prefill
+from eval.canvas.runner import (
+    FURTHER,
+    METHODS,
+    Case,
+    Result,
+    cases,
+    draw_questions,
+    encode,
+    evaluate,
+    kept_patches,
+    time_prefill,
+)
 
-METHODS = ["ToDRE, stage 1", "ToDRE, stages 1+2", "DivPrune", "FasterVLM", "stride", "pool", "random"]
 CONDENSED = [("TokenPacker", 0.25), ("average pooling", 0.25), ("TokenPacker", 0.0625), ("average pooling", 0.0625)]
 
 
@@ -50,6 +60,9 @@ def test_cases_are_the_unpruned_model_a_control_every_method_at_every_ratio_and_
     pruned, condensed = every[2:-4], every[-4:]
     assert [(case.name, case.keep_ratio) for case in pruned] == [(m, r) for r in (0.5, 0.1) for m in METHODS]
     assert all(case.method.keep_ratio == case.keep_ratio for case in pruned)
+    further = cases([0.1], seed=4, every=True)
+    assert [case.name for case in further[2:-4]] == [*METHODS, *FURTHER]
+    assert len({repr(case.method) for case in further[2:-4]}) == len(METHODS) + len(FURTHER)
     assert pruned[-1].method == vltok.RandomTokens(keep_ratio=0.1, seed=4)
     assert [(case.name, case.keep_ratio) for case in condensed] == CONDENSED
     assert [case.condenses for case in every] == [False] * (len(every) - 4) + [True] * 4
@@ -236,7 +249,7 @@ def test_the_command_writes_the_table_and_draws_the_pictures(tmp_path):
     assert written["settings"]["questions"] >= 8 and written["settings"]["split"] == "test"
     with (out / "results.csv").open() as file:
         flat = list(csv.DictReader(file))
-    assert [float(row["visual_tokens"]) for row in flat] == [256, 256] + [26] * 5 + [25, 26] + [64, 64, 16, 16]
+    assert [float(row["visual_tokens"]) for row in flat] == [256, 256] + [26] * 8 + [25, 26] + [64, 64, 16, 16]
     for name in ("accuracy.png", "kept.png"):
         picture = np.asarray(Image.open(out / name).convert("RGB"))
         assert min(picture.shape[:2]) > 300 and picture.std() > 5
