@@ -1,4 +1,4 @@
-"""Visual tokens as a selector that looks at the vision tower gets them, made by hand."""
+"""Visual tokens as a selector gets them, made by hand: with what the vision tower says, or with a question."""
 
 from __future__ import annotations
 
@@ -66,6 +66,49 @@ def cosines(tokens: torch.Tensor) -> torch.Tensor:
 def ranking(attention: torch.Tensor) -> list[int]:
     """An image's tokens by falling attention, the lowest index first among equals."""
     return sorted(range(len(attention)), key=lambda i: (-attention[i].item(), i))
+
+
+def made_up(batch: int = 3, length: int = 24, width: int = 8, seed: int = 0, frames: int = 2) -> VisualTokens:
+    """Tokens of `batch` images, with words between padding that is NaN."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    centres = 2 * draw(batch, 5, width) + 1
+    which = torch.randint(5, (batch, length, 1), generator=generator).expand(-1, -1, width)
+    embeddings = (centres.gather(1, which) + 0.7 * draw(batch, length, width)) * (0.2 + draw(batch, length, 1).abs())
+    words = [1 + (seed + image) % 4 for image in range(batch)]
+    text_mask = torch.stack([torch.arange(6).roll(image) < count for image, count in enumerate(words)])
+    return VisualTokens(
+        embeddings=embeddings,
+        image_keys=torch.arange(batch),
+        attention=None,
+        is_overview=torch.ones(batch, length, dtype=torch.bool),
+        grid=(frames, 1, length // frames) if length % frames == 0 else (1, 1, length),
+        features=2 * draw(batch, length, 6),
+        text=(draw(batch, 6, width) + 0.5).masked_fill(~text_mask.unsqueeze(2), torch.nan),
+        text_mask=text_mask,
+    )
+
+
+def alone(visual: VisualTokens, image: int) -> VisualTokens:
+    """One image of a batch, with its words and no padding."""
+    mask = visual.text_mask[image]
+    return replace(
+        visual,
+        embeddings=visual.embeddings[image : image + 1],
+        image_keys=visual.image_keys[image : image + 1],
+        is_overview=visual.is_overview[image : image + 1],
+        features=visual.features[image : image + 1],
+        text=visual.text[image, mask].unsqueeze(0),
+        text_mask=mask[mask].unsqueeze(0),
+    )
+
+
+def repeated(visual: VisualTokens, which: list[int]) -> VisualTokens:
+    """The tokens `which` of every image, which may name one several times."""
+    return replace(visual, embeddings=visual.embeddings[:, which], features=visual.features[:, which])
 
 
 # Rows with 4 entries of +-1 times a power of two: norms, cosines and their sums are exact in float32, so ties are ties.

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from visual_tokens import made_up
+from visual import made_up
 
 from vltok.methods.pruning import greedy
 from vltok.methods.pruning.cdpruner import CDPruner, conditional_order, relevance_weights, word_relevance

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from visual_tokens import made_up
+from visual import made_up
 
 from vltok.methods.pruning import dart
 from vltok.methods.pruning.dart import DART, choose_pivots, dart_order

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
+from visual import exact_row
 
 from vltok.methods.pruning import greedy
 from vltok.methods.pruning.divprune import max_min_order, select_max_min
@@ -131,18 +132,6 @@ def test_every_pick_is_the_least_similar_one_left(batch, length, width, strategy
     for x, picks, pivot in zip(tokens, order.tolist(), pivots.tolist(), strict=True):
         assert picks[0] == pivot
         assert_greedy(x, picks, strategy)
-
-
-# Rows with 4 entries of +-1 times a power of two: norms, cosines and their sums are exact in float32, so ties are ties.
-exact_row = st.one_of(
-    st.just([0.0] * 6),
-    st.builds(
-        lambda signs, gap, scale: [v * scale for v in [*signs[:gap], 0.0, 0.0, *signs[gap:]]],
-        st.lists(st.sampled_from([-1.0, 1.0]), min_size=4, max_size=4),
-        st.integers(0, 4),
-        st.sampled_from([0.25, 1.0, 8.0]),
-    ),
-)
 
 
 @settings(max_examples=150, deadline=None)

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from visual_tokens import made_up, repeated
+from visual import made_up, repeated
 
 from vltok.methods.pruning.mmtok import MMTok, cover_order, coverage
 

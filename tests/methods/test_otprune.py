@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from visual_tokens import made_up
+from visual import made_up
 
 from vltok.methods.pruning import greedy, otprune
 from vltok.methods.pruning.otprune import OTPrune, transport_order

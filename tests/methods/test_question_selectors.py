@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from visual_tokens import alone, made_up, repeated
+from visual import alone, made_up, repeated
 
 from vltok.methods.pruning.cdpruner import CDPruner
 from vltok.methods.pruning.dart import DART

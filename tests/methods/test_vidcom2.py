@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from visual_tokens import made_up
+from visual import made_up
 
 from vltok.methods.pruning import vidcom2
 from vltok.methods.pruning.vidcom2 import VidCom2, select_standing_out

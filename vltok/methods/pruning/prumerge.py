@@ -17,8 +17,8 @@ from vltok.checks import check_integer, check_share
 from vltok.method import register
 from vltok.methods.pruning.floors import select_stride
 from vltok.methods.pruning.greedy import check_usable, cosine_matrix
-from vltok.methods.pruning.tower import TowerSelector, mix_tokens, pick_patches
-from vltok.views import Need, Selection, VisualTokens
+from vltok.methods.pruning.tower import TowerMerger, mix_tokens, pick_patches
+from vltok.views import Selection, VisualTokens
 
 
 def select_centres(attention: torch.Tensor, num_keep: int, num_attended: int) -> torch.Tensor:
@@ -110,7 +110,7 @@ def adaptive_tokens(
 
 @register("prumerge_plus")
 @dataclass(frozen=True)
-class PruMergePlus(TowerSelector):
+class PruMergePlus(TowerMerger):
     """Keep attended and evenly spread visual tokens, each with a share of the tokens most like it.
 
     Attributes:
@@ -126,14 +126,6 @@ class PruMergePlus(TowerSelector):
         super().__post_init__()
         check_share("attended", self.attended)
         check_integer("num_neighbours", self.num_neighbours, least=0)
-
-    @property
-    def needs(self) -> tuple[Need, ...]:
-        return ("features", "keys")
-
-    @property
-    def merges(self) -> bool:
-        return True
 
     def select(self, visual: VisualTokens, num_keep: int) -> Selection:
         attention, keys = self.given(visual, "attention", "keys")

@@ -15,7 +15,7 @@ import torch
 from vltok.methods.pruning.fastervlm import select_top
 from vltok.methods.pruning.greedy import float32_products
 from vltok.methods.pruning.selector import Selector
-from vltok.views import AttentionRequest, Selection, VisualTokens
+from vltok.views import AttentionRequest, Need, Selection, VisualTokens
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,19 @@ class TowerSelector(Selector):
             if getattr(visual, name) is None:
                 raise ValueError(f"{type(self).__name__} needs the vision tower's {name}; give `{name}`, (B, N, ...)")
         return [getattr(visual, name) for name in names]
+
+
+@dataclass(frozen=True)
+class TowerMerger(TowerSelector):
+    """A selector by that attention which merges tokens by their keys."""
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        return ("features", "keys")
+
+    @property
+    def merges(self) -> bool:
+        return True
 
 
 @torch.no_grad()

@@ -17,8 +17,8 @@ import torch
 from vltok.checks import check_share
 from vltok.method import register
 from vltok.methods.pruning.greedy import check_usable, cosine_matrix
-from vltok.methods.pruning.tower import TowerSelector, mix_tokens, pick_patches
-from vltok.views import Need, Selection, VisualTokens
+from vltok.methods.pruning.tower import TowerMerger, mix_tokens, pick_patches
+from vltok.views import Selection, VisualTokens
 
 
 def dominant_and_targets(attention: torch.Tensor, num_keep: int, num_targets: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -93,7 +93,7 @@ def contextual_weights(
 
 @register("visionzip")
 @dataclass(frozen=True)
-class VisionZip(TowerSelector):
+class VisionZip(TowerMerger):
     """Keep the visual tokens with the most attention, and merge all others into a few contextual tokens.
 
     Attributes:
@@ -110,14 +110,6 @@ class VisionZip(TowerSelector):
         check_share("contextual", self.contextual)
         if not isinstance(self.average, bool):
             raise TypeError(f"average must be True or False, got {self.average!r}")
-
-    @property
-    def needs(self) -> tuple[Need, ...]:
-        return ("features", "keys")
-
-    @property
-    def merges(self) -> bool:
-        return True
 
     def select(self, visual: VisualTokens, num_keep: int) -> Selection:
         attention, keys = self.given(visual, "attention", "keys")
