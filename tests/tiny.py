@@ -108,6 +108,7 @@ class TinyFamily:
         feeds_layers: Whether its decoder makes further inputs of the layers from the embeddings.
         drop_depth: After which share of its decoder layers tests drop tokens.
         needs_images: Whether the processor refuses prompts of text alone.
+        resizes: Whether smaller images have fewer tokens in proportion, if not all have as many.
         unable: Promises that the unpruned model breaks, in the words of tests/contract/.
     """
 
@@ -141,6 +142,7 @@ class TinyFamily:
     feeds_layers: bool = False
     drop_depth: float = 0.5
     needs_images: bool = False
+    resizes: bool = True
     unable: tuple[str, ...] = ()
 
     @property
@@ -425,6 +427,7 @@ LLAVA_NEXT = TinyFamily(
     (37, 33),
     packer_scale=3,
     tower=BOTH,
+    resizes=False,
 )
 # 112 x 100: a thumbnail, four crops of which two rows are cut off, and a newline in every row; 168 x 150 is shrunk.
 # A video: four tokens of each frame, and a newline.
@@ -440,6 +443,7 @@ LLAVA_ONEVISION = TinyFamily(
     tower=BOTH,
     video="<video>",
     clip_tokens=17,
+    resizes=False,
 )
 QWEN2_5_VL = TinyFamily(
     "qwen2_5_vl",

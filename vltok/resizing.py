@@ -131,23 +131,27 @@ def _tokens_of(processor: Any) -> _Tokens:
         raise UnsupportedModelError(
             f"{name} makes as many tiles as it may of an image of any size; lower max_num_tiles of its image processor"
         )
-    texts: list[str] = []
-    if callable(getattr(part, _RULES, None)) and callable(getattr(processor, "_process_images", None)):
-        given = getattr(getattr(processor, "tokenizer", None), "init_kwargs", {})
-        merged = processor._merge_kwargs(
-            processor.valid_processor_kwargs, tokenizer_init_kwargs=given, return_tensors="pt"
+    if not callable(getattr(part, _RULES, None)) or not callable(getattr(processor, "_process_images", None)):
+        raise UnsupportedModelError(
+            f"{name} prepares images in a way of its own, in which vltok can't see what their size changes; prune "
+            "visual tokens instead"
         )
-        options = merged["images_kwargs"]
-        words = "use_image_special_tokens"  # that of LFM2-VL is no setting of images, but goes with them
-        if words in {**merged, **merged["text_kwargs"]}:
-            options[words] = True
-        for size in _PROBES:
-            image = torch.zeros(3, *size, dtype=torch.uint8)
-            try:
-                made, own = processor._process_images([image], **options)
-            except NotImplementedError:  # its prompts don't follow its images
-                break
-            texts += own
+    merged = processor._merge_kwargs(
+        processor.valid_processor_kwargs,
+        tokenizer_init_kwargs=getattr(getattr(processor, "tokenizer", None), "init_kwargs", {}),
+        return_tensors="pt",
+    )
+    options = merged["images_kwargs"]
+    words = "use_image_special_tokens"  # that of LFM2-VL is no setting of images, but goes with them
+    if words in {**merged, **merged["text_kwargs"]}:
+        options[words] = True
+    texts: list[str] = []
+    for size in _PROBES:
+        try:
+            made, own = processor._process_images([torch.zeros(3, *size, dtype=torch.uint8)], **options)
+        except NotImplementedError:  # its prompts don't follow its images
+            break
+        texts += own
     if len(set(map(len, texts))) < 2:
         raise UnsupportedModelError(
             f"images have as many visual tokens with {name} as it is set, whatever size they are, so smaller ones "
@@ -375,12 +379,16 @@ def _shrunk(picture: Any, size: Size) -> Any:
     if tuple(picture.shape[-2:]) == size:
         return picture
     pixels = picture if isinstance(picture, torch.Tensor) else torch.from_numpy(picture)
-    flat = pixels.reshape(-1, *pixels.shape[-3:]).float()
-    small = torch.nn.functional.interpolate(flat, size, mode="bicubic", antialias=True)
-    small = small.clamp(flat.min(), flat.max())  # bicubic weights overshoot
-    small = (small if pixels.is_floating_point() else small.round()).to(pixels.dtype)
+    small = torch.stack([_shrunk_frame(frame, size) for frame in pixels.reshape(-1, *pixels.shape[-3:])])
     small = small.reshape(*pixels.shape[:-2], *size)
     return small if isinstance(picture, torch.Tensor) else small.numpy()
+
+
+def _shrunk_frame(frame: torch.Tensor, size: Size) -> torch.Tensor:
+    """One of the pictures of a video, (C, H, W), bicubic in float32, in its own dtype and range."""
+    small = torch.nn.functional.interpolate(frame[None].float(), size, mode="bicubic", antialias=True)[0]
+    small = small.clamp(float(frame.min()), float(frame.max()))  # bicubic weights overshoot
+    return (small if frame.is_floating_point() else small.round()).to(frame.dtype)
 
 
 def _leaves(values: Any) -> Iterator[Any]:

@@ -206,6 +206,11 @@ def _result(name, ratio, hits):
     return Result(Case(name, ratio), hits, asked, visual_tokens=1900, layer_tokens=950.0, kv_bytes=19 * 2048)
 
 
+def test_fewer_pixels_are_no_row_of_the_table_as_the_resolution_is_fixed(shipped):
+    with pytest.raises(vltok.errors.UnsupportedModelError, match="as many visual tokens"):
+        vltok.resize(shipped[1], 0.5)
+
+
 def test_records_relate_accuracy_to_the_unpruned_model_and_costs_to_one_question():
     rows = table.records(
         [

@@ -274,6 +274,7 @@ ROWS = [
         (112, 100),
         (56, 112),
         tokens=(88, 56),
+        resizes=False,
         projects=True,
         tower=BOTH,
         has_cls=True,
