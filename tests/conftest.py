@@ -68,18 +68,20 @@ def no_network() -> Iterator[None]:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark as `full` what repeats a test on further families or towers, as `quick` all that isn't `full`.
 
-    What runs on a family of tests/zoo is `zoo`, too.
+    What runs on a family of tests/zoo, or repeats a test on a tower that is much like others, is `zoo`, too.
     """
     first: dict[tuple[str, str], Any] = {}  # by test and method
     own, further = _rows()
     pairs = [getattr(sys.modules.get(name), "PAIRS", {}) for name in ("matrix", "towers")]
     known = {**further, **own, **pairs[0], **pairs[1]}
+    towers = getattr(sys.modules.get("towers"), "FURTHER", [])
     for item in items:
         family, method = _family(item, known)
         test = item.nodeid.partition("[")[0]
-        if family is not None and first.setdefault((test, method), family) is not family:
+        is_first = family is None or first.setdefault((test, method), family) is family
+        if not is_first:
             item.add_marker(pytest.mark.full)
-        if getattr(family, "key", None) in further:
+        if getattr(family, "key", None) in further or (not is_first and any(family is each for each in towers)):
             item.add_marker(pytest.mark.zoo)
         if item.get_closest_marker("full") is None:
             item.add_marker(pytest.mark.quick)

@@ -246,6 +246,20 @@ TOWERS: dict[str, Tower] = {
 
 if find_spec("transformers.models.granite_docling") is None:  # it came after the oldest version
     del TOWERS["granite-docling"]
+# One of each kind; what repeats a test on the others is for the `zoo` lane.
+KINDS = (
+    "clip",
+    "siglip",
+    "vit",
+    "dinov2",
+    "dinov2-registers",
+    "internvit",
+    "siglip2-padded",
+    "pixtral",
+    "timm-vit",
+    "timm-eva",
+)
+FURTHER = [tower for name, tower in TOWERS.items() if name not in KINDS]
 REPLACEABLE = [name for name, tower in TOWERS.items() if tower.replaceable]
 
 # The methods that change what a tower computes: one line each.
