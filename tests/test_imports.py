@@ -54,7 +54,8 @@ MAY_IMPORT = {
     "errors": set(),
     "recompute": set(),
     "report": set(),
-    "resizing": {"checks", "edits", "errors"},
+    "resizing": {"checks", "edits", "errors", "picture_sizes"},
+    "picture_sizes": {"errors"},
     "tokens": set(),
     "version": set(),
 }
