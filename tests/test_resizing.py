@@ -278,6 +278,21 @@ def test_large_images_of_tiles_have_whole_tiles_in_a_layout_near_their_shape():
         assert [tiles(size) for size in ((400, 300), (480, 240), (100, 600))] == [7, 3, 4]
 
 
+@pytest.mark.parametrize(
+    ("family", "full", "kept"),
+    [
+        (zoo.gemma.SMOLVLM, [45, 45, 45, 27, 45], [9, 9, 9, 9, 9]),  # whole tiles
+        (zoo.gemma.GEMMA4_ROW, [63, 64, 60, 56, 63], [15, 16, 15, 14, 15]),
+    ],
+    ids=["tiles", "tokens"],
+)
+def test_processors_that_make_every_image_as_large_as_allowed_make_smaller_ones(family: TinyFamily, full, kept):
+    processor = family.processor()
+    assert whole(family) == full
+    with vltok.resize(processor, 0.25):
+        assert counts(family, processor) == kept
+
+
 # Taking it off
 
 
