@@ -216,8 +216,8 @@ def test_chat_templates_and_pipelines_go_through_it():
 # What it makes of a picture
 
 
-@settings(deadline=None, max_examples=15)
-@given(height=st.integers(9, 300), width=st.integers(9, 300), ratio=st.floats(0.02, 1, exclude_max=True))
+@settings(deadline=None, max_examples=20)
+@given(height=st.integers(9, 300), width=st.integers(9, 300), ratio=st.floats(0.02, 0.98))
 def test_no_scale_of_the_picture_fits_better(height: int, width: int, ratio: float):
     """By trying a thousand scales; a visual token stands for 8 x 8 pixels."""
     part, image = QWEN.processor().image_processor, torch.zeros(3, height, width, dtype=torch.uint8)
@@ -276,6 +276,21 @@ def test_large_images_of_tiles_have_whole_tiles_in_a_layout_near_their_shape():
     assert [tiles(size) for size in ((400, 300), (480, 240), (100, 600))] == [13, 9, 7]
     with vltok.resize(processor, 0.6):
         assert [tiles(size) for size in ((400, 300), (480, 240), (100, 600))] == [7, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("family", "full", "kept"),
+    [
+        (zoo.gemma.SMOLVLM, [45, 45, 45, 27, 45], [9, 9, 9, 9, 9]),  # whole tiles
+        (zoo.gemma.GEMMA4_ROW, [63, 64, 60, 56, 63], [15, 16, 15, 14, 15]),
+    ],
+    ids=["tiles", "tokens"],
+)
+def test_processors_that_make_every_image_as_large_as_allowed_make_smaller_ones(family: TinyFamily, full, kept):
+    processor = family.processor()
+    assert whole(family) == full
+    with vltok.resize(processor, 0.25):
+        assert counts(family, processor) == kept
 
 
 # Taking it off
