@@ -54,14 +54,9 @@ MAY_IMPORT = {
     "autograd": set(),
     "errors": set(),
     "recompute": set(),
-<<<<<<< HEAD
     "report": {"tokens"},
-    "resizing": {"checks", "edits", "errors"},
-=======
-    "report": set(),
     "resizing": {"checks", "edits", "errors", "picture_sizes"},
     "picture_sizes": {"errors"},
->>>>>>> sel-vr
     "tokens": set(),
     "version": set(),
 }

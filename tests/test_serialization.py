@@ -86,6 +86,8 @@ def test_the_settings_file_says_what_wrote_it_and_every_knob(folder):
                 "num_keep": None,
                 "positions": "keep",
                 "per": "image",
+                "merge": None,
+                "regions": None,
                 "strategy": "k_center",
                 "pivot": "auto",
                 "relevance": True,
@@ -93,6 +95,7 @@ def test_the_settings_file_says_what_wrote_it_and_every_knob(folder):
                 "tau": 0.9,
                 "stages": [1, 2],
                 "seed": 0,
+                "correction": None,
             }
         ],
     }
@@ -128,7 +131,7 @@ def test_a_removed_handle_has_nothing_to_save(model, tmp_path):
     [
         ({"method": "dropout"}, r"unknown method 'dropout' \(written by vltok 7\.0\); this vltok knows adl, "),
         ({"method": "os.system"}, r"unknown method 'os\.system'"),
-        ({"sharpness": 3}, r"unknown field 'sharpness' of todre \(written by vltok 7\.0\); this vltok knows depth, "),
+        ({"sharpness": 3}, r"unknown field 'sharpness' of todre \(written by vltok 7\.0\); this vltok knows correction, "),
         ({"version": 2}, r"todre was written in format 2 by vltok 7\.0; this vltok reads format 1"),
         ({"version": None}, r"written in format None by vltok 7\.0"),
     ],
