@@ -26,6 +26,7 @@ from vltok.methods import (
     StrideTokens,
     ToDRE,
     TokenPacker,
+    ToMe,
 )
 from vltok.report import Report
 from vltok.serialization import from_pretrained, load, save
@@ -47,6 +48,7 @@ __all__ = [
     "StrideFrames",
     "StrideTokens",
     "ToDRE",
+    "ToMe",
     "TokenPacker",
     "__version__",
     "apply",

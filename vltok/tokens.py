@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 Grid = tuple[int, int]  # rows and columns, (H, W), of tokens laid out on a picture
@@ -27,3 +29,33 @@ def gather_tokens(tokens: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     """Pick rows of each sample: tokens (B, N, ...), indices (B, K) -> (B, K, ...)."""
     index = indices.reshape(*indices.shape, *[1] * (tokens.dim() - 2))
     return tokens.gather(1, index.expand(*indices.shape, *tokens.shape[2:]))
+
+
+def patches_left(num_patches: int, merges: Iterable[int]) -> int:
+    """Say how many patches are left of a picture where block after block merges so many, at most half of them."""
+    for count in merges:
+        num_patches -= min(count, num_patches // 2)
+    return num_patches
+
+
+def mean_by_group(
+    tokens: torch.Tensor, groups: torch.Tensor, sizes: torch.Tensor, num_groups: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Average the tokens of every group, weighted by how many each stands for.
+
+    Args:
+        tokens: (B, N, C), any float dtype.
+        groups: The group of each token, (B, N), in 0..num_groups - 1, none of which is empty.
+        sizes: How many tokens each stands for, (B, N), float32.
+        num_groups: Groups, G.
+
+    Returns:
+        The means, (B, G, C), made in float32, in the dtype of the tokens: a token alone in its group is the same bit
+        for bit; and how many tokens each stands for, (B, G). Gradients flow to all tokens.
+    """
+    total = sizes.new_zeros(len(sizes), num_groups).scatter_add(1, groups, sizes)
+    share = sizes / total.gather(1, groups)
+    parts = tokens.to(torch.promote_types(tokens.dtype, sizes.dtype)) * share.unsqueeze(-1)
+    mean = parts.new_zeros(len(parts), num_groups, parts.shape[-1])
+    mean = mean.scatter_add(1, groups.unsqueeze(-1).expand_as(parts), parts)
+    return mean.to(tokens.dtype), total

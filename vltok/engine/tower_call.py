@@ -18,6 +18,7 @@ import copy
 import threading
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -64,6 +65,19 @@ class TowerHook:
         vars(self).update(state, _owner=weakref.ref(state["_owner"]))
 
 
+@dataclass(frozen=True, eq=False)
+class Merged:
+    """What tokens inside a tower were merged from.
+
+    Attributes:
+        sizes: How many tokens of the first block each stands for, (B, N), float32.
+        source: Which of these tokens each one of the first block went into, (B, prefix + patches), int64.
+    """
+
+    sizes: torch.Tensor
+    source: torch.Tensor
+
+
 class TowerCall:
     """One batch of pictures on its way through a tower.
 
@@ -72,15 +86,17 @@ class TowerCall:
         outer: The call that this one runs inside, if there is one.
         depth: How many it runs inside.
         is_entered: Whether its tokens have reached the first block.
+        merged: What the tokens that enter a block were merged from, by its number; none where they weren't.
     """
 
-    __slots__ = ("__weakref__", "depth", "is_entered", "layout", "outer")
+    __slots__ = ("__weakref__", "depth", "is_entered", "layout", "merged", "outer")
 
     def __init__(self, layout: Layout, outer: TowerCall | None) -> None:
         self.layout = layout
         self.outer = outer if outer is None or outer.depth < _DEEPEST else None
         self.depth = 0 if self.outer is None else self.outer.depth + 1
         self.is_entered = False
+        self.merged: dict[int, Merged] = {}
 
 
 class TowerCalls(TowerHook):

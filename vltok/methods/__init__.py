@@ -15,6 +15,7 @@ from vltok.methods.pruning import (
 )
 from vltok.methods.soft import SOFT
 from vltok.methods.tap import TAP
+from vltok.methods.tome import ToMe
 
 __all__ = [
     "ADL",
@@ -29,5 +30,6 @@ __all__ = [
     "StrideFrames",
     "StrideTokens",
     "ToDRE",
+    "ToMe",
     "TokenPacker",
 ]
