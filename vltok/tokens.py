@@ -54,8 +54,9 @@ def mean_by_group(
         for bit; and how many tokens each stands for, (B, G). Gradients flow to all tokens.
     """
     total = sizes.new_zeros(len(sizes), num_groups).scatter_add(1, groups, sizes)
-    share = sizes / total.gather(1, groups)
-    parts = tokens.to(torch.promote_types(tokens.dtype, sizes.dtype)) * share.unsqueeze(-1)
+    wide = tokens.to(torch.promote_types(tokens.dtype, sizes.dtype))
+    share = sizes.to(wide.dtype) / total.to(wide.dtype).gather(1, groups)
+    parts = wide * share.unsqueeze(-1)
     mean = parts.new_zeros(len(parts), num_groups, parts.shape[-1])
     mean = mean.scatter_add(1, groups.unsqueeze(-1).expand_as(parts), parts)
     return mean.to(tokens.dtype), total

@@ -104,11 +104,11 @@ class BlockMerger(AttentionListener):
     def install_around(self, edits: Edits, attention: nn.Module, norm: nn.Module, mlp: nn.Module) -> None:
         """Put the hooks on the block and its parts."""
         edits.before(self.owner, self.enter)
-        edits.before(attention, self.weigh)
         if self.num_merge:
             self.install(edits, attention)
             edits.before(norm, self.merge)
             edits.after(mlp, self.spread)
+        edits.before(attention, self.weigh)
         edits.after(self.owner, self.leave, always=True, first=True)
 
     def enter(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -136,8 +136,7 @@ class BlockMerger(AttentionListener):
                 f"{type(attention).__name__} got {', '.join(others)}, and tokens are merged in this vision tower, "
                 "where masks don't fit any more; call it without"
             )
-        before = self._thread.frame.before
-        if before is None or not self.merger.proportional:
+        if not self.merger.proportional:
             return None
         function = getattr(getattr(attention, "config", None), "_attn_implementation", "sdpa")
         if function not in _TAKE_BIAS:
@@ -145,6 +144,9 @@ class BlockMerger(AttentionListener):
                 f"attn_implementation={function!r} adds nothing to the products of queries and keys, by which merged "
                 'tokens count for several; load the model with attn_implementation="sdpa", or set proportional=False'
             )
+        before = self._thread.frame.before
+        if before is None:
+            return None
         bias = before.sizes.log().to(tokens_in(args, kwargs).dtype)[:, None, None]
         if len(args) > self.place:
             return (*args[: self.place], bias, *args[self.place + 1 :]), kwargs

@@ -28,6 +28,7 @@ class PatchesAlone(TowerFamily):
         model_class: Name of the tower's class.
         norms: Children of a block that normalise what attends, and what enters the MLP.
         mlp: The MLP.
+        has_maps: Whether the tower lays its tokens out as maps.
     """
 
     def __init__(
@@ -37,9 +38,15 @@ class PatchesAlone(TowerFamily):
         model_class: str,
         norms: tuple[str, str] = ("layer_norm1", "layer_norm2"),
         mlp: str = "mlp",
+        has_maps: bool = False,
     ) -> None:
         self.name, self.title, self.model_classes, self.mlp = name, title, (model_class,), mlp
         self.first_norm, self.second_norm = norms
+        self._has_maps = has_maps
+
+    def check_merging(self, tower: nn.Module) -> None:
+        if self._has_maps:
+            raise _lays_out_maps(tower, "merge tokens in another tower, such as CLIP or SigLIP")
 
     def num_prefix_tokens(self, tower: nn.Module) -> int:
         return 0
@@ -109,7 +116,10 @@ def _guard_of_dinov2(config: Any) -> dict[str, Any]:
 def _check_no_maps(tower: nn.Module) -> None:
     """Refuse to merge tokens in a backbone that lays them out as maps."""
     if hasattr(tower, "out_features") and tower.config.reshape_hidden_states:
-        raise UnsupportedModelError(
-            f"{type(tower).__name__} lays its tokens out as feature maps, which merged tokens don't form; load it with "
-            "reshape_hidden_states=False"
-        )
+        raise _lays_out_maps(tower, "load it with reshape_hidden_states=False")
+
+
+def _lays_out_maps(tower: nn.Module, remedy: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{type(tower).__name__} lays its tokens out as maps, which merged tokens don't form; {remedy}"
+    )

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from vltok.edits import Edits
-from vltok.engine.guard import mark_checkpoint
+from vltok.engine.guard import PROJECTOR_GUARD, mark_checkpoint
 from vltok.engine.projector import check_processor
 from vltok.engine.pruning import PruningEngine
 from vltok.engine.token_merging import is_merging
@@ -81,6 +81,11 @@ class VlmView(LanguageView, ProjectorView):
 
     def _merging_site(self) -> ProjectorSite:
         self.family.merging_changes(self.host, 0)
+        if getattr(self.host.config, "projector_hidden_act", None) == PROJECTOR_GUARD:
+            raise ValueError(
+                "the projector of this model was replaced by one that reads a grid of patches, which merged tokens "
+                "don't form; remove that handle first, the two don't go together"
+            )
         self.vision.merging_blocks()
         return self.family.projector_site(self.host)
 

@@ -55,7 +55,7 @@ class ToMe(Method):
             raise TypeError(f"proportional must be True or False, got {self.proportional!r}")
 
     def settled(self, view: MergingView) -> ToMe:
-        vision, read = view.vision, view.merging_blocks()
+        read, vision = view.merging_blocks(), view.vision
         merges: Sequence[int]
         if isinstance(self.r, tuple):
             if len(self.r) != vision.depth:
