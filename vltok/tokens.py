@@ -38,9 +38,7 @@ def patches_left(num_patches: int, merges: Iterable[int]) -> int:
     return num_patches
 
 
-def mean_by_group(
-    tokens: torch.Tensor, groups: torch.Tensor, sizes: torch.Tensor, num_groups: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def mean_by_group(tokens: torch.Tensor, groups: torch.Tensor, sizes: torch.Tensor, num_groups: int) -> torch.Tensor:
     """Average the tokens of every group, weighted by how many each stands for.
 
     Args:
@@ -50,8 +48,8 @@ def mean_by_group(
         num_groups: Groups, G.
 
     Returns:
-        The means, (B, G, C), made in float32, in the dtype of the tokens: a token alone in its group is the same bit
-        for bit; and how many tokens each stands for, (B, G). Gradients flow to all tokens.
+        The means, (B, G, C), made in float32, in the dtype of the tokens. A token alone in its group is the same bit
+        for bit. Gradients flow to all tokens.
     """
     total = sizes.new_zeros(len(sizes), num_groups).scatter_add(1, groups, sizes)
     wide = tokens.to(torch.promote_types(tokens.dtype, sizes.dtype))
@@ -59,4 +57,4 @@ def mean_by_group(
     parts = wide * share.unsqueeze(-1)
     mean = parts.new_zeros(len(parts), num_groups, parts.shape[-1])
     mean = mean.scatter_add(1, groups.unsqueeze(-1).expand_as(parts), parts)
-    return mean.to(tokens.dtype), total
+    return mean.to(tokens.dtype)

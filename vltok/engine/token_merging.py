@@ -14,7 +14,6 @@ to the residual path around them. So what the MLP returns goes back to all token
 from __future__ import annotations
 
 import inspect
-import threading
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from torch import nn
 
 from vltok.edits import Edits
 from vltok.engine.parts import num_heads, score_layers, split_arguments
-from vltok.engine.tower_call import Merged, TowerCalls, tokens_in
+from vltok.engine.tower_call import Merged, TowerCall, TowerCalls, tokens_in
 from vltok.engine.watchers import AttentionListener
 from vltok.errors import UnsupportedInputError, UnsupportedModelError
 from vltok.method import Run
@@ -36,24 +35,29 @@ _TAKE_BIAS = ("eager", "sdpa")  # attention functions that add a mask to product
 
 
 class _Frame:
-    """A block that runs.
+    """A block between its attention and the end of its MLP.
 
     Attributes:
-        before: What the tokens that entered were merged from, None where they weren't.
-        groups: The merged token that each one goes into, (B, N), once the block has attended; None where none merge.
+        groups: The merged token that each one goes into, (B, N); None where too few enter to merge any.
+        sizes: How many tokens each of these stands for, (B, N), float32.
+        left: How many tokens are left.
         outer: The same block, where it runs for a call inside which this one runs.
     """
 
-    __slots__ = ("before", "groups", "outer")
+    __slots__ = ("groups", "left", "outer", "sizes")
 
-    def __init__(self, outer: _Frame | None) -> None:
-        self.before: Merged | None = None
-        self.groups: torch.Tensor | None = None
+    def __init__(self, groups: torch.Tensor | None, sizes: torch.Tensor, left: int, outer: _Frame | None) -> None:
+        self.groups = groups
+        self.sizes = sizes
+        self.left = left
         self.outer = outer
 
 
 class BlockMerger(AttentionListener):
     """Merges tokens in one block, and has its attention count each token as often as it stands for.
+
+    What it decides is left with the call, where a backward pass that recomputes the block finds it. Hooks on the block
+    itself don't run then in some versions of transformers, those on its parts do.
 
     Args:
         calls: Finds the calls of the tower.
@@ -63,7 +67,7 @@ class BlockMerger(AttentionListener):
         num_merge: How many tokens it merges away, at most half of the patches.
         num_prefix_tokens: Tokens before the patches.
         merger: Who says which.
-        is_first: Whether no block merged before.
+        before: Number of the last block before it that merges, None if none does.
         run: Where to leave what became of the patches; None unless this block is the last one that merges.
 
     Raises:
@@ -79,7 +83,7 @@ class BlockMerger(AttentionListener):
         num_merge: int,
         num_prefix_tokens: int,
         merger: TokenMerger,
-        is_first: bool,
+        before: int | None,
         run: Run | None,
     ) -> None:
         names = list(inspect.signature(type(attention).forward).parameters)[1:]
@@ -94,40 +98,18 @@ class BlockMerger(AttentionListener):
         self.num_merge = num_merge
         self.num_prefix_tokens = num_prefix_tokens
         self.merger = merger
-        self.is_first = is_first
+        self.before = before
         self.run = run
         self.mask, self.place = mask, names.index(mask)
 
-    def _start_empty(self) -> None:
-        self._thread = threading.local()  # scores, as in the base class; frame: of the block that runs in this thread
-
     def install_around(self, edits: Edits, attention: nn.Module, norm: nn.Module, mlp: nn.Module) -> None:
         """Put the hooks on the block and its parts."""
-        edits.before(self.owner, self.enter)
         if self.num_merge:
             self.install(edits, attention)
             edits.before(norm, self.merge)
             edits.after(mlp, self.spread)
+            edits.after(self.owner, self.leave, first=True)
         edits.before(attention, self.weigh)
-        edits.after(self.owner, self.leave, always=True, first=True)
-
-    def enter(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Before the block."""
-        outer = getattr(self._thread, "frame", None)
-        if outer is not None:
-            outer.outer = None  # one inside another is as deep as it goes; more were broken off
-        frame = self._thread.frame = _Frame(outer)
-        if self.is_first:
-            return
-        tokens = tokens_in(args, kwargs)
-        call = self.calls.call_of(tokens)
-        frame.before = None if call is None else call.merged.get(self.number)
-        if frame.before is None or frame.before.sizes.shape != tokens.shape[:2]:
-            raise UnsupportedInputError(
-                f"{tokens.shape[1]} tokens came into block {self.number} of this vision tower, and nothing tells what "
-                "they were merged from: they didn't come from the block before, or were copied or moved since; call "
-                "the whole tower, with pictures, and turn gradient checkpointing off if it is on"
-            )
 
     def weigh(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         """Before the attention: add the logarithm of the sizes to its products."""
@@ -144,10 +126,10 @@ class BlockMerger(AttentionListener):
                 f"attn_implementation={function!r} adds nothing to the products of queries and keys, by which merged "
                 'tokens count for several; load the model with attn_implementation="sdpa", or set proportional=False'
             )
-        before = self._thread.frame.before
-        if before is None:
+        if self.before is None:
             return None
-        bias = before.sizes.log().to(tokens_in(args, kwargs).dtype)[:, None, None]
+        tokens = tokens_in(args, kwargs)
+        bias = self._merged_before(tokens).sizes.log().to(tokens.dtype)[:, None, None]
         if len(args) > self.place:
             return (*args[: self.place], bias, *args[self.place + 1 :]), kwargs
         return args, {**kwargs, self.mask: bias}
@@ -155,53 +137,79 @@ class BlockMerger(AttentionListener):
     def show(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         """After the attention: match tokens by its keys."""
         scores = self.close()
-        if output is None:
+        if output is None:  # it raised
             return
         self.check_heard(attention, scores)
         tokens = tokens_in(args, kwargs)
-        num_merge = min(self.num_merge, (tokens.shape[1] - self.num_prefix_tokens) // 2)
-        if num_merge > 0:
+        length = tokens.shape[1]
+        num_merge = min(self.num_merge, (length - self.num_prefix_tokens) // 2)
+        before = None if self.before is None else self._merged_before(tokens)
+        sizes = tokens.new_ones(tokens.shape[:2], dtype=torch.float32) if before is None else before.sizes
+        merged = self._merged_in(tokens)
+        if merged is None or not is_recomputing():
             keys = self._by_heads(scores.key.detach(), tokens).float().mean(1)
-            self._thread.frame.groups = self.merger.groups(keys, num_merge, self.num_prefix_tokens)
+            groups = self.merger.groups(keys, num_merge, self.num_prefix_tokens)
+            total = sizes.new_zeros(len(sizes), length - num_merge).scatter_add(1, groups, sizes)
+            merged = Merged(groups, total, groups if before is None else groups.gather(1, before.source))
+            self._call_of(tokens).merged[self.number] = merged
+        outer = getattr(self._thread, "frame", None)
+        if outer is not None:
+            outer.outer = None  # one inside another is as deep as it goes; more were broken off
+        self._thread.frame = _Frame(merged.groups if num_merge > 0 else None, sizes, length - num_merge, outer)
 
     def merge(self, norm: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         """Before the second norm: hand it merged tokens."""
-        tokens, *rest = args
-        if self._thread.frame.groups is None:
+        frame = self._thread.frame
+        if frame.groups is None:
             return None
-        return (self._merged(tokens)[0], *rest), kwargs
+        return (mean_by_group(args[0], frame.groups, frame.sizes, frame.left), *args[1:]), kwargs
 
     def spread(self, mlp: nn.Module, args: tuple, kwargs: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
         """After the MLP: give back what it made of a merged token to all that went into it."""
-        groups = self._thread.frame.groups
-        return output if groups is None else gather_tokens(output, groups)
+        frame = self._thread.frame
+        self._thread.frame = frame.outer
+        return output if frame.groups is None else gather_tokens(output, frame.groups)
 
     def leave(self, block: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """After the block: merge what leaves it."""
-        frame = self._thread.frame
-        if output is None:  # it raised
-            self._thread.frame = frame.outer
-            return None
-        after, result = frame.before, output
-        if frame.groups is not None:
-            tokens, *rest = output if isinstance(output, tuple) else (output,)
-            merged, sizes = self._merged(tokens)
-            after = Merged(sizes, frame.groups if after is None else frame.groups.gather(1, after.source))
-            result = (merged, *rest) if isinstance(output, tuple) else merged
-        self._thread.frame = frame.outer
-        call = self.calls.call_of(tokens_in(args, kwargs))
-        if call is not None:
-            call.merged[self.number + 1] = after
-        if self.run is not None and after is not None and not is_recomputing():
+        entered = tokens_in(args, kwargs)
+        merged = self._merged_in(entered)
+        if self.run is not None and not is_recomputing():
             prefix = self.num_prefix_tokens
-            self.run.report("merging", Merging(source=after.source[:, prefix:] - prefix))
-        return result
+            self.run.report("merging", Merging(source=merged.source[:, prefix:] - prefix))
+        if merged.sizes.shape == merged.groups.shape:  # none were merged
+            return output
+        sizes = torch.ones_like(merged.groups, dtype=torch.float32)
+        if self.before is not None:
+            sizes = self._merged_before(entered).sizes
+        tokens, *rest = output if isinstance(output, tuple) else (output,)
+        left = mean_by_group(tokens, merged.groups, sizes, merged.sizes.shape[1])
+        return (left, *rest) if isinstance(output, tuple) else left
 
-    def _merged(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        frame = self._thread.frame
-        sizes = torch.ones_like(frame.groups, dtype=torch.float32) if frame.before is None else frame.before.sizes
-        count = tokens.shape[1] - min(self.num_merge, (tokens.shape[1] - self.num_prefix_tokens) // 2)
-        return mean_by_group(tokens, frame.groups, sizes, count)
+    def _call_of(self, tokens: torch.Tensor) -> TowerCall:
+        call = self.calls.call_of(tokens)
+        if call is None:
+            raise self._unknown(tokens)
+        return call
+
+    def _merged_in(self, tokens: torch.Tensor) -> Merged | None:
+        """How this block merged tokens that enter it, if it has done so."""
+        merged = self._call_of(tokens).merged.get(self.number)
+        return None if merged is None or merged.groups.shape != tokens.shape[:2] else merged
+
+    def _merged_before(self, tokens: torch.Tensor) -> Merged:
+        """How tokens that enter this block were merged last."""
+        merged = self._call_of(tokens).merged.get(self.before)
+        if merged is None or merged.sizes.shape != tokens.shape[:2]:
+            raise self._unknown(tokens)
+        return merged
+
+    def _unknown(self, tokens: torch.Tensor) -> UnsupportedInputError:
+        return UnsupportedInputError(
+            f"{tokens.shape[1]} tokens came into block {self.number} of this vision tower, and nothing tells what they "
+            "were merged from: they didn't come from the block before, or were copied or moved since; call the whole "
+            "tower, with pictures, and turn gradient checkpointing off if it is on"
+        )
 
 
 def is_merging(part: nn.Module) -> bool:

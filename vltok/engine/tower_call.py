@@ -67,13 +67,15 @@ class TowerHook:
 
 @dataclass(frozen=True, eq=False)
 class Merged:
-    """What tokens inside a tower were merged from.
+    """How a block merged tokens.
 
     Attributes:
-        sizes: How many tokens of the first block each stands for, (B, N), float32.
-        source: Which of these tokens each one of the first block went into, (B, prefix + patches), int64.
+        groups: Which of the tokens that leave the block each one that entered went into, (B, N), int64.
+        sizes: How many tokens of the first block each that leaves stands for, (B, K), float32.
+        source: Which of these each token of the first block went into, (B, prefix + patches), int64.
     """
 
+    groups: torch.Tensor
     sizes: torch.Tensor
     source: torch.Tensor
 
@@ -86,7 +88,7 @@ class TowerCall:
         outer: The call that this one runs inside, if there is one.
         depth: How many it runs inside.
         is_entered: Whether its tokens have reached the first block.
-        merged: What the tokens that enter a block were merged from, by its number; none where they weren't.
+        merged: How blocks merged tokens, by their numbers.
     """
 
     __slots__ = ("__weakref__", "depth", "is_entered", "layout", "merged", "outer")

@@ -160,7 +160,7 @@ class TowerView(VisionView):
                 merges[number],
                 self.num_prefix_tokens,
                 merger,
-                is_first=number == first,
+                before=max((n for n in range(number) if merges[n]), default=None),
                 run=run if number == last else None,
             )
             hook.install_around(edits, attention, norm, mlp)
