@@ -21,7 +21,6 @@ from vltok.families.towers.base import TowerFamily
 from vltok.families.towers.capture import refuse_maps, restore_output_capture
 from vltok.families.towers.grids import Pooler, Supplier, with_map
 from vltok.method import Run
-from vltok.report import Merging
 from vltok.views import (
     ProjectorSite,
     ScoreWatcher,
@@ -142,7 +141,6 @@ class TowerView(VisionView):
             return
         first, last = (pick(n for n, count in enumerate(merges) if count) for pick in (min, max))
         calls = self._record_calls(edits)
-        run.fact("merging", Merging())
         for number in range(first, self.depth):
             block, attention = self._blocks[number], self.attention_module(number)
             norm, mlp = (getattr(block, name, None) for name in (self.family.second_norm, self.family.mlp))

@@ -17,6 +17,7 @@ from vltok.checks import check_budget, check_integer
 from vltok.edits import Edits
 from vltok.method import Method, Run, register
 from vltok.methods.tome.merging import match_tokens, merge_schedule
+from vltok.report import Merging
 from vltok.tokens import keep_count
 from vltok.views import MergingView
 
@@ -69,7 +70,10 @@ class ToMe(Method):
         return replace(self, r=(*merges, *[0] * (vision.depth - read)), keep_ratio=None)
 
     def attach(self, view: MergingView, edits: Edits, run: Run) -> None:
-        view.merge_tokens(edits, run, self.settled(view).r, self)
+        merges = self.settled(view).r
+        view.merge_tokens(edits, run, merges, self)
+        if any(merges):
+            run.fact("merging", Merging())
 
     def groups(self, keys: torch.Tensor, num_merge: int, num_prefix_tokens: int) -> torch.Tensor:
         return match_tokens(keys, num_merge, num_prefix_tokens)
