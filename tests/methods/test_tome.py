@@ -288,6 +288,19 @@ def test_bfloat16_comes_near(name):
     assert (found[:, 0].float() - expected[:, 0]).norm() < 0.2 * expected[:, 0].norm()
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["clip", "dinov2", "timm-vit"])
+@torch.no_grad()
+def test_autocast_comes_near(name, attention):
+    tower, model = TOWERS[name], shared_tower(TOWERS[name], attention)
+    with vltok.apply(model, vltok.ToMe(r=(4, 0, 0))):
+        expected = tower.tokens(model, pixels())
+        with torch.autocast("cpu", torch.bfloat16):
+            found = tower.tokens(model, pixels())
+    assert found.shape == expected.shape
+    assert (found[:, 0].float() - expected[:, 0]).norm() < 0.2 * expected[:, 0].norm()
+
+
 def test_it_comes_back_from_a_folder_and_from_text(tmp_path):
     model = copy.deepcopy(shared_tower(TOWERS["clip"]))
     with vltok.apply(model, "tome,keep_ratio=0.4") as handle, torch.no_grad():
@@ -484,6 +497,13 @@ def test_models_that_need_a_grid_behind_the_tower_are_refused(family):
     words = "lays its tokens out as a grid"
     with unchanged(model), pytest.raises(UnsupportedModelError, match=words):
         vltok.apply(model, vltok.ToMe(r=1), processor=family.processor())
+
+
+def test_a_llava_that_reads_embeddings_is_refused():
+    model = copy.deepcopy(tiny.shared_model(tiny.LLAVA))
+    model.config.vision_feature_layer = [0, 2]
+    with unchanged(model), pytest.raises(UnsupportedModelError, match="before any block merges tokens"):
+        vltok.apply(model, vltok.ToMe(r=1), processor=tiny.LLAVA.processor())
 
 
 def test_a_llava_needs_its_processor():

@@ -27,7 +27,7 @@ from vltok.errors import UnsupportedInputError, UnsupportedModelError
 from vltok.method import Run
 from vltok.recompute import is_recomputing
 from vltok.report import Merging
-from vltok.tokens import gather_tokens, mean_by_group
+from vltok.tokens import mean_by_group, spread_to_group
 from vltok.views import TokenMerger
 
 _MASKS = ("attention_mask", "attn_mask")
@@ -168,12 +168,13 @@ class BlockMerger(AttentionListener):
         """After the MLP: give back what it made of a merged token to all that went into it."""
         frame = self._thread.frame
         self._thread.frame = frame.outer
-        return output if frame.groups is None else gather_tokens(output, frame.groups)
+        return output if frame.groups is None else spread_to_group(output, frame.groups)
 
     def leave(self, block: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """After the block: merge what leaves it."""
         entered = tokens_in(args, kwargs)
-        merged = self._merged_in(entered)
+        tokens, *rest = output if isinstance(output, tuple) else (output,)
+        merged = self._merged_in(entered).to(tokens.device)
         if self.run is not None and not is_recomputing():
             prefix = self.num_prefix_tokens
             self.run.report("merging", Merging(source=merged.source[:, prefix:] - prefix))
@@ -181,8 +182,7 @@ class BlockMerger(AttentionListener):
             return output
         sizes = torch.ones_like(merged.groups, dtype=torch.float32)
         if self.before is not None:
-            sizes = self._merged_before(entered).sizes
-        tokens, *rest = output if isinstance(output, tuple) else (output,)
+            sizes = self._merged_before(entered).sizes.to(tokens.device)
         left = mean_by_group(tokens, merged.groups, sizes, merged.sizes.shape[1])
         return (left, *rest) if isinstance(output, tuple) else left
 
@@ -202,7 +202,7 @@ class BlockMerger(AttentionListener):
         merged = self._call_of(tokens).merged.get(self.before)
         if merged is None or merged.sizes.shape != tokens.shape[:2]:
             raise self._unknown(tokens)
-        return merged
+        return merged.to(tokens.device)
 
     def _unknown(self, tokens: torch.Tensor) -> UnsupportedInputError:
         return UnsupportedInputError(

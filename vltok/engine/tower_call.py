@@ -79,6 +79,12 @@ class Merged:
     sizes: torch.Tensor
     source: torch.Tensor
 
+    def to(self, device: torch.device) -> Merged:
+        """The same on another device, as blocks may be on several."""
+        if self.groups.device == device:
+            return self
+        return Merged(self.groups.to(device), self.sizes.to(device), self.source.to(device))
+
 
 class TowerCall:
     """One batch of pictures on its way through a tower.

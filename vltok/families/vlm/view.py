@@ -62,8 +62,13 @@ class VlmView(LanguageView, ProjectorView):
         self._pruning(edits, run).use_rule(rule)
 
     def merging_blocks(self) -> int:
-        site = self._merging_site()
-        return min(site.levels)
+        first = min(self._merging_site().levels)
+        if first == 0:
+            raise UnsupportedModelError(
+                "the projector of this model reads the vision tower's embeddings, before any block merges tokens; set "
+                "vision_feature_layer to hidden states behind a block"
+            )
+        return first
 
     def merge_tokens(self, edits: Edits, run: Run, merges: Sequence[int], merger: TokenMerger) -> None:
         site = self._merging_site()
