@@ -49,7 +49,8 @@ def mean_by_group(tokens: torch.Tensor, groups: torch.Tensor, sizes: torch.Tenso
 
     Returns:
         The means, (B, G, C), made in float32, in the dtype of the tokens. A token alone in its group is the same bit
-        for bit. Gradients flow to all tokens.
+        for bit. Gradients flow to all tokens. On GPUs more than two are added up in any order, unless
+        torch.use_deterministic_algorithms() forbids it.
     """
     total = sizes.new_zeros(len(sizes), num_groups).scatter_add(1, groups, sizes)
     wide = tokens.to(torch.promote_types(tokens.dtype, sizes.dtype))
