@@ -13,6 +13,7 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matrix import FAMILIES
 from safetensors.torch import load_file
 from tap_backbones import FAN, make
 from torch import nn
@@ -493,9 +494,7 @@ def test_a_llava_that_was_saved_comes_back(tmp_path):
 
 @torch.no_grad()
 def test_vipllava_merges_before_the_first_level_that_its_projector_reads():
-    import zoo
-
-    family = next(row for row in zoo.ROWS if row.name == "vipllava")
+    family = FAMILIES["vipllava-cls"]
     model, processor = family.model(), family.processor()
     levels = [level % 4 for level in model.config.vision_feature_layers]
     with vltok.apply(model, vltok.ToMe(r=2), processor=processor) as handle:
