@@ -7,11 +7,13 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from inspect import signature
 from typing import Any
 
 import tiny
 import torch
 from torch import nn
+from transformers.models.dinov2.modeling_dinov2 import Dinov2Attention
 
 import vltok
 from vltok.nn import SoftmaxFreeAttention
@@ -153,19 +155,24 @@ def _framed(pixels: torch.Tensor) -> dict[str, Any]:
     }
 
 
+# In older versions DINOv2's attention takes no mask.
+MASKED_DINOV2 = "attention_mask" in signature(Dinov2Attention.forward).parameters
 INTERPOLATE = {"interpolate_pos_encoding": True}
 TOWERS: dict[str, Tower] = {
     "clip": Tower("clip", _hf("CLIPVisionModel", "CLIPVisionConfig"), any_size=INTERPOLATE),
     "siglip": Tower("siglip", _hf("SiglipVisionModel", "SiglipVisionConfig"), 0, any_size=INTERPOLATE),
     "vit": Tower("vit", _hf("ViTModel", "ViTConfig"), any_size=INTERPOLATE),
     "vit-classifier": Tower("vit", _hf("ViTForImageClassification", "ViTConfig", qkv_bias=False), any_size=INTERPOLATE),
-    "dinov2": Tower("dinov2", _hf("Dinov2Model", "Dinov2Config"), any_size={}),
-    "dinov2-swiglu": Tower("dinov2", _hf("Dinov2Model", "Dinov2Config", use_swiglu_ffn=True), any_size={}),
+    "dinov2": Tower("dinov2", _hf("Dinov2Model", "Dinov2Config"), any_size={}, mergeable=MASKED_DINOV2),
+    "dinov2-swiglu": Tower(
+        "dinov2", _hf("Dinov2Model", "Dinov2Config", use_swiglu_ffn=True), any_size={}, mergeable=MASKED_DINOV2
+    ),
     "dinov2-registers": Tower(
         "dinov2_with_registers",
         _hf("Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", num_register_tokens=3),
         4,
         any_size={},
+        mergeable=MASKED_DINOV2,
     ),
     "clip-model": Tower("clip", _clip_model, any_size=INTERPOLATE, call="get_image_features"),
     "internvit": Tower("internvl_vision", _hf("InternVLVisionModel", "InternVLVisionConfig"), any_size={}),
@@ -271,7 +278,7 @@ VISION: dict[str, Callable[[], vltok.Method | list[vltok.Method]]] = {
     "soft-tap": lambda: [vltok.SOFT(ratio=2), vltok.TAP()],
     "adl": lambda: vltok.ADL(threshold=1.2),
     "tome": lambda: vltok.ToMe(r=3),
-    "tome-blocks": lambda: vltok.ToMe(r=(0, 5, 1), proportional=False),
+    "tome-blocks": lambda: vltok.ToMe(r=(0, 5, 1)),
 }
 
 

@@ -28,6 +28,11 @@ from vltok.tokens import mean_by_group, patches_left
 DATA = Path(__file__).parents[1] / "data"
 
 
+def mergeable(*names: str) -> list[str]:
+    """Those of the towers whose tokens can be merged in the installed version of transformers."""
+    return [name for name in names if TOWERS[name].mergeable]
+
+
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
@@ -204,7 +209,7 @@ METHODS = [
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
-@pytest.mark.parametrize("name", ["clip", "siglip", "dinov2-registers", "timm-vit", "timm-registers"])
+@pytest.mark.parametrize("name", mergeable("clip", "siglip", "dinov2-registers", "timm-vit", "timm-registers"))
 @torch.no_grad()
 def test_a_tower_is_the_loop_over_its_parts(name, method):
     tower, model = TOWERS[name], shared_tower(TOWERS[name], "eager")
@@ -307,7 +312,7 @@ def test_bfloat16_comes_near(name):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", ["clip", "dinov2", "timm-vit"])
+@pytest.mark.parametrize("name", mergeable("clip", "dinov2", "timm-vit"))
 @torch.no_grad()
 def test_autocast_comes_near(name, attention):
     tower, model = TOWERS[name], shared_tower(TOWERS[name], attention)
@@ -410,6 +415,20 @@ def test_masks_and_other_attention_functions_are_refused():
     mask = torch.zeros(1, 1, 17, 17)
     with vltok.apply(model, vltok.ToMe(r=2)), pytest.raises(UnsupportedInputError, match="attn_mask, and tokens are"):
         model.forward_features(pixels(), attn_mask=mask)
+
+
+def test_attention_without_a_mask_is_refused_unless_sizes_dont_count():
+    model = copy.deepcopy(shared_tower(TOWERS["timm-vit"]))
+
+    class Maskless(type(model.blocks[1].attn)):
+        def forward(self, x, is_causal=False):
+            return super().forward(x)
+
+    model.blocks[1].attn.__class__ = Maskless
+    with unchanged(model), pytest.raises(UnsupportedModelError, match=r"Maskless, block 1 .* takes no mask"):
+        vltok.apply(model, vltok.ToMe(r=1))
+    with vltok.apply(model, vltok.ToMe(r=1, proportional=False)) as handle:
+        assert handle.is_attached
 
 
 @torch.no_grad()

@@ -71,7 +71,7 @@ class BlockMerger(AttentionListener):
         run: Where to leave what became of the patches; None unless this block is the last one that merges.
 
     Raises:
-        UnsupportedModelError: If the attention doesn't say where its keys are, or takes no mask.
+        UnsupportedModelError: If the attention doesn't say where its keys are, or takes no mask where it needs one.
     """
 
     def __init__(
@@ -88,11 +88,16 @@ class BlockMerger(AttentionListener):
     ) -> None:
         names = list(inspect.signature(type(attention).forward).parameters)[1:]
         mask = next((name for name in _MASKS if name in names), None)
-        if mask is None or score_layers(attention) is None or not num_heads(attention):
+        if score_layers(attention) is None or not num_heads(attention):
             raise UnsupportedModelError(
                 f"{type(attention).__name__}, block {number} of this vision tower, shows no keys to compare tokens by, "
-                "or takes no mask by which merged tokens count for several, as the attention of CLIP, SigLIP, ViT and "
-                "DINOv2 of transformers and of most ViTs of timm does; tokens can't be merged here"
+                "as the attention of CLIP, SigLIP, ViT and DINOv2 of transformers and of most ViTs of timm does; "
+                "tokens can't be merged here"
+            )
+        if mask is None and merger.proportional:
+            raise UnsupportedModelError(
+                f"{type(attention).__name__}, block {number} of this vision tower, takes no mask, by which merged "
+                "tokens count for several; set proportional=False, or try a newer version of what defines it"
             )
         super().__init__(calls, number, block, num_heads(attention))
         self.num_merge = num_merge
@@ -100,7 +105,7 @@ class BlockMerger(AttentionListener):
         self.merger = merger
         self.before = before
         self.run = run
-        self.mask, self.place = mask, names.index(mask)
+        self.mask, self.place = mask, len(names) if mask is None else names.index(mask)
 
     def install_around(self, edits: Edits, attention: nn.Module, norm: nn.Module, mlp: nn.Module) -> None:
         """Put the hooks on the block and its parts."""
