@@ -57,6 +57,8 @@ TRAINED: dict[str, Callable[[tiny.TinyFamily], vltok.Method]] = {
 # Those among them that put another projector in the place of the model's own; these only where they can continue it.
 CONDENSING = ("tokenpacker", "tokenpacker-scales")
 CONTINUING = ("average_pool", "pixel_shuffle")
+# These leave tokens out inside the vision tower.
+MERGING: dict[str, Callable[[tiny.TinyFamily], vltok.Method]] = {"tome": lambda family: vltok.ToMe(r=3)}
 # On decoders with windows: one selector, and one method that drops inside the decoder as well.
 WINDOWED = ("todre", "stride")
 # On further families: one selector; where much hangs on the decoder, DROPPING has one that drops inside it as well.
@@ -84,7 +86,7 @@ class Pair:
     Attributes:
         family: The family.
         method: The method, or None.
-        prunes: Whether it leaves visual tokens out, and brings no weights.
+        prunes: Whether it leaves out visual tokens that the projector has made.
         works: Whether the family has a place for it.
         is_reference: Whether the method is of the reference set.
     """
@@ -175,7 +177,8 @@ def _pairs() -> dict[str, Pair]:
             }
         if family in tiny.ALL:
             trained = (*family.tower, *_projectors(family))
-            pairs |= {f"{key}-{name}": Pair(family, TRAINED[name](family), False, name in trained) for name in TRAINED}
+            others = TRAINED | MERGING
+            pairs |= {f"{key}-{name}": Pair(family, others[name](family), False, name in trained) for name in others}
         elif family in FURTHER and family.projects:
             pairs[f"{key}-tokenpacker"] = Pair(family, TRAINED["tokenpacker"](family), False, True)
     return pairs
@@ -186,7 +189,8 @@ PAIRS = {name: pair for name, pair in EVERY.items() if pair.works}
 REFUSED = {name: pair for name, pair in EVERY.items() if not pair.works}
 SELECTING = {name: pair for name, pair in PAIRS.items() if pair.prunes}
 DROPPING = {f"{family.key}-todre": Pair(family, _dropping(family), True, True) for family in FURTHER}
-BRINGING_WEIGHTS = {name: pair for name, pair in PAIRS.items() if not pair.prunes}
+BRINGING_WEIGHTS = {name: pair for name, pair in PAIRS.items() if not pair.method.training_free}
+WEIGHTLESS = {name: pair for name, pair in PAIRS.items() if pair.method.training_free}
 
 
 def one_of_each(pairs: dict[str, Pair]) -> dict[str, Pair]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from matrix import BRINGING_WEIGHTS, DROPPING, PAIRS, REFUSED, SELECTING, Pair, one_of_each, parameters
+from matrix import BRINGING_WEIGHTS, DROPPING, PAIRS, REFUSED, SELECTING, WEIGHTLESS, Pair, one_of_each, parameters
 
 
 def only(pairs: dict[str, Pair]) -> pytest.MarkDecorator:
@@ -20,6 +20,7 @@ whatever_is_asked_dropping_too = only(
 only_pruning_dropping_too = only(SELECTING | DROPPING)
 only_pruning = only(SELECTING)
 only_trained = only(BRINGING_WEIGHTS)
+only_weightless = only(WEIGHTLESS)
 refused = only(REFUSED)
 # For what takes long and hangs on the engine alone: every family and every method once.
 few = only(one_of_each(PAIRS))

@@ -131,7 +131,10 @@ def test_a_removed_handle_has_nothing_to_save(model, tmp_path):
     [
         ({"method": "dropout"}, r"unknown method 'dropout' \(written by vltok 7\.0\); this vltok knows adl, "),
         ({"method": "os.system"}, r"unknown method 'os\.system'"),
-        ({"sharpness": 3}, r"unknown field 'sharpness' of todre \(written by vltok 7\.0\); this vltok knows correction, "),
+        (
+            {"sharpness": 3},
+            r"unknown field 'sharpness' of todre \(written by vltok 7\.0\); this vltok knows correction, ",
+        ),
         ({"version": 2}, r"todre was written in format 2 by vltok 7\.0; this vltok reads format 1"),
         ({"version": None}, r"written in format None by vltok 7\.0"),
     ],

@@ -407,7 +407,7 @@ LLAVA = TinyFamily(
     True,
     (16, 16),
     tower_shows_maps=True,
-    tower=BOTH,
+    tower=(*BOTH, "tome"),
 )
 LLAVA_SIGLIP = replace(
     LLAVA,

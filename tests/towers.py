@@ -7,11 +7,13 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from inspect import signature
 from typing import Any
 
 import tiny
 import torch
 from torch import nn
+from transformers.models.dinov2.modeling_dinov2 import Dinov2Attention
 
 import vltok
 from vltok.nn import SoftmaxFreeAttention
@@ -38,6 +40,7 @@ class Tower:
         inputs: Makes of pictures, (B, 3, H, W), what the model is called with, where it isn't these.
         bare: The same without padding, where `inputs` pads.
         replaceable: Whether its attention can be replaced.
+        mergeable: Whether its tokens can be merged.
         grid: Patches of a picture of the size that it is made for.
         loads: Whether transformers finds its class by its name.
     """
@@ -52,6 +55,7 @@ class Tower:
     inputs: Callable[[torch.Tensor], dict[str, Any]] | None = None
     bare: Callable[[torch.Tensor], dict[str, Any]] | None = None
     replaceable: bool = True
+    mergeable: bool = True
     grid: tuple[int, int] = (4, 4)
     loads: bool = True
 
@@ -151,19 +155,24 @@ def _framed(pixels: torch.Tensor) -> dict[str, Any]:
     }
 
 
+# In older versions DINOv2's attention takes no mask.
+MASKED_DINOV2 = "attention_mask" in signature(Dinov2Attention.forward).parameters
 INTERPOLATE = {"interpolate_pos_encoding": True}
 TOWERS: dict[str, Tower] = {
     "clip": Tower("clip", _hf("CLIPVisionModel", "CLIPVisionConfig"), any_size=INTERPOLATE),
     "siglip": Tower("siglip", _hf("SiglipVisionModel", "SiglipVisionConfig"), 0, any_size=INTERPOLATE),
     "vit": Tower("vit", _hf("ViTModel", "ViTConfig"), any_size=INTERPOLATE),
     "vit-classifier": Tower("vit", _hf("ViTForImageClassification", "ViTConfig", qkv_bias=False), any_size=INTERPOLATE),
-    "dinov2": Tower("dinov2", _hf("Dinov2Model", "Dinov2Config"), any_size={}),
-    "dinov2-swiglu": Tower("dinov2", _hf("Dinov2Model", "Dinov2Config", use_swiglu_ffn=True), any_size={}),
+    "dinov2": Tower("dinov2", _hf("Dinov2Model", "Dinov2Config"), any_size={}, mergeable=MASKED_DINOV2),
+    "dinov2-swiglu": Tower(
+        "dinov2", _hf("Dinov2Model", "Dinov2Config", use_swiglu_ffn=True), any_size={}, mergeable=MASKED_DINOV2
+    ),
     "dinov2-registers": Tower(
         "dinov2_with_registers",
         _hf("Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", num_register_tokens=3),
         4,
         any_size={},
+        mergeable=MASKED_DINOV2,
     ),
     "clip-model": Tower("clip", _clip_model, any_size=INTERPOLATE, call="get_image_features"),
     "internvit": Tower("internvl_vision", _hf("InternVLVisionModel", "InternVLVisionConfig"), any_size={}),
@@ -184,7 +193,7 @@ TOWERS: dict[str, Tower] = {
         loads=False,
     ),
     "granite-docling": Tower(
-        "granite_docling_vision", _hf("GraniteDoclingVisionModel", "GraniteDoclingVisionConfig"), 0
+        "granite_docling_vision", _hf("GraniteDoclingVisionModel", "GraniteDoclingVisionConfig"), 0, mergeable=False
     ),
     # Pictures that are padded, or stand in one row: with padding and without.
     "siglip2": Tower(
@@ -194,6 +203,7 @@ TOWERS: dict[str, Tower] = {
         any_size={},
         inputs=functools.partial(patches, padding=0),
         replaceable=False,
+        mergeable=False,
     ),
     "siglip2-padded": Tower(
         "siglip2",
@@ -203,6 +213,7 @@ TOWERS: dict[str, Tower] = {
         inputs=functools.partial(patches, padding=3),
         bare=functools.partial(patches, padding=0),
         replaceable=False,
+        mergeable=False,
     ),
     "idefics2-padded": Tower(
         "idefics2_vision",
@@ -212,10 +223,16 @@ TOWERS: dict[str, Tower] = {
         inputs=_framed,
         bare=lambda pixels: {"pixel_values": pixels},
         replaceable=False,
+        mergeable=False,
         loads=False,
     ),
     "idefics3": Tower(
-        "idefics3_vision", _hf("Idefics3VisionTransformer", "Idefics3VisionConfig"), 0, any_size={}, replaceable=False
+        "idefics3_vision",
+        _hf("Idefics3VisionTransformer", "Idefics3VisionConfig"),
+        0,
+        any_size={},
+        replaceable=False,
+        mergeable=False,
     ),
     "smolvlm-padded": Tower(
         "smolvlm_vision",
@@ -225,6 +242,7 @@ TOWERS: dict[str, Tower] = {
         inputs=_framed,
         bare=lambda pixels: {"pixel_values": pixels},
         replaceable=False,
+        mergeable=False,
     ),
     "pixtral": Tower(
         "pixtral",
@@ -232,6 +250,7 @@ TOWERS: dict[str, Tower] = {
         0,
         any_size={},
         replaceable=False,
+        mergeable=False,
         grid=(8, 8),
     ),
     "timm-vit": Tower("timm_vit", _timm("vit_tiny_patch16_224", dynamic_img_size=True), 1, False, {}),
@@ -272,6 +291,8 @@ VISION: dict[str, Callable[[], vltok.Method | list[vltok.Method]]] = {
     "tap-adl": lambda: [vltok.TAP(num_scales=3), vltok.ADL()],
     "soft-tap": lambda: [vltok.SOFT(ratio=2), vltok.TAP()],
     "adl": lambda: vltok.ADL(threshold=1.2),
+    "tome": lambda: vltok.ToMe(r=3),
+    "tome-blocks": lambda: vltok.ToMe(r=(0, 5, 1)),
 }
 
 
@@ -297,8 +318,13 @@ class VisionPair:
 
     @property
     def brings_weights(self) -> bool:
+        """Whether they bring weights."""
+        return any(not isinstance(method, vltok.ADL | vltok.ToMe) for method in self.methods)
+
+    @property
+    def changes(self) -> bool:
         """Whether the model computes something else with them on."""
-        return any(not isinstance(method, vltok.ADL) for method in self.methods)
+        return self.brings_weights or self.has(vltok.ToMe)
 
     def has(self, kind: type[vltok.Method]) -> bool:
         """Whether one of them is of this kind."""
@@ -318,7 +344,15 @@ EVERY: dict[str, VisionPair] = {
     for name, make in VISION.items()
     for key, tower in TOWERS.items()
 }
-PAIRS = {name: pair for name, pair in EVERY.items() if pair.tower.replaceable or not pair.has(vltok.SOFT)}
+
+
+def _fits(pair: VisionPair) -> bool:
+    """Whether the tower takes the methods."""
+    tower = pair.tower
+    return (tower.replaceable or not pair.has(vltok.SOFT)) and (tower.mergeable or not pair.has(vltok.ToMe))
+
+
+PAIRS = {name: pair for name, pair in EVERY.items() if _fits(pair)}
 REFUSED = {name: pair for name, pair in EVERY.items() if name not in PAIRS}
 
 

@@ -254,16 +254,17 @@ class Edits:
             handle = module.register_forward_pre_hook(hook, with_kwargs=True)
             return self._note(Hook(module, _BEFORE, handle.id))
 
-    def after(self, module: nn.Module, hook: Callable[..., Any], *, always: bool = False) -> Hook:
+    def after(self, module: nn.Module, hook: Callable[..., Any], *, always: bool = False, first: bool = False) -> Hook:
         """Call `hook(module, args, kwargs, output)` after the module's forward; it may return a new output.
 
         Args:
             module: The module to watch.
             hook: The hook.
             always: Call it also when the forward raised.
+            first: Call it before the hooks that are there already, so that all others see its output.
         """
         with self._lock:
-            handle = module.register_forward_hook(hook, with_kwargs=True, always_call=always)
+            handle = module.register_forward_hook(hook, with_kwargs=True, always_call=always, prepend=first)
             return self._note(Hook(module, _AFTER, handle.id))
 
     def drop(self, hook: Hook) -> None:

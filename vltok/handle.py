@@ -177,7 +177,7 @@ class Handle:
             file: Where to print; standard output by default, None for nowhere.
         """
         results = self._attachment.run.last_results()
-        parts = ("attention", "pooling", "diversification", "condensed")
+        parts = ("attention", "pooling", "merging", "diversification", "condensed")
         report = results.get("pruning", Report())
         report = replace(report, **{name: results.get(name) for name in parts})
         if report.images is False:

@@ -70,6 +70,25 @@ class Pooling:
 
 
 @dataclass(frozen=True)
+class Merging:
+    """What became of the patches of the last call in a vision tower that merges tokens.
+
+    Attributes:
+        source: Which of the tokens that are left each patch went into, (pictures or crops, patches), int64. Prefix
+            tokens don't count. None before the first call.
+    """
+
+    source: torch.Tensor | None = None
+
+    def __str__(self) -> str:
+        if self.source is None:
+            return "vision tower: merges tokens; no call yet"
+        pictures, patches = self.source.shape
+        left = int(self.source.max()) + 1 if self.source.numel() else 0
+        return f"vision tower: {patches} patches merged into {left} tokens (pictures, crops: {pictures})"
+
+
+@dataclass(frozen=True)
 class Diversification:
     """The attention diversification loss of the last call in train mode.
 
@@ -99,6 +118,7 @@ class Report:
         images: Whether the last call had images, as far as a pruning method saw it; None if it saw none yet.
         attention: Where attention of linear cost stands in the vision tower, or None where there is none.
         pooling: Where tokens are pooled before the attention in the vision tower, or None.
+        merging: What became of the patches where the vision tower merges tokens, or None.
         diversification: The attention diversification loss, or None.
         condensed: What a condensing projector did, or None where there is none. The rest is what pruning did.
         visual_tokens: Visual tokens of each image of each sample before pruning.
@@ -115,6 +135,7 @@ class Report:
     images: bool | None = None
     attention: LinearAttention | None = None
     pooling: Pooling | None = None
+    merging: Merging | None = None
     diversification: Diversification | None = None
     condensed: Condensed | None = None
     visual_tokens: list[list[int]] = field(default_factory=list)
@@ -140,6 +161,8 @@ class Report:
                 f"vision tower: tokens pooled at {each.scales} scales before attention in blocks {each.blocks[0]} to "
                 f"{each.blocks[1] - 1}"
             )
+        if self.merging is not None:
+            lines.append(str(self.merging))
         if self.diversification is not None:
             lines.append(str(self.diversification))
         if self.condensed is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 Grid = tuple[int, int]  # rows and columns, (H, W), of tokens laid out on a picture
@@ -27,3 +29,44 @@ def gather_tokens(tokens: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     """Pick rows of each sample: tokens (B, N, ...), indices (B, K) -> (B, K, ...)."""
     index = indices.reshape(*indices.shape, *[1] * (tokens.dim() - 2))
     return tokens.gather(1, index.expand(*indices.shape, *tokens.shape[2:]))
+
+
+def patches_left(num_patches: int, merges: Iterable[int]) -> int:
+    """Say how many patches are left of a picture where block after block merges so many, at most half of them."""
+    for count in merges:
+        num_patches -= min(count, num_patches // 2)
+    return num_patches
+
+
+def mean_by_group(tokens: torch.Tensor, groups: torch.Tensor, sizes: torch.Tensor, num_groups: int) -> torch.Tensor:
+    """Average the tokens of every group, weighted by how many each stands for.
+
+    Args:
+        tokens: (B, N, C), any float dtype.
+        groups: The group of each token, (B, N), in 0..num_groups - 1, none of which is empty.
+        sizes: How many tokens each stands for, (B, N), float32.
+        num_groups: Groups, G.
+
+    Returns:
+        The means, (B, G, C), made in float32, in the dtype of the tokens. A token alone in its group is the same bit
+        for bit. Gradients flow to all tokens. On GPUs more than two are added up in any order, unless
+        torch.use_deterministic_algorithms() forbids it.
+    """
+    total = sizes.new_zeros(len(sizes), num_groups).scatter_add(1, groups, sizes)
+    wide = tokens.to(torch.promote_types(tokens.dtype, sizes.dtype))
+    share = sizes.to(wide.dtype) / total.to(wide.dtype).gather(1, groups)
+    parts = wide * share.unsqueeze(-1)
+    mean = parts.new_zeros(len(parts) * num_groups, parts.shape[-1])
+    mean = mean.index_add(0, _numbered(groups, num_groups), parts.flatten(0, 1))
+    return mean.unflatten(0, (len(parts), num_groups)).to(tokens.dtype)
+
+
+def spread_to_group(means: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+    """Give every token what there is for its group: (B, G, C), groups (B, N) -> (B, N, C)."""
+    rows = means.flatten(0, 1).index_select(0, _numbered(groups, means.shape[1]))
+    return rows.unflatten(0, groups.shape)
+
+
+def _numbered(groups: torch.Tensor, num_groups: int) -> torch.Tensor:
+    """Groups of a batch numbered throughout, (B * N,). Picking rows of one matrix takes a fraction of gather's time."""
+    return (groups + torch.arange(len(groups), device=groups.device).unsqueeze(1) * num_groups).flatten()

@@ -317,6 +317,30 @@ class ScoreWatcher(Protocol):
         """The last block is done."""
 
 
+class TokenMerger(Protocol):
+    """What `MergingView.merge_tokens` needs of a method.
+
+    Attributes:
+        proportional: Whether attention counts a merged token as often as it stands for.
+    """
+
+    @property
+    def proportional(self) -> bool: ...
+
+    def groups(self, keys: torch.Tensor, num_merge: int, num_prefix_tokens: int) -> torch.Tensor:
+        """Say which tokens become one.
+
+        Args:
+            keys: By which tokens attend, mean over the heads, (B, N, d), float32.
+            num_merge: How many tokens are to be merged away, at most half of the patches.
+            num_prefix_tokens: Tokens before the patches, each of which must stay alone.
+
+        Returns:
+            The number of the token that each one goes into, (B, N), int64; 0..N - num_merge - 1 all come up, and prefix
+            tokens stay in their places.
+        """
+
+
 class VisionView(Protocol):
     """A vision tower as a method sees it: a stack of blocks over prefix tokens and a grid of patches.
 
@@ -387,6 +411,34 @@ class VisionHost(Protocol):
 
         Raises:
             UnsupportedModelError: If it is not one whose blocks vltok knows.
+        """
+
+
+class MergingView(VisionHost, Protocol):
+    """A model whose vision tower may hand on fewer tokens than it gets."""
+
+    def merging_blocks(self) -> int:
+        """How many blocks, from the first, have a say in what the tower hands on.
+
+        Raises:
+            UnsupportedModelError: If what reads the tower needs a grid.
+        """
+
+    def merge_tokens(self, edits: Edits, run: Run, merges: Sequence[int], merger: TokenMerger) -> None:
+        """Merge tokens in each block between attention and MLP, at most half of the patches that enter it.
+
+        In a vision-language model the processor writes as many placeholders as there are patches left from then on.
+
+        Args:
+            edits: The ledger of the handle.
+            run: Where to leave what became of the patches, as "merging".
+            merges: How many to merge away, for each block of the tower.
+            merger: Who says which.
+
+        Raises:
+            UnsupportedModelError: If the tower tells its attention more than tokens, blocks are in another order, or
+                what reads the tower needs a grid.
+            ValueError: If another method needs all tokens, or the processor is missing or doesn't belong to the model.
         """
 
 

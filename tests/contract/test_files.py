@@ -9,12 +9,12 @@ import torch
 from calls import PROMPTS, batch, logits, pictures, saved_files
 from peft import LoraConfig, get_peft_model
 from reference import assert_close
-from rows import only_pruning, only_trained
+from rows import only_trained, only_weightless
 
 import vltok
 
 
-@only_pruning
+@only_weightless
 def test_saving_the_base_model_is_unaffected(pair, model, tmp_path):
     with pair.apply(model):
         model.save_pretrained(tmp_path)

@@ -92,6 +92,26 @@ def hidden_states_of(given: int | Sequence[int], depth: int) -> tuple[int, ...]:
     return tuple(level % (depth + 1) for level in ([given] if isinstance(given, int) else given))
 
 
+def merging_changes(model: nn.Module, strategy: str, num_merged: int) -> ProjectorChanges:
+    """What follows a tower that hands on fewer tokens than patches, where a processor counts patches and [CLS].
+
+    Args:
+        model: The model.
+        strategy: As for `projector_site`.
+        num_merged: How many fewer.
+    """
+    extra, config = int(strategy == "default"), model.config  # [CLS], which the processor adds and takes off again
+    return ProjectorChanges(
+        config={},
+        counted={"num_additional_image_tokens": (extra, extra - num_merged)},
+        shared={
+            "patch_size": config.vision_config.patch_size,
+            "image_token_id": config.image_token_id,
+            "vision_feature_select_strategy": strategy,
+        },
+    )
+
+
 def swap_projector(
     edits: Edits,
     run: Run,

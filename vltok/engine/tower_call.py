@@ -18,6 +18,7 @@ import copy
 import threading
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -64,6 +65,27 @@ class TowerHook:
         vars(self).update(state, _owner=weakref.ref(state["_owner"]))
 
 
+@dataclass(frozen=True, eq=False)
+class Merged:
+    """How a block merged tokens.
+
+    Attributes:
+        groups: Which of the tokens that leave the block each one that entered went into, (B, N), int64.
+        sizes: How many tokens of the first block each that leaves stands for, (B, K), float32.
+        source: Which of these each token of the first block went into, (B, prefix + patches), int64.
+    """
+
+    groups: torch.Tensor
+    sizes: torch.Tensor
+    source: torch.Tensor
+
+    def to(self, device: torch.device) -> Merged:
+        """The same on another device, as blocks may be on several."""
+        if self.groups.device == device:
+            return self
+        return Merged(self.groups.to(device), self.sizes.to(device), self.source.to(device))
+
+
 class TowerCall:
     """One batch of pictures on its way through a tower.
 
@@ -72,15 +94,17 @@ class TowerCall:
         outer: The call that this one runs inside, if there is one.
         depth: How many it runs inside.
         is_entered: Whether its tokens have reached the first block.
+        merged: How blocks merged tokens, by their numbers.
     """
 
-    __slots__ = ("__weakref__", "depth", "is_entered", "layout", "outer")
+    __slots__ = ("__weakref__", "depth", "is_entered", "layout", "merged", "outer")
 
     def __init__(self, layout: Layout, outer: TowerCall | None) -> None:
         self.layout = layout
         self.outer = outer if outer is None or outer.depth < _DEEPEST else None
         self.depth = 0 if self.outer is None else self.outer.depth + 1
         self.is_entered = False
+        self.merged: dict[int, Merged] = {}
 
 
 class TowerCalls(TowerHook):

@@ -65,7 +65,7 @@ class _Scores:
         self.outer = outer
 
 
-class ScoreRecorder(TowerHook):
+class AttentionListener(TowerHook):
     """Holds the queries and keys of one block from where they are made until the block has attended.
 
     Adapters come and go between the attention and the layers that make them. So the layers are looked up when the
@@ -75,41 +75,17 @@ class ScoreRecorder(TowerHook):
         calls: Finds the calls of the tower.
         number: The block's number.
         block: The block.
-        attention: Its attention.
-        watcher: Who is shown what.
-        turn: Makes of queries and keys, (B, heads, N, d), what the products are of, given the attention and its keyword
-            arguments.
-        is_masked: Whether masks say no more than which tokens are of one picture.
-
-    Raises:
-        UnsupportedModelError: If the attention doesn't say where its queries and keys are.
+        heads: Heads of its attention.
     """
 
-    def __init__(
-        self,
-        calls: TowerCalls,
-        number: int,
-        block: nn.Module,
-        attention: nn.Module,
-        watcher: ScoreWatcher,
-        turn: Turn,
-        is_masked: bool,
-    ) -> None:
+    def __init__(self, calls: TowerCalls, number: int, block: nn.Module, heads: int) -> None:
         super().__init__(block)
-        scale, heads = attention_scale(attention), num_heads(attention)
-        if score_layers(attention) is None or scale is None or not heads:
-            raise UnsupportedModelError(
-                f"{type(attention).__name__}, block {number} of this vision tower, exposes no attention probabilities: "
-                "it has no softmax over scaled products of queries and keys that vltok can find, as CLIP, SigLIP, ViT "
-                "and DINOv2 of transformers and most ViTs of timm have; leave such blocks out with blocks=(start, stop)"
-            )
         self.calls = calls
         self.number = number
         self.heads = heads
-        self.scale = scale
-        self.watcher = watcher
-        self.turn = turn
-        self.is_masked = is_masked
+        self._start_empty()
+
+    def _start_empty(self) -> None:
         self._thread = threading.local()  # scores: those of the attention that runs in this thread
 
     def __getstate__(self) -> dict[str, Any]:
@@ -117,7 +93,15 @@ class ScoreRecorder(TowerHook):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._thread = threading.local()
+        self._start_empty()
+
+    def is_wanted(self, attention: nn.Module) -> bool:
+        """Whether queries and keys are to be held now."""
+        return True
+
+    def show(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        """After the attention, also if it raised."""
+        raise NotImplementedError(f"{type(self).__name__} must define show()")
 
     def install(self, edits: Edits, attention: nn.Module) -> None:
         """Put the hooks on."""
@@ -147,12 +131,12 @@ class ScoreRecorder(TowerHook):
 
     def open(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Before the attention."""
-        if attention.training and not torch.compiler.is_compiling():
+        if self.is_wanted(attention) and not torch.compiler.is_compiling():
             self.join_layers(attention)
         outer = getattr(self._thread, "scores", None)
         if outer is not None:
             outer.outer = None  # one inside another is as deep as it goes; more were broken off
-        self._thread.scores = _Scores(attention.training, outer)
+        self._thread.scores = _Scores(self.is_wanted(attention), outer)
 
     def keep_query(self, layer: nn.Module, args: tuple, output: torch.Tensor) -> None:
         """After the layer that makes queries."""
@@ -166,17 +150,73 @@ class ScoreRecorder(TowerHook):
         if scores is not None and scores.is_wanted:
             scores.key = output
 
-    def show(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        """After the attention, also if it raised."""
+    def close(self) -> _Scores:
+        """End listening to the attention that ran, and say what was heard."""
         scores = self._thread.scores
         self._thread.scores = scores.outer
-        if output is None or not scores.is_wanted:
-            return
+        return scores
+
+    def check_heard(self, attention: nn.Module, scores: _Scores) -> None:
+        """Raise UnsupportedInputError if no queries or keys were heard of an attention that ran."""
         if scores.query is None or scores.key is None:
             raise UnsupportedInputError(
                 f"the layers for queries and keys of {type(attention).__name__}, block {self.number} of this vision "
                 "tower, were replaced before it was compiled; run the tower once without torch.compile first"
             )
+
+    def _by_heads(self, x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """(B, N, C), (B * N, heads, d) or (B, heads, N, d) -> (B, heads, N, d), where tokens are (B, N, C)."""
+        return x if x.dim() == 4 else x.reshape(*tokens.shape[:2], self.heads, -1).transpose(1, 2)
+
+
+class ScoreRecorder(AttentionListener):
+    """Shows a watcher the queries and keys of one block, in train mode.
+
+    Args:
+        calls: Finds the calls of the tower.
+        number: The block's number.
+        block: The block.
+        attention: Its attention.
+        watcher: Who is shown what.
+        turn: Makes of queries and keys, (B, heads, N, d), what the products are of, given the attention and its keyword
+            arguments.
+        is_masked: Whether masks say no more than which tokens are of one picture.
+
+    Raises:
+        UnsupportedModelError: If the attention doesn't say where its queries and keys are.
+    """
+
+    def __init__(
+        self,
+        calls: TowerCalls,
+        number: int,
+        block: nn.Module,
+        attention: nn.Module,
+        watcher: ScoreWatcher,
+        turn: Turn,
+        is_masked: bool,
+    ) -> None:
+        scale, heads = attention_scale(attention), num_heads(attention)
+        if score_layers(attention) is None or scale is None or not heads:
+            raise UnsupportedModelError(
+                f"{type(attention).__name__}, block {number} of this vision tower, exposes no attention probabilities: "
+                "it has no softmax over scaled products of queries and keys that vltok can find, as CLIP, SigLIP, ViT "
+                "and DINOv2 of transformers and most ViTs of timm have; leave such blocks out with blocks=(start, stop)"
+            )
+        super().__init__(calls, number, block, heads)
+        self.scale = scale
+        self.watcher = watcher
+        self.turn = turn
+        self.is_masked = is_masked
+
+    def is_wanted(self, attention: nn.Module) -> bool:
+        return attention.training
+
+    def show(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        scores = self.close()
+        if output is None or not scores.is_wanted:
+            return
+        self.check_heard(attention, scores)
         if not self.is_masked and (others := split_arguments(args, kwargs)[1]):
             raise UnsupportedInputError(
                 f"{type(attention).__name__} got {', '.join(others)}, with which its probabilities are not those of "
@@ -187,10 +227,6 @@ class ScoreRecorder(TowerHook):
         query, key = self.turn(attention, query, key, kwargs)
         call = self.calls.call_of(tokens)
         self.watcher.see(call, self.number, self._by_picture(call, query, key), self.scale)
-
-    def _by_heads(self, x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """(B, N, C), (B * N, heads, d) or (B, heads, N, d) -> (B, heads, N, d), where tokens are (B, N, C)."""
-        return x if x.dim() == 4 else x.reshape(*tokens.shape[:2], self.heads, -1).transpose(1, 2)
 
     def _by_picture(
         self, call: TowerCall | None, query: torch.Tensor, key: torch.Tensor

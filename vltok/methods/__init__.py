@@ -31,6 +31,7 @@ from vltok.methods.pruning import (
 )
 from vltok.methods.soft import SOFT
 from vltok.methods.tap import TAP
+from vltok.methods.tome import ToMe
 
 __all__ = [
     "ADL",
@@ -60,6 +61,7 @@ __all__ = [
     "StrideTokens",
     "TextSelector",
     "ToDRE",
+    "ToMe",
     "TokenPacker",
     "VidCom2",
     "VisPruner",

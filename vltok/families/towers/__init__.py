@@ -13,8 +13,15 @@ def _alike(family: str, name: str, title: str, place: str, model_class: str, **f
 _PATCHES, _INTERN, _IDEFICS = "transformers_vit.PatchesAlone", "transformers_vit.InternViT", "masked.Idefics"
 _ALIKE = [
     _alike(_PATCHES, "janus_vision", "Janus", "janus", "JanusVisionModel"),
-    _alike(_PATCHES, "ovis2_vision", "Ovis2", "ovis2", "Ovis2VisionModel", first_norm="rms_norm1"),
-    _alike(_PATCHES, "granite_docling_vision", "Granite Docling", "granite_docling", "GraniteDoclingVisionModel"),
+    _alike(_PATCHES, "ovis2_vision", "Ovis2", "ovis2", "Ovis2VisionModel", norms=("rms_norm1", "rms_norm2"), mlp="ffn"),
+    _alike(
+        _PATCHES,
+        "granite_docling_vision",
+        "Granite Docling",
+        "granite_docling",
+        "GraniteDoclingVisionModel",
+        has_maps=True,
+    ),
     _alike(_INTERN, "internvl_vision", "InternViT", "internvl", "InternVLVisionModel"),
     _alike(_INTERN, "qianfan_ocr_vision", "Qianfan-OCR", "qianfan_ocr", "QianfanOCRVisionModel"),
     _alike(_IDEFICS, "idefics2_vision", "Idefics2", "idefics2", "Idefics2VisionTransformer"),

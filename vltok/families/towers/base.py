@@ -23,7 +23,10 @@ class TowerFamily:
     methods: ClassVar[tuple[str, ...]] = ("SOFT", "TAP", "ADL")
     refuses: ClassVar[str] = ""
     returns_maps: ClassVar[bool] = True  # attention modules return (tokens, attention map or None)
-    first_norm: ClassVar[str] = "norm1"  # child of a block that normalises what attends
+    # Children of a block: what normalises the tokens that attend, and those that enter the MLP, and the MLP.
+    first_norm: ClassVar[str] = "norm1"
+    second_norm: ClassVar[str] = "norm2"
+    mlp: ClassVar[str] = "mlp"
     # Whether pictures are padded, or stand in one row, and masks say no more than which tokens are of one picture.
     is_masked: ClassVar[bool] = False
 
@@ -80,6 +83,15 @@ class TowerFamily:
                 f"{type(tower).__name__} takes pictures of several sizes at once, padded or in one row, and tells them "
                 "apart by masks, so its attention can't be replaced; it can in towers whose pictures are all of one "
                 "size, such as CLIP, SigLIP and InternViT"
+            )
+
+    def check_merging(self, tower: nn.Module) -> None:
+        """Raise UnsupportedModelError if blocks, or what follows them, need all tokens of a picture."""
+        if self.is_masked:
+            raise UnsupportedModelError(
+                f"{type(tower).__name__} takes pictures of several sizes at once, padded or in one row, and tells them "
+                "apart by masks, so tokens can't be merged in it; they can in towers whose pictures are all of one "
+                "size, such as CLIP, SigLIP and DINOv2"
             )
 
     def check_scores(self, tower: nn.Module) -> None:

@@ -56,7 +56,7 @@ class VisionTransformer(TowerFamily):
         if not any(base.__name__ in self.block_classes for base in type(block).__mro__):
             raise UnsupportedModelError(
                 f"{type(block).__name__} doesn't normalise tokens, attend and add, in this order, so there is no place "
-                f"to pool them; blocks that do are {', '.join(self.block_classes)} of timm"
+                f"to pool or merge them; blocks that do are {', '.join(self.block_classes)} of timm"
             )
 
 
@@ -71,6 +71,14 @@ class Eva(VisionTransformer):
 
     def check_replaceable(self, tower: nn.Module) -> None:
         self.check_scores(tower)
+
+    def check_merging(self, tower: nn.Module) -> None:
+        if tower.rope is not None:
+            raise UnsupportedModelError(
+                "this Eva model tells its attention where every patch is, by rotary positions, so tokens can't be "
+                "merged in it; they can in ViTs with position embeddings: VisionTransformer of timm, and Eva without "
+                "rotary positions"
+            )
 
     def check_scores(self, tower: nn.Module) -> None:
         if tower.rope is not None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from vltok.errors import UnsupportedModelError
 from vltok.families.towers.base import TowerFamily
 
 
@@ -15,7 +16,7 @@ class Clip(TowerFamily):
     name = "clip"
     title = "CLIP"
     model_classes = ("CLIPVisionModel",)
-    first_norm = "layer_norm1"
+    first_norm, second_norm = "layer_norm1", "layer_norm2"
 
 
 class PatchesAlone(TowerFamily):
@@ -25,11 +26,27 @@ class PatchesAlone(TowerFamily):
         name: The family's name.
         title: What people call it.
         model_class: Name of the tower's class.
-        first_norm: Child of a block that normalises what attends.
+        norms: Children of a block that normalise what attends, and what enters the MLP.
+        mlp: The MLP.
+        has_maps: Whether the tower lays its tokens out as maps.
     """
 
-    def __init__(self, name: str, title: str, model_class: str, first_norm: str = "layer_norm1") -> None:
-        self.name, self.title, self.model_classes, self.first_norm = name, title, (model_class,), first_norm
+    def __init__(
+        self,
+        name: str,
+        title: str,
+        model_class: str,
+        norms: tuple[str, str] = ("layer_norm1", "layer_norm2"),
+        mlp: str = "mlp",
+        has_maps: bool = False,
+    ) -> None:
+        self.name, self.title, self.model_classes, self.mlp = name, title, (model_class,), mlp
+        self.first_norm, self.second_norm = norms
+        self._has_maps = has_maps
+
+    def check_merging(self, tower: nn.Module) -> None:
+        if self._has_maps:
+            raise _lays_out_maps(tower, "merge tokens in another tower, such as CLIP or SigLIP")
 
     def num_prefix_tokens(self, tower: nn.Module) -> int:
         return 0
@@ -41,7 +58,7 @@ class ViT(TowerFamily):
     name = "vit"
     title = "ViT"
     model_classes = ("ViTModel",)
-    first_norm = "layernorm_before"
+    first_norm, second_norm = "layernorm_before", "layernorm_after"
 
 
 class InternViT(TowerFamily):
@@ -53,7 +70,7 @@ class InternViT(TowerFamily):
         model_class: Name of the tower's class.
     """
 
-    first_norm = "layernorm_before"
+    first_norm, second_norm = "layernorm_before", "layernorm_after"
     refuses = "SOFT where queries and keys are normalised"
 
     def __init__(self, name: str, title: str, model_class: str) -> None:
@@ -66,6 +83,9 @@ class Dinov2(TowerFamily):
     name = "dinov2"
     title = "DINOv2"
     model_classes = ("Dinov2Model", "Dinov2Backbone")
+
+    def check_merging(self, tower: nn.Module) -> None:
+        _check_no_maps(tower)
 
     def guard(self, config: Any) -> dict[str, Any]:
         return _guard_of_dinov2(config) or super().guard(config)
@@ -81,6 +101,9 @@ class Dinov2WithRegisters(TowerFamily):
     def num_prefix_tokens(self, tower: nn.Module) -> int:
         return 1 + tower.config.num_register_tokens
 
+    def check_merging(self, tower: nn.Module) -> None:
+        _check_no_maps(tower)
+
     def guard(self, config: Any) -> dict[str, Any]:
         return _guard_of_dinov2(config) or super().guard(config)
 
@@ -88,3 +111,15 @@ class Dinov2WithRegisters(TowerFamily):
 def _guard_of_dinov2(config: Any) -> dict[str, Any]:
     """With SwiGLU layers no activation is looked up by name; layers of negative width can't be built either."""
     return {"mlp_ratio": -1} if config.use_swiglu_ffn else {}
+
+
+def _check_no_maps(tower: nn.Module) -> None:
+    """Refuse to merge tokens in a backbone that lays them out as maps."""
+    if hasattr(tower, "out_features") and tower.config.reshape_hidden_states:
+        raise _lays_out_maps(tower, "load it with reshape_hidden_states=False")
+
+
+def _lays_out_maps(tower: nn.Module, remedy: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{type(tower).__name__} lays its tokens out as maps, which merged tokens don't form; {remedy}"
+    )

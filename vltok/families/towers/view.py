@@ -8,9 +8,10 @@ from typing import Any
 from torch import nn
 
 from vltok.edits import Edits
-from vltok.engine.attention import TowerReader
+from vltok.engine.attention import FeatureReader, TowerReader
 from vltok.engine.guard import mark_checkpoint
 from vltok.engine.parts import find_attention, is_nested, read_attention
+from vltok.engine.token_merging import BlockMerger, is_merging
 from vltok.engine.tower_call import TowerCalls
 from vltok.engine.watchers import CallWatch, MapRecorder, ScoreRecorder
 from vltok.engine.weights import check_at_hand, place_of
@@ -20,7 +21,32 @@ from vltok.families.towers.base import TowerFamily
 from vltok.families.towers.capture import refuse_maps, restore_output_capture
 from vltok.families.towers.grids import Pooler, Supplier, with_map
 from vltok.method import Run
-from vltok.views import ProjectorSite, ScoreWatcher, SelfAttention, TokenRule, TokenSelector, VisionView
+from vltok.views import (
+    ProjectorSite,
+    ScoreWatcher,
+    SelfAttention,
+    TokenMerger,
+    TokenRule,
+    TokenSelector,
+    VisionView,
+)
+
+_NEED_ALL_TOKENS = {
+    Supplier: "attention that was replaced",
+    Pooler: "pooling before attention",
+    ScoreRecorder: "a loss on its attention",
+    MapRecorder: "a loss on its attention",
+    TowerReader: "a pruning method that reads its attention",
+    FeatureReader: "a pruning method that reads its features",
+}
+
+
+def _found(part: nn.Module, kinds: dict[type, str]) -> str | None:
+    """What hangs on a part by hooks, of some kinds of these."""
+    hooks = (
+        hook for each in part.modules() for hook in (*each._forward_hooks.values(), *each._forward_pre_hooks.values())
+    )
+    return next((kinds[type(hook.__self__)] for hook in hooks if type(getattr(hook, "__self__", None)) in kinds), None)
 
 
 class TowerView(VisionView):
@@ -58,6 +84,7 @@ class TowerView(VisionView):
         return read_attention(self.attention_module(block), self.dim)
 
     def swap_attention(self, edits: Edits, block: int, module: nn.Module) -> None:
+        self._check_unmerged()
         old = self.attention_module(block)
         self._check_unwatched(old, block)
         self._bring_weights(edits, self._blocks[block], block)
@@ -71,6 +98,7 @@ class TowerView(VisionView):
             edits.after(module, with_map)
 
     def pool_before_attention(self, edits: Edits, block: int, name: str, module: nn.Module) -> None:
+        self._check_unmerged()
         owner = self._blocks[block]
         norm = getattr(owner, self.family.first_norm, None)
         if norm is None:
@@ -86,6 +114,7 @@ class TowerView(VisionView):
         edits.before(norm, Pooler(self._record_calls(edits), owner, name, self.num_prefix_tokens).pool)
 
     def watch_scores(self, edits: Edits, blocks: Sequence[int], watcher: ScoreWatcher) -> None:
+        self._check_unmerged()
         self.family.check_scores(self.host)
         calls = self._record_calls(edits)
         watch, maps = CallWatch(calls, watcher), self.family.shown_maps(self.host)
@@ -100,6 +129,39 @@ class TowerView(VisionView):
                 recorder.install(edits, attention)
             edits.after(owner, watch.leave, always=True)
         edits.after(self._blocks[-1], watch.finish)
+
+    def merging_blocks(self) -> int:
+        self.family.check_merging(self.host)
+        return self.depth
+
+    def merge_tokens(self, edits: Edits, run: Run, merges: Sequence[int], merger: TokenMerger) -> None:
+        self.family.check_merging(self.host)
+        self._check_alone()
+        if not any(merges):
+            return
+        first, last = (pick(n for n, count in enumerate(merges) if count) for pick in (min, max))
+        calls = self._record_calls(edits)
+        for number in range(first, self.depth):
+            block, attention = self._blocks[number], self.attention_module(number)
+            norm, mlp = (getattr(block, name, None) for name in (self.family.second_norm, self.family.mlp))
+            if norm is None or mlp is None:
+                raise UnsupportedModelError(
+                    f"{type(block).__name__}, block {number} of this vision tower, has no {self.family.second_norm} "
+                    f"and {self.family.mlp} behind its attention, between which tokens could be merged"
+                )
+            self.family.check_norm(block)
+            hook = BlockMerger(
+                calls,
+                number,
+                block,
+                attention,
+                merges[number],
+                self.num_prefix_tokens,
+                merger,
+                before=max((n for n in range(number) if merges[n]), default=None),
+                run=run if number == last else None,
+            )
+            hook.install_around(edits, attention, norm, mlp)
 
     def mark_checkpoint(self, edits: Edits, settings: dict[str, Any]) -> None:
         """Note in the tower's config what is on it, so that a checkpoint saved meanwhile says how to load it."""
@@ -138,15 +200,29 @@ class TowerView(VisionView):
             self._brings_weights = True
 
     def _check_unwatched(self, attention: nn.Module, block: int) -> None:
-        watching = {TowerReader: "pruning method", ScoreRecorder: "loss on its attention"}
-        for part in attention.modules():
-            for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values()):
-                kind = watching.get(type(getattr(hook, "__self__", None)))
-                if kind is not None:
-                    raise ValueError(
-                        f"the attention of block {block} is being watched by a {kind}; replace the attention first: "
-                        f"vltok.apply(model, [attention method, {kind}])"
-                    )
+        kind = _found(attention, {TowerReader: "pruning method", ScoreRecorder: "loss on its attention"})
+        if kind is not None:
+            raise ValueError(
+                f"the attention of block {block} is being watched by a {kind}; replace the attention first: "
+                f"vltok.apply(model, [attention method, {kind}])"
+            )
+
+    def _check_unmerged(self) -> None:
+        if is_merging(self.host):
+            raise ValueError(
+                "tokens are merged in this vision tower, so those in later blocks form no grid, and their attention "
+                "counts one for several; remove that handle first, this method and merging don't go together"
+            )
+
+    def _check_alone(self) -> None:
+        """Check that nothing is on the tower that needs all its tokens."""
+        self._check_unmerged()
+        kind = _found(self.host, _NEED_ALL_TOKENS)
+        if kind is not None:
+            raise ValueError(
+                f"{kind} is on this vision tower, which needs all its tokens, so these can't be merged; remove that "
+                "handle first, the two don't go together"
+            )
 
     def _guard_checkpoints(self, edits: Edits) -> None:
         if self._config is not None:

@@ -25,6 +25,7 @@ from vltok.method import Run
 from vltok.tokens import Grid3
 from vltok.views import AttentionRequest, ProjectorSite, ScaleChoice
 
+MERGING = ("llava", "vipllava")
 PROJECTING = ("llava", "llava_next", "llava_onevision", "vipllava", "llava_next_video", "internvl")
 
 
@@ -329,6 +330,17 @@ class VlmFamily:
         for name in self.patch_counters:
             edits.set_attribute(model, name, CoarserPatches(model, name, scales))
         return before
+
+    def merging_changes(self, model: nn.Module, num_merged: int) -> ProjectorChanges:
+        """What follows a vision tower that hands on `num_merged` tokens fewer than there are patches.
+
+        Raises:
+            UnsupportedModelError: If what stands behind the tower needs a grid of patches.
+        """
+        raise UnsupportedModelError(
+            f"what stands behind the vision tower of {self.title} lays its tokens out as a grid, or vltok doesn't know "
+            f"that it needs none, so they can't be merged; families whose tokens can: {', '.join(MERGING)}"
+        )
 
     def patch_size(self, model: nn.Module) -> int:
         """Side of a patch in pixels."""

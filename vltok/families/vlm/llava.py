@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from vltok.engine.projector import projector_site
+from vltok.engine.projector import ProjectorChanges, merging_changes, projector_site
 from vltok.errors import UnsupportedModelError
 from vltok.families.vlm.base import VlmFamily
 from vltok.views import ProjectorSite
@@ -36,3 +36,6 @@ class Llava(VlmFamily):
 
     def projector_site(self, model: nn.Module) -> ProjectorSite:
         return projector_site(model, model.config.vision_feature_select_strategy)
+
+    def merging_changes(self, model: nn.Module, num_merged: int) -> ProjectorChanges:
+        return merging_changes(model, model.config.vision_feature_select_strategy, num_merged)

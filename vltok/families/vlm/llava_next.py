@@ -27,6 +27,7 @@ class LlavaNext(Llava):
     model_classes = ("LlavaNextModel",)
     patch_counters = ("pack_image_features",)
     windows = False
+    merging_changes = VlmFamily.merging_changes  # its maps of crops need grids
 
     def of_tokens(self, model: nn.Module, encoding: Encoding, name: str, fill: float) -> torch.Tensor:
         numbers, length = self._numbers(model, encoding)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from vltok.engine.projector import ProjectorChanges, projector_site
+from vltok.engine.projector import ProjectorChanges, merging_changes, projector_site
 from vltok.families.vlm.base import image_seq_length
 from vltok.families.vlm.generic import Generic
 from vltok.views import ProjectorSite
@@ -20,6 +20,9 @@ class VipLlava(Generic):
 
     def projector_site(self, model: nn.Module) -> ProjectorSite:
         return projector_site(model, "default", _levels_field(model))
+
+    def merging_changes(self, model: nn.Module, num_merged: int) -> ProjectorChanges:
+        return merging_changes(model, "default", num_merged)
 
     def projector_changes(
         self, model: nn.Module, levels: tuple[int, ...], grid: tuple[int, int], scale_factor: int
