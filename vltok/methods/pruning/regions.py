@@ -56,6 +56,6 @@ def part_of(visual: VisualTokens, places: torch.Tensor) -> VisualTokens:
         if isinstance(value := getattr(visual, each.name), torch.Tensor)
         and value.dim() >= 2
         and value.shape[1] == length
-        and each.name not in ("text", "text_mask")
+        and each.name not in ("text", "text_mask", "clip_text")
     }
     return replace(visual, **own, grid=None)
