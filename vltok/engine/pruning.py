@@ -132,7 +132,8 @@ class PruningEngine:
                 f"{name} needs the processor, whose tokenizer knows the words of the question: {HOW}; or give the "
                 "question as text="
             )
-        self.text_tower.check_tower(self.family.tower(self.model), self.model.config)
+        for tower in self.family.towers(self.model):
+            self.text_tower.check_tower(tower, self.model.config)
 
     def wanted_by(self, selector: TokenSelector) -> Wanted | None:
         """What a selector wants to know of the vision tower, or None."""
