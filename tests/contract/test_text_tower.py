@@ -165,6 +165,12 @@ def test_the_last_turn_is_the_question(text_tower, texts):
     assert texts == [clip_tokenizer()("w7 w8")["input_ids"]]
 
 
+def test_marks_of_the_prompt_are_no_words(text_tower, texts):
+    inputs = tiny.LLAVA.inputs(["<s> w1 <image> w2 </s>"], [tiny.picture(0, tiny.LLAVA.size)])
+    shown(tiny.LLAVA, inputs, text_tower)
+    assert texts == [clip_tokenizer()("w1 w2")["input_ids"]]
+
+
 def test_the_text_tower_takes_no_part_in_training_or_autocast(text_tower):
     family, (clip, _) = tiny.LLAVA, text_tower
     model, inputs = family.model(), single(family, "text around")
