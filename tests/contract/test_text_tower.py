@@ -275,6 +275,20 @@ def test_a_saved_folder_has_no_text_tower_and_asks_for_one(text_tower, tmp_path)
         assert kept_by(handle) == expected
 
 
+def test_a_whole_checkpoint_has_none_either(text_tower, tmp_path):
+    family = tiny.LLAVA
+    model, inputs, processor = family.model(), single(family, "text around"), family.processor()
+    with vltok.apply(model, [vltok.TAP(), METHOD], processor=processor, text_tower=text_tower) as handle:
+        model(**inputs)
+        expected = kept_by(handle)
+        model.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="needs a CLIP model and its tokenizer"):
+        vltok.from_pretrained(tmp_path, processor=processor)
+    handle = vltok.from_pretrained(tmp_path, processor=processor, text_tower=text_tower)
+    handle.model(**inputs)
+    assert kept_by(handle) == expected
+
+
 def test_settings_of_a_block_may_turn_to_clip(text_tower):
     model, inputs, processor = shared_model(tiny.LLAVA), single(tiny.LLAVA, "text around"), tiny.LLAVA.processor()
     with vltok.apply(model, METHOD, processor=processor, text_tower=text_tower) as handle:
