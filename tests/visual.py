@@ -89,6 +89,8 @@ def made_up(batch: int = 3, length: int = 24, width: int = 8, seed: int = 0, fra
         features=2 * draw(batch, length, 6),
         text=(draw(batch, 6, width) + 0.5).masked_fill(~text_mask.unsqueeze(2), torch.nan),
         text_mask=text_mask,
+        clip_image=2 * draw(batch, length, 5),
+        clip_text=draw(batch, 5),
     )
 
 
@@ -103,12 +105,15 @@ def alone(visual: VisualTokens, image: int) -> VisualTokens:
         features=visual.features[image : image + 1],
         text=visual.text[image, mask].unsqueeze(0),
         text_mask=mask[mask].unsqueeze(0),
+        clip_image=visual.clip_image[image : image + 1],
+        clip_text=visual.clip_text[image : image + 1],
     )
 
 
 def repeated(visual: VisualTokens, which: list[int]) -> VisualTokens:
     """The tokens `which` of every image, which may name one several times."""
-    return replace(visual, embeddings=visual.embeddings[:, which], features=visual.features[:, which])
+    own = {name: getattr(visual, name)[:, which] for name in ("embeddings", "features", "clip_image")}
+    return replace(visual, **own)
 
 
 # Rows with 4 entries of +-1 times a power of two: norms, cosines and their sums are exact in float32, so ties are ties.

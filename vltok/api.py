@@ -23,6 +23,7 @@ def apply(
     family: str | None = None,
     image_token_id: int | None = None,
     video_token_id: int | None = None,
+    text_tower: tuple[nn.Module, Any] | None = None,
 ) -> Handle:
     """Put one or several methods on a model, in place.
 
@@ -34,12 +35,14 @@ def apply(
             decoder with `layers`, called by keyword. Its first call tells whether features and placeholders agree.
         image_token_id: With family="generic": the id that stands for visual tokens of images; by default the config's.
         video_token_id: The same for videos.
+        text_tower: A CLIPModel of transformers and its tokenizer, for methods that compare visual tokens with the
+            question in CLIP's space. It runs where it is, so best beside the model; no part of it is saved with that.
 
     Returns:
         The handle that reports and removes. If anything fails, the model is left as it was.
 
     Raises:
-        TypeError: If `model` is not a module, `method` not a Method, or an id not an integer.
+        TypeError: If `model` is not a module, `method` not a Method, an id not an integer, or `text_tower` no pair.
         UnsupportedModelError: If the model, or a part the method needs, is not one vltok knows, or there are two.
         ValueError: If the method doesn't fit the model, or another one is in the way, or a text names none; or if
             `family` is another word, or ids are given without it.
@@ -50,7 +53,10 @@ def apply(
         raise ValueError(
             f'family must be "generic" or left out, and ids of placeholders need it, got family={family!r} with {marks}'
         )
-    view = families.view(model, processor) if family is None else families.generic_view(model, marks, processor)
+    if family is None:
+        view = families.view(model, processor, text_tower)
+    else:
+        view = families.generic_view(model, marks, processor, text_tower)
     edits, run, calls = Edits(view.host), Run(), Calls(view.host)
     try:
         edits.before(view.host, calls.before_call)  # first, so that it is the last to go

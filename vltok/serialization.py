@@ -58,13 +58,16 @@ def write_folder(folder: Path, settings: dict[str, Any], weights: Mapping[str, t
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / WEIGHTS_FILE)
 
 
-def load(model: nn.Module, folder: str | Path, *, processor: Any = None) -> Handle:
+def load(
+    model: nn.Module, folder: str | Path, *, processor: Any = None, text_tower: tuple[nn.Module, Any] | None = None
+) -> Handle:
     """Apply the methods saved in a folder to a model, with their weights.
 
     Args:
         model: A model of the family they were saved from.
         folder: What `save` wrote.
         processor: The model's processor, where a method needs it.
+        text_tower: A CLIP model and its tokenizer, where a method needs them, as for `apply`; a folder has none.
 
     Returns:
         The handle, as from `apply`.
@@ -79,10 +82,12 @@ def load(model: nn.Module, folder: str | Path, *, processor: Any = None) -> Hand
     if not path.exists():
         raise FileNotFoundError(f"{folder} has no {CONFIG_FILE}; give a folder written by vltok.save()")
     weights = [folder / WEIGHTS_FILE] if (folder / WEIGHTS_FILE).exists() else []
-    return _apply_saved(model, read_json(path), processor, str(path), weights)
+    return _apply_saved(model, read_json(path), processor, text_tower, str(path), weights)
 
 
-def from_pretrained(folder: str | Path, *, processor: Any = None, **options: Any) -> Handle:
+def from_pretrained(
+    folder: str | Path, *, processor: Any = None, text_tower: tuple[nn.Module, Any] | None = None, **options: Any
+) -> Handle:
     """Load a model that `save_pretrained` wrote while methods with weights of their own were on it.
 
     Such a checkpoint says in its config what was on the model, and transformers refuses to load it without that.
@@ -90,6 +95,7 @@ def from_pretrained(folder: str | Path, *, processor: Any = None, **options: Any
     Args:
         folder: What `handle.model.save_pretrained` wrote, a local folder.
         processor: The model's processor; by default the one saved in the folder, if there is one.
+        text_tower: As for `load`.
         options: For the model's own `from_pretrained`, such as dtype or device_map.
 
     Returns:
@@ -138,15 +144,18 @@ def from_pretrained(folder: str | Path, *, processor: Any = None, **options: Any
         raise CheckpointError(f"{folder} holds no model that transformers can build: {error!r}") from error
     for name, parameter in model.named_parameters():
         check_finite(name, parameter, folder)
-    return _apply_saved(model, settings, processor, place, [own] if own.exists() else files)
+    return _apply_saved(model, settings, processor, text_tower, place, [own] if own.exists() else files)
 
 
-def _apply_saved(model: nn.Module, content: Any, processor: Any, place: str, files: list[Path]) -> Handle:
+def _apply_saved(
+    model: nn.Module, content: Any, processor: Any, text_tower: Any, place: str, files: list[Path]
+) -> Handle:
     """Apply the methods that `content` describes, as it was found at `place`, and give them their weights."""
     methods = _methods(content, place)
     generic = {"family": "generic", **{name: content[name] for name in _IDS if name in content}}
     try:
-        handle = apply(model, methods, processor=processor, **(generic if content["family"] == "generic" else {}))
+        family = generic if content["family"] == "generic" else {}
+        handle = apply(model, methods, processor=processor, text_tower=text_tower, **family)
     except (ValueError, LookupError, ArithmeticError, RuntimeError) as error:
         if isinstance(error, VltokError | torch.OutOfMemoryError):
             raise

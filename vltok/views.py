@@ -38,7 +38,7 @@ class AttentionRequest:
 
 
 # What a selector may ask for besides: see `VisualTokens`.
-Need = Literal["features", "keys", "text"]
+Need = Literal["features", "keys", "text", "clip"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class VisualTokens:
     """The visual tokens of B images of N tokens each, as they enter the language model.
 
     Where a selector changes what the kept tokens are, gradients flow through all that is given here in floating point,
-    but for attention.
+    but for attention and what is in CLIP's space.
 
     Attributes:
         embeddings: Projected embeddings, (B, N, D), in the model's dtype.
@@ -69,6 +69,10 @@ class VisualTokens:
         text: Embeddings of the words of the question, (B, M, D): those of the language model. Answers are never among
             them. None unless asked for.
         text_mask: Which of these are no padding, (B, M), bool.
+        clip_image: The features in CLIP's space, (B, N, E), float32, 0 where a token stands for no patch. None unless
+            "clip" is asked for, which asks for features, too.
+        clip_text: The question in CLIP's space, (B, E), float32: the mean of the unit embeddings of its segments, which
+            have at most as many words as CLIP's text tower reads; 0 for a question without words.
     """
 
     embeddings: torch.Tensor
@@ -83,6 +87,8 @@ class VisualTokens:
     num_heads: int | None = None
     text: torch.Tensor | None = None
     text_mask: torch.Tensor | None = None
+    clip_image: torch.Tensor | None = None
+    clip_text: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,13 @@ from safetensors.torch import load_file
 from visual import made_up
 
 from vltok.methods.pruning import greedy
-from vltok.methods.pruning.cdpruner import CDPruner, conditional_order, relevance_weights, word_relevance
+from vltok.methods.pruning.cdpruner import (
+    CDPruner,
+    clip_relevance,
+    conditional_order,
+    relevance_weights,
+    word_relevance,
+)
 from vltok.methods.pruning.determinant import max_determinant_order
 
 DATA = Path(__file__).parents[1] / "data"
@@ -29,9 +36,14 @@ def unit(tokens: torch.Tensor) -> torch.Tensor:
     return tokens / tokens.norm(dim=-1, keepdim=True).clamp_min(1e-12)
 
 
-def clip_relevance(stored: dict[str, torch.Tensor]) -> torch.Tensor:
+def slow_relevance(stored: dict[str, torch.Tensor]) -> torch.Tensor:
     """What the released code calls relevance: minus the mean cosine with the texts in CLIP's space."""
     return -(unit(stored["in.image_embeds"]) @ unit(stored["in.text_embeds"]).T).mean(-1)
+
+
+def question_of(stored: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The question in CLIP's space, the same for all images: the mean of its segments' unit embeddings."""
+    return unit(stored["in.text_embeds"]).mean(0).float().expand(len(stored["in.x"]), -1)
 
 
 def residuals(cosine: torch.Tensor, picks: list[int]) -> torch.Tensor:
@@ -58,7 +70,9 @@ def slow_order(tokens: torch.Tensor, num_keep: int, weights: torch.Tensor) -> li
 @pytest.mark.parametrize("name", ["cdpruner_b3_n96_d48_k16", "cdpruner_n576_d208_k64"])
 def test_picks_are_the_released_ones_in_order(name, route):
     stored = load_file(DATA / f"{name}.safetensors")
-    relevance, expected = clip_relevance(stored), stored["out.order"]
+    expected = stored["out.order"]
+    relevance = clip_relevance(stored["in.image_embeds"], question_of(stored))
+    torch.testing.assert_close(relevance, slow_relevance(stored).float(), rtol=0, atol=1e-6)
     weights = relevance_weights(relevance, parity=True)
     torch.testing.assert_close(weights, stored["mid.relevance"], rtol=0, atol=1e-5)
     picks = conditional_order(stored["in.x"], relevance, expected.shape[1], parity=True)
@@ -67,7 +81,7 @@ def test_picks_are_the_released_ones_in_order(name, route):
 
 def test_relevance_is_scaled_by_image_by_default():
     stored = load_file(DATA / "cdpruner_b3_n96_d48_k16.safetensors")
-    tokens, relevance = stored["in.x"], clip_relevance(stored)
+    tokens, relevance = stored["in.x"], slow_relevance(stored)
     picks = conditional_order(tokens, relevance, 16)
     assert not torch.equal(picks, stored["out.order"])
     for image in range(3):  # an image that is alone is scaled by itself in the released code, too
@@ -78,7 +92,7 @@ def test_relevance_is_scaled_by_image_by_default():
 @pytest.mark.parametrize("name", ["cdpruner_duplicates", "cdpruner_rank_deficient_n64_d8"])
 def test_what_follows_the_last_independent_token_is_what_is_most_relevant(name, route):
     stored = load_file(DATA / f"{name}.safetensors")
-    relevance, first = clip_relevance(stored), stored["mid.first_groups"]
+    relevance, first = slow_relevance(stored), stored["mid.first_groups"]
     order = conditional_order(stored["in.x"], relevance, 20)[0]
     assert torch.equal(stored["in.group"][order[: len(first)]], first)
     assert len(order.unique()) == 20
@@ -91,7 +105,7 @@ def test_what_follows_the_last_independent_token_is_what_is_most_relevant(name, 
 )
 def test_planted_faults_miss_the_released_picks(fault, monkeypatch):
     stored = load_file(DATA / "cdpruner_n576_d208_k64.safetensors")
-    weights = relevance_weights(clip_relevance(stored))
+    weights = relevance_weights(slow_relevance(stored))
     if fault == "not normalised":
         monkeypatch.setattr(greedy, "_inverse", torch.ones_like)
     if fault == "no negative cosine":
@@ -205,6 +219,63 @@ def test_relevance_is_the_cosine_with_the_mean_word():
         torch.testing.assert_close(row, torch.stack(expected))
 
 
+def test_relevance_in_clip_is_minus_the_mean_cosine_and_least_for_zero_rows():
+    generator = torch.Generator().manual_seed(1)
+    image, segments = torch.randn(3, 20, 8, generator=generator), torch.randn(3, 4, 8, generator=generator)
+    image[0, 3] = image[0, 7] = image[1] = 0
+    image[2, 5] = image[2, 9]
+    relevance = clip_relevance(image, unit(segments).mean(1).float())
+    for x, texts, row in zip(image, segments, relevance, strict=True):
+        expected = torch.stack([-torch.cosine_similarity(token, texts).mean() for token in x])
+        is_zero = (x == 0).all(1)
+        expected[is_zero] = 0.0 if is_zero.all() else expected[~is_zero].min()
+        torch.testing.assert_close(row, expected, rtol=0, atol=1e-6)
+    assert relevance[2, 5] == relevance[2, 9]
+    assert torch.equal(clip_relevance(image[2:], unit(segments).mean(1).float()[2:])[0], relevance[2])
+
+
+def test_the_released_sign_matters():
+    stored = load_file(DATA / "cdpruner_n576_d208_k64.safetensors")
+    relevance = clip_relevance(stored["in.image_embeds"], question_of(stored))
+    assert not torch.equal(conditional_order(stored["in.x"], -relevance, 64, parity=True), stored["out.order"])
+
+
+def test_the_method_asks_clip_where_it_is_told():
+    method, visual = CDPruner(num_keep=7, relevance="clip"), made_up()
+    assert method.needs == ("clip",)
+    relevance = clip_relevance(visual.clip_image, visual.clip_text)
+    expected = conditional_order(visual.embeddings, relevance, 7, theta=0.5).sort(1).values
+    assert torch.equal(method.select(visual, 7), expected)
+    assert not torch.equal(CDPruner(num_keep=7).select(visual, 7), expected)
+    assert not torch.equal(method.select(replace(visual, clip_text=visual.clip_text.roll(1, 0)), 7), expected)
+
+
+def test_what_clip_can_not_compare_is_refused():
+    method, visual = CDPruner(num_keep=7, relevance="clip"), made_up()
+    with pytest.raises(ValueError, match=r"give `clip_image`, \(B, N, E\), and `clip_text`"):
+        method.select(replace(visual, clip_text=None), 7)
+    visual.clip_text[2, 1] = torch.nan
+    with pytest.raises(ValueError, match=r"text of image \[2\] of the batch is NaN or infinite in CLIP's space"):
+        method.select(visual, 7)
+    visual.clip_text[2] = 0
+    with pytest.raises(ValueError, match=r"image \[2\] of the batch comes without a word .*; ask a question, or "):
+        method.select(visual, 7)
+    broken = made_up()
+    broken.clip_image[1, 3, 0] = torch.nan
+    with pytest.raises(ValueError, match="weights of visual tokens hold NaN"):
+        method.select(broken, 7)
+
+
+def test_regions_share_one_question():
+    """The question has no tokens to be cut, even where it is as wide as there are tokens."""
+    visual = made_up(length=5, frames=1)
+    assert visual.clip_text.shape[1] == visual.embeddings.shape[1]
+    places = torch.stack([torch.zeros(5), torch.zeros(5), torch.arange(5)], 1).long().expand(3, 5, 3)
+    visual = replace(visual, coordinates=places)
+    kept = CDPruner(num_keep=2, relevance="clip", regions=(1, 2)).pick(visual, 2).indices
+    assert kept.shape == (3, 2)
+
+
 def test_more_theta_keeps_more_relevant_tokens():
     tokens = made_up(2, 200, 64).embeddings
     relevance = torch.rand(2, 200, generator=torch.Generator().manual_seed(1))
@@ -256,8 +327,8 @@ def test_bad_input_says_what_is_allowed():
         conditional_order(tokens, torch.tensor([[0.1, torch.nan, 0, 0, 0]] * 2), 2)
     with pytest.raises(ValueError, match=r"one for each of \(2, 5\) tokens"):
         max_determinant_order(tokens, 2, torch.ones(2, 4))
-    with pytest.raises(ValueError, match="relevance must be one of 'embeddings', None, got 'clip'"):
-        CDPruner(num_keep=4, relevance="clip")
+    with pytest.raises(ValueError, match="relevance must be one of 'embeddings', 'clip', None, got 'siglip'"):
+        CDPruner(num_keep=4, relevance="siglip")
     for theta in (1, -0.1, "0.5", True):
         with pytest.raises(ValueError, match=r"theta says how much relevance counts, in \[0, 1\)"):
             CDPruner(num_keep=4, theta=theta)

@@ -17,6 +17,7 @@ from vltok.methods.pruning.vidcom2 import VidCom2
 METHODS = [
     CDPruner(num_keep=5),
     CDPruner(num_keep=5, theta=None),
+    CDPruner(num_keep=5, relevance="clip"),
     CDPruner(num_keep=5, relevance=None),
     MMTok(num_keep=5),
     DART(num_keep=5),
@@ -54,7 +55,7 @@ def test_a_single_token_is_kept(method):
 
 @every_method
 def test_an_empty_batch_is_fine(method):
-    names = ("embeddings", "image_keys", "is_overview", "features", "text", "text_mask")
+    names = ("embeddings", "image_keys", "is_overview", "features", "text", "text_mask", "clip_image", "clip_text")
     visual = made_up()
     none = replace(visual, **{name: getattr(visual, name)[:0] for name in names})
     assert method.select(none, 5).shape == (0, 5)
@@ -67,6 +68,7 @@ def test_equal_and_zero_tokens_are_kept_once_each(method, num_keep):
     assert_exact(method.select(visual, num_keep), num_keep, 30)
     visual.embeddings[:, ::2] = 0
     visual.features[:, ::2] = 0
+    visual.clip_image[:, ::2] = 0
     assert_exact(method.select(visual, num_keep), num_keep, 30)
     visual.embeddings[:] = 0
     assert_exact(method.select(visual, num_keep), num_keep, 30)
@@ -76,7 +78,7 @@ def test_equal_and_zero_tokens_are_kept_once_each(method, num_keep):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_compared_in_float32(method, dtype):
     visual = made_up(length=66)
-    names = ("embeddings", "features", "text")
+    names = ("embeddings", "features", "text", "clip_image", "clip_text")
     half = replace(visual, **{name: getattr(visual, name).to(dtype) for name in names})
     single = replace(half, **{name: getattr(half, name).float() for name in names})
     assert torch.equal(method.select(half, 20), method.select(single, 20))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import vltok
 from vltok.errors import UnsupportedInputError
 from vltok.methods.pruning.merging import merge_into_kept, nearest_kept
-from vltok.methods.pruning.regions import region_quotas
+from vltok.methods.pruning.regions import part_of, region_quotas
 from vltok.views import VisualTokens
 
 
@@ -142,3 +142,19 @@ def test_centred_similarity_goes_with_distinctness(length):
             assert picks[row].tolist() == naive_centred(own, 7, first, score)
     with pytest.raises(ValueError, match="correction must be one of None, 'centred'"):
         vltok.DivPrune(num_keep=7, correction="centered")
+
+
+def test_regions_are_shown_all_that_is_known_of_their_tokens():
+    """Each field of `VisualTokens` is cut, or is of the image as a whole."""
+    tokens = visual((1, 4, 4))
+    whole = {"image_keys", "grid", "can_project", "num_heads", "text", "text_mask", "clip_text"}
+    given = {name: torch.randn(2, 16, 16) for name in vars(tokens).keys() - whole - {"coordinates", "is_overview"}}
+    of_image = {"text": torch.randn(2, 16, 3), "text_mask": torch.ones(2, 16).bool(), "clip_text": torch.randn(2, 16)}
+    tokens, where = replace(tokens, **given, **of_image), torch.tensor([1, 5, 6])
+    part = part_of(tokens, where)
+    for name, value in vars(tokens).items():
+        if name in whole - {"grid"}:
+            assert getattr(part, name) is value
+        elif name != "grid":
+            assert torch.equal(getattr(part, name), value[:, where])
+    assert part.grid is None

@@ -60,7 +60,7 @@ def pick_tokens(prompt: Prompt, embeds: torch.Tensor, family: Any) -> tuple[torc
     keep = torch.zeros_like(visual)
     picks: list[list[torch.Tensor]] = [[] for _ in prompt.pictures]
     changes: list[tuple[torch.Tensor, torch.Tensor]] = []
-    words = Words(prompt, embeds) if selector is not None and "text" in selector.needs else None
+    words = Words(prompt, embeds) if selector is not None and {"text", "clip"} & {*selector.needs} else None
     for parts in _alike(prompt, family):
         starts = torch.tensor([prompt.pictures[part.picture].start + part.begin for part in parts]).unsqueeze(1)
         where = place[starts + torch.arange(parts[0].length)]  # (G, N)
@@ -152,10 +152,15 @@ def _pick(prompt: Prompt, embeddings: torch.Tensor, parts: list[Part], family: A
     everything = torch.ones(length, dtype=torch.bool)
     overview = [everything if each.overview is None else each.overview for each in known]
     grid = parts[0].grid
-    text, text_mask = (None, None) if words is None else words.of(parts)
+    text, text_mask = words.of(parts) if "text" in selector.needs else (None, None)
     read = {name: torch.stack([each.read[name].to(device) for each in known]) for name in known[0].read}
     features = read.get("inputs", read.get("features"))
     has_patch = None if features is None else ~features[..., 0].isnan()
+    features = None if features is None else features.masked_fill(~has_patch.unsqueeze(-1), 0)
+    clip_image = clip_text = None
+    if "clip" in selector.needs:
+        clip_image = prompt.engine.text_tower.of_features(features).masked_fill(~has_patch.unsqueeze(-1), 0)
+        clip_text = words.in_clip(parts).to(device)
     visual = VisualTokens(
         embeddings=embeddings,
         image_keys=torch.stack([key.to(device) for key in keys]),
@@ -163,12 +168,14 @@ def _pick(prompt: Prompt, embeddings: torch.Tensor, parts: list[Part], family: A
         is_overview=torch.stack([each.to(device) for each in overview]),
         grid=grid,
         coordinates=None if grid is None else coordinates_of(grid, length).to(device).expand(count, length, 3),
-        features=None if features is None else features.masked_fill(~has_patch.unsqueeze(-1), 0),
+        features=features,
         can_project="inputs" in read,
         keys=read["keys"].flatten(-2) if "keys" in read else None,
         num_heads=read["keys"].shape[-2] if "keys" in read else None,
         text=text,
         text_mask=text_mask,
+        clip_image=clip_image,
+        clip_text=clip_text,
     )
     with nullcontext() if selector.merges else torch.no_grad():
         selection = selector.pick(visual, num_keep)

@@ -32,6 +32,7 @@ from vltok.engine.parts import attention_of, layers_read
 from vltok.engine.pictures import sources_in
 from vltok.engine.prompt import Prompt
 from vltok.engine.question import turn_of
+from vltok.engine.text_tower import HOW, TextTower
 from vltok.errors import UnsupportedInputError, UnsupportedModelError
 from vltok.report import Report
 from vltok.run import Run
@@ -41,10 +42,19 @@ from vltok.views import TokenRule, TokenSelector
 class PruningEngine:
     """Hooks of one model that prune its visual tokens."""
 
-    def __init__(self, family: Any, model: nn.Module, processor: Any, edits: Edits, run: Run) -> None:
+    def __init__(
+        self,
+        family: Any,
+        model: nn.Module,
+        processor: Any,
+        text_tower: TextTower | None,
+        edits: Edits,
+        run: Run,
+    ) -> None:
         self.family = family
         self.model = model
         self.processor = processor
+        self.text_tower = text_tower
         self.turn = None if processor is None else turn_of(processor)
         self.edits = edits
         self.run = run
@@ -76,6 +86,7 @@ class PruningEngine:
             raise ValueError(f"{type(self.selector).__name__} already selects visual tokens here; give one selector")
         self._check_positions(selector)
         self._watch_tower(self.wanted_by(selector))
+        self._check_text_tower(selector)
         self.selector = selector
 
     def use_rule(self, rule: TokenRule) -> None:
@@ -107,10 +118,27 @@ class PruningEngine:
                 'use positions="keep"'
             )
 
+    def _check_text_tower(self, selector: TokenSelector) -> None:
+        if "clip" not in selector.needs:
+            return
+        name = type(selector).__name__
+        if self.text_tower is None:
+            raise ValueError(
+                f"{name} compares visual tokens with the question in CLIP's space, so it needs a CLIP model and its "
+                f"tokenizer: {HOW}; vltok.load() takes text_tower=, too"
+            )
+        if selector.text is None and self.text_tower.prompt_tokenizer is None:
+            raise ValueError(
+                f"{name} needs the processor, whose tokenizer knows the words of the question: {HOW}; or give the "
+                "question as text="
+            )
+        for tower in self.family.towers(self.model):
+            self.text_tower.check_tower(tower, self.model.config)
+
     def wanted_by(self, selector: TokenSelector) -> Wanted | None:
         """What a selector wants to know of the vision tower, or None."""
         request = selector.attention_request(self.has_cls)
-        keys, features = ("keys" in selector.needs, "features" in selector.needs)
+        keys, features = "keys" in selector.needs, bool({"features", "clip"} & {*selector.needs})
         if keys and request is None:
             raise ValueError(
                 f"{type(selector).__name__} needs keys and doesn't say of which layer; its attention_request() must"
@@ -276,6 +304,7 @@ class PruningEngine:
         prompt.rule = None if self.rule is None else self.run.current(self.rule)
         if prompt.selector is not None:
             self._check_positions(prompt.selector)
+            self._check_text_tower(prompt.selector)
         return prompt
 
 

@@ -128,8 +128,10 @@ class Words:
     def __init__(self, prompt: Prompt, embeds: torch.Tensor) -> None:
         self._prompt = prompt
         self._embeds = embeds
-        self._given = self._embedded(prompt.selector.text)
-        self._places = None if self._given is not None else question(prompt, prompt.engine.turn)
+        self._text = prompt.selector.text
+        self._given = self._embedded(self._text) if "text" in prompt.selector.needs else None
+        self._places = None if self._text is not None else question(prompt, prompt.engine.turn)
+        self._in_clip: dict[str, torch.Tensor] = {}
 
     def of(self, parts: Sequence[Part]) -> tuple[torch.Tensor, torch.Tensor]:
         """The words asked about some pictures: embeddings (G, M, D), and which are no padding, (G, M), bool."""
@@ -140,13 +142,39 @@ class Words:
         mask = [torch.ones(len(text), dtype=torch.bool, device=text.device) for text in texts]
         return pad_sequence(texts, batch_first=True), pad_sequence(mask, batch_first=True)
 
+    def in_clip(self, parts: Sequence[Part]) -> torch.Tensor:
+        """The questions about some pictures in CLIP's space, (G, E); each question is read once."""
+        tower, texts = self._prompt.engine.text_tower, [self._as_text(part) for part in parts]
+        for text in texts:
+            if text not in self._in_clip:
+                self._in_clip[text] = tower.of_text(text)
+        return torch.stack([self._in_clip[text] for text in texts])
+
+    def _as_text(self, part: Part) -> str:
+        """The question about a picture as text."""
+        if self._text is not None:
+            return self._text
+        ids = self._prompt.ids
+        if ids is None:
+            raise UnsupportedInputError(
+                "CLIP reads the question as text, which can't be told from inputs_embeds; pass input_ids, or say the "
+                'question: handle.using(text="...")'
+            )
+        row, own = self._own(self._prompt.pictures[part.picture])
+        return self._prompt.engine.text_tower.words(ids[row, own.to(ids.device)].tolist())
+
     def _asked(self, picture: Picture) -> torch.Tensor:
+        row, own = self._own(picture)
+        return self._embeds[row, own.to(self._embeds.device)]
+
+    def _own(self, picture: Picture) -> tuple[int, torch.Tensor]:
+        """The row that a picture is in, and where in it the words asked about it are, (T,), bool, on the CPU."""
         row, samples = picture.row * self._prompt.repeat, self._prompt.samples()
         own = self._places[row]
         if samples is not None:
             at = self._prompt.visual[:: self._prompt.repeat].flatten().nonzero()[picture.start] % len(own)
             own = own & (samples[row] == samples[row, at]).cpu()
-        return self._embeds[row, own.to(self._embeds.device)]
+        return row, own
 
     def _embedded(self, text: str | None) -> torch.Tensor | None:
         """Words that the selector was given, (M, D), or None."""

@@ -139,17 +139,19 @@ def checked_marks(image_token_id: int | None, video_token_id: int | None) -> dic
     return marks
 
 
-def view(model: nn.Module, processor: Any = None) -> VlmView | TowerView:
+def view(model: nn.Module, processor: Any = None, text_tower: Any = None) -> VlmView | TowerView:
     """Find the family of a model, also inside a wrapper (PEFT, DDP, the class with the language-model head).
 
     Args:
         model: The model.
         processor: Its processor, for methods that change the placeholders.
+        text_tower: A CLIP model and its tokenizer, for selectors that read the question in CLIP's space.
 
     Raises:
-        TypeError: If `model` is not an nn.Module.
+        TypeError: If `model` is not an nn.Module, or `text_tower` no such pair.
         UnsupportedModelError: If no part of it belongs to a known family, or several do, or this member can't be
-            handled.
+            handled; or if the text tower is none of CLIP.
+        ValueError: If the text tower's tokenizer is another model's.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"apply() takes a model (torch.nn.Module), got {type(model).__name__}")
@@ -157,19 +159,20 @@ def view(model: nn.Module, processor: Any = None) -> VlmView | TowerView:
         from vltok.families.vlm.view import VlmView
 
         found.family.check(found.part)
-        return VlmView(found.family, found.part, found.whole, processor)
+        return VlmView(found.family, found.part, found.whole, processor, text_tower)
     if tower := find_tower(model):
         return tower
     raise unsupported(model)
 
 
-def generic_view(model: nn.Module, marks: dict[str, int], processor: Any = None) -> VlmView:
+def generic_view(model: nn.Module, marks: dict[str, int], processor: Any = None, text_tower: Any = None) -> VlmView:
     """A model of no known family, as its parts are called in most models of transformers.
 
     Args:
         model: The model, or what wraps it.
         marks: The ids that stand for visual tokens, by kind; what is not there is read from the config.
         processor: Its processor.
+        text_tower: As for `view`.
 
     Raises:
         TypeError: If `model` is not an nn.Module.
@@ -196,7 +199,7 @@ def generic_view(model: nn.Module, marks: dict[str, int], processor: Any = None)
     part = outer[0]
     family = Generic("generic", type(part).__name__, (type(part).__name__,), marks=marks)
     family.check(part)
-    return VlmView(family, part, _with_head(part, path), processor)
+    return VlmView(family, part, _with_head(part, path), processor, text_tower)
 
 
 def find_tower(model: nn.Module) -> TowerView | None:

@@ -12,6 +12,7 @@ from vltok.edits import Edits
 from vltok.engine.guard import PROJECTOR_GUARD, mark_checkpoint
 from vltok.engine.projector import check_processor
 from vltok.engine.pruning import PruningEngine
+from vltok.engine.text_tower import TextTower
 from vltok.engine.token_merging import is_merging
 from vltok.errors import UnsupportedModelError
 from vltok.families import find_tower
@@ -35,10 +36,13 @@ from vltok.views import (
 class VlmView(LanguageView, ProjectorView):
     """A vision-language model, its parts found by its family."""
 
-    def __init__(self, family: VlmFamily, model: nn.Module, whole: nn.Module, processor: Any) -> None:
+    def __init__(
+        self, family: VlmFamily, model: nn.Module, whole: nn.Module, processor: Any, text_tower: Any = None
+    ) -> None:
         self.family = family
         self.processor = processor
         self.host = model
+        self._text_tower = None if text_tower is None else TextTower(text_tower, processor)
         self._head = whole if whole is not model else None
         self._engine: PruningEngine | None = None
         self._tower: TowerView | None = None
@@ -133,6 +137,6 @@ class VlmView(LanguageView, ProjectorView):
                     "this model's visual tokens are already pruned; remove that handle first, or apply the methods "
                     "together: vltok.apply(model, [first, second])"
                 )
-            self._engine = PruningEngine(self.family, self.host, self.processor, edits, run)
+            self._engine = PruningEngine(self.family, self.host, self.processor, self._text_tower, edits, run)
             self._engine.install(self._head)
         return self._engine

@@ -52,10 +52,38 @@ def question_words(visual: VisualTokens, otherwise: str | None = None) -> list[t
             + ("" if otherwise is None else f", or {otherwise}")
         )
     words = [text[mask].float() for text, mask in zip(visual.text.detach(), visual.text_mask, strict=True)]
-    wordless = [image for image, each in enumerate(words) if not len(each)]
-    if wordless and otherwise is not None:
-        raise ValueError(f"image {wordless} of the batch comes without a word of text; ask a question, or {otherwise}")
+    if otherwise is not None:
+        _check_asked([len(each) > 0 for each in words], otherwise)
     broken = [image for image, each in enumerate(words) if not each.isfinite().all()]
     if broken:
         raise ValueError(f"the text of image {broken} of the batch holds NaN or infinite embeddings")
     return words
+
+
+def clip_question(visual: VisualTokens, otherwise: str) -> torch.Tensor:
+    """Give each image's question in CLIP's space, (B, E), float32.
+
+    Args:
+        visual: What a selector is given.
+        otherwise: What to do about an image without words, for the error.
+
+    Raises:
+        ValueError: If nothing is given in CLIP's space, an image has no words, or a question is NaN or infinite.
+    """
+    if visual.clip_image is None or visual.clip_text is None:
+        raise ValueError(
+            "the question is compared with the image in CLIP's space; give `clip_image`, (B, N, E), and `clip_text`, "
+            f"(B, E), or {otherwise}"
+        )
+    text = visual.clip_text.float()
+    _check_asked(text.any(1).tolist(), otherwise)
+    broken = (~text.isfinite().all(1)).nonzero().flatten().tolist()
+    if broken:
+        raise ValueError(f"the text of image {broken} of the batch is NaN or infinite in CLIP's space")
+    return text
+
+
+def _check_asked(has_words: list[bool], otherwise: str) -> None:
+    wordless = [image for image, has in enumerate(has_words) if not has]
+    if wordless:
+        raise ValueError(f"image {wordless} of the batch comes without a word of text; ask a question, or {otherwise}")

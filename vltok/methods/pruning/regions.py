@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import torch
 
 from vltok.errors import UnsupportedInputError
 from vltok.views import VisualTokens
+
+# What `VisualTokens` has for each token, (B, N, ...).
+_OF_TOKENS = ("embeddings", "attention", "is_overview", "coordinates", "features", "keys", "clip_image")
 
 
 def region_places(visual: VisualTokens, regions: tuple[int, int]) -> list[torch.Tensor]:
@@ -56,6 +59,6 @@ def part_of(visual: VisualTokens, places: torch.Tensor) -> VisualTokens:
         if isinstance(value := getattr(visual, each.name), torch.Tensor)
         and value.dim() >= 2
         and value.shape[1] == length
-        and each.name not in ("text", "text_mask")
+        and each.name not in ("text", "text_mask", "clip_text")
     }
     return replace(visual, **own, grid=None)

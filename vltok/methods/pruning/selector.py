@@ -58,7 +58,7 @@ class Selector(Method):
 
     @property
     def needs(self) -> tuple[Need, ...]:
-        """What `select` looks at besides embeddings and attention: "features", "keys", "text". Nothing by default."""
+        """What `select` looks at besides embeddings and attention, see `VisualTokens`: nothing by default."""
         return ()
 
     @property
