@@ -52,13 +52,6 @@ def region_quotas(sizes: list[int], num_keep: int) -> list[int]:
 
 def part_of(visual: VisualTokens, places: torch.Tensor) -> VisualTokens:
     """Some of the visual tokens, (n,), of all images."""
-    length = visual.embeddings.shape[1]
-    own = {
-        each.name: value[:, places]
-        for each in fields(visual)
-        if isinstance(value := getattr(visual, each.name), torch.Tensor)
-        and value.dim() >= 2
-        and value.shape[1] == length
-        and each.name not in ("text", "text_mask", "clip_text")
-    }
+    values = {name: getattr(visual, name) for name in _OF_TOKENS}
+    own = {name: each[:, places] for name, each in values.items() if each is not None}
     return replace(visual, **own, grid=None)
