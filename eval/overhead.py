@@ -35,7 +35,7 @@ from torch import nn
 from transformers import Cache, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import vltok
-from vltok.views import VisualTokens
+from vltok.visual import VisualTokens
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PATCH = 14

@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 
 import vltok
 from vltok import Selector
-from vltok.views import AttentionRequest, VisualTokens
+from vltok.visual import AttentionRequest, VisualTokens
 
 PROMPTS = {  # the text, and for each image whether it has the family's size (0) or its other size (1)
     "text around": ("w1 w2 <image> w3 w4", [0]),

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from hypothesis import strategies as st
 
-from vltok.views import VisualTokens
+from vltok.visual import VisualTokens
 
 
 def tower_tokens(batch: int = 3, length: int = 60, width: int = 24, newline: int = 0, seed: int = 0) -> VisualTokens:

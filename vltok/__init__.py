@@ -50,7 +50,7 @@ from vltok.report import Report
 from vltok.resizing import Resizing, resize
 from vltok.serialization import from_pretrained, load, save
 from vltok.version import __version__
-from vltok.views import DecoderState, Selection, VisualTokens
+from vltok.visual import DecoderState, Selection, VisualTokens
 
 __all__ = [
     "ADL",

@@ -21,7 +21,7 @@ from vltok.families import view
 from vltok.methods.pruning.floors import select_stride
 from vltok.methods.pruning.question import TextSelector
 from vltok.tokens import gather_tokens
-from vltok.views import AttentionRequest, Need, Selection, VisualTokens
+from vltok.visual import AttentionRequest, Need, Selection, VisualTokens
 
 FAMILIES = list({family.key: family for family in [*tiny.ALL, *zoo.ROWS]}.values())
 SHOWING = [family for family in FAMILIES if family.shows_patches]

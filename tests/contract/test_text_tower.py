@@ -19,7 +19,7 @@ import vltok
 from vltok.errors import CheckpointError, UnsupportedInputError, UnsupportedModelError
 from vltok.methods.pruning.cdpruner import CDPruner, clip_relevance
 from vltok.methods.pruning.question import TextSelector
-from vltok.views import Need, VisualTokens
+from vltok.visual import Need, VisualTokens
 
 CLIP_TOWERS = [tiny.LLAVA, tiny.LLAVA_NEXT]
 with_clip = pytest.mark.parametrize("family", CLIP_TOWERS, ids=lambda family: family.key)

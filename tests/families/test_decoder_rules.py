@@ -25,7 +25,7 @@ from zoo.qwen import MINIMAX_M3_VL_SPARSE
 import vltok
 from vltok.methods.pruning.dart_decoder import select_unlike
 from vltok.methods.pruning.rule import layer_at
-from vltok.views import DecoderState
+from vltok.visual import DecoderState
 
 RULES = {
     "fastv": vltok.FastV(keep_ratio=0.3),

@@ -15,7 +15,7 @@ from transformers import GotOcr2ImageProcessor, InternVLForConditionalGeneration
 
 import vltok
 from vltok.families.vlm.internvl import InternVL
-from vltok.views import VisualTokens
+from vltok.visual import VisualTokens
 
 SIDE, TOKENS = 8, 16  # patches along a tile, tokens of a tile
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from vltok.engine.attention import cls_attention, received_attention, tower_attention
+from vltok.engine.attention import cls_attention, received_attention
 from vltok.engine.patches import by_picture, fold, token_values
+from vltok.engine.tower_attention import tower_attention
 from vltok.errors import UnsupportedInputError, UnsupportedModelError
 
 LOWEST = -torch.inf

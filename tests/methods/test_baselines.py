@@ -16,7 +16,7 @@ from vltok.methods.pruning.divprune import select_max_min
 from vltok.methods.pruning.fastervlm import select_top
 from vltok.methods.pruning.floors import position_hash, select_random, select_stride
 from vltok.tokens import keep_count
-from vltok.views import AttentionRequest, VisualTokens
+from vltok.visual import AttentionRequest, VisualTokens
 
 DATA = Path(__file__).parent.parent / "data"
 KEYS = torch.tensor([0, 1, -5, 2**63 - 1, -(2**63), 0])

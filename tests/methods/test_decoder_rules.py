@@ -17,7 +17,7 @@ from vltok.methods.pruning.fastv import regions_of
 from vltok.methods.pruning.ranking import keep_top, of_tokens, rank_within
 from vltok.methods.pruning.rule import RuleInStages
 from vltok.methods.pruning.sparsevlm import choose_raters, rater_scores
-from vltok.views import Entry
+from vltok.visual import Entry
 
 DATA = Path(__file__).parents[1] / "data"
 

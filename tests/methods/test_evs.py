@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import vltok
 from vltok.methods.pruning.evs import select_changes
-from vltok.views import VisualTokens
+from vltok.visual import VisualTokens
 
 DATA = Path(__file__).parents[1] / "data"
 

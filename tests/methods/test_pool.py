@@ -16,7 +16,7 @@ from tiny import shared_model
 from vltok import apply
 from vltok.errors import UnsupportedInputError
 from vltok.methods.pruning.pool import Pool, pool_grid, pool_shape
-from vltok.views import VisualTokens
+from vltok.visual import VisualTokens
 
 SIDE = st.integers(1, 12)
 

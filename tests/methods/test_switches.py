@@ -13,7 +13,7 @@ import vltok
 from vltok.errors import UnsupportedInputError
 from vltok.methods.pruning.merging import merge_into_kept, nearest_kept
 from vltok.methods.pruning.regions import part_of, region_quotas
-from vltok.views import VisualTokens
+from vltok.visual import VisualTokens
 
 
 def visual(grid=(1, 6, 8), behind: int = 0, batch: int = 2) -> VisualTokens:

@@ -10,7 +10,7 @@ import torch
 
 from vltok.method import Method
 from vltok.methods.pruning.todre import ToDRE, choose_pivot, select_diverse
-from vltok.views import AttentionRequest, VisualTokens
+from vltok.visual import AttentionRequest, VisualTokens
 
 
 def visual(batch: int = 2, length: int = 30) -> VisualTokens:

@@ -14,7 +14,7 @@ from vltok.methods.pruning.prumerge import PruMergePlus
 from vltok.methods.pruning.scope import SCOPE
 from vltok.methods.pruning.visionzip import VisionZip
 from vltok.methods.pruning.vispruner import VisPruner
-from vltok.views import AttentionRequest, Selection, VisualTokens
+from vltok.visual import AttentionRequest, Selection, VisualTokens
 
 METHODS = [
     VisionZip(num_keep=8),

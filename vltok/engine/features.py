@@ -19,7 +19,7 @@ import torch
 
 from vltok.edits import MethodWrapper
 from vltok.errors import UnsupportedInputError
-from vltok.views import AttentionRequest
+from vltok.visual import AttentionRequest
 
 KINDS = ("image", "video")
 ENCODERS = {kind: f"get_{kind}_features" for kind in KINDS}  # what encodes them, in every model

@@ -10,7 +10,8 @@ from torch import nn
 
 from vltok.engine.weights import check_at_hand
 from vltok.errors import UnsupportedModelError
-from vltok.views import Projection, SelfAttention, TokenRule
+from vltok.views import Projection, SelfAttention
+from vltok.visual import TokenRule
 
 _ATTENTION = ("self_attn", "attention", "attn")
 _ROLES = {

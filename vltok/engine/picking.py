@@ -16,7 +16,7 @@ from vltok.engine.pictures import Picture
 from vltok.engine.question import Words
 from vltok.errors import UnsupportedInputError
 from vltok.tokens import Grid3, gather_tokens
-from vltok.views import Selection, TokenSelector, VisualTokens
+from vltok.visual import Selection, TokenSelector, VisualTokens
 
 if TYPE_CHECKING:
     from vltok.engine.prompt import Prompt

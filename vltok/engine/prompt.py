@@ -15,7 +15,7 @@ from vltok.tokens import Grid3
 
 if TYPE_CHECKING:
     from vltok.engine.pictures import Picture, Source
-    from vltok.views import TokenRule, TokenSelector
+    from vltok.visual import TokenRule, TokenSelector
 
 
 class Prompt(Call):

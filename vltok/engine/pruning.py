@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from vltok.edits import Edits
-from vltok.engine.attention import FeatureReader, TowerReader, unreadable
+from vltok.engine.attention import unreadable
 from vltok.engine.cache import check_cache, is_pruned
 from vltok.engine.call import Call, Continuation, Hints
 from vltok.engine.decoder import after_attention, after_decoder, before_decoder, before_layer
@@ -33,10 +33,11 @@ from vltok.engine.pictures import sources_in
 from vltok.engine.prompt import Prompt
 from vltok.engine.question import turn_of
 from vltok.engine.text_tower import HOW, TextTower
+from vltok.engine.tower_attention import FeatureReader, TowerReader
 from vltok.errors import UnsupportedInputError, UnsupportedModelError
 from vltok.report import Report
 from vltok.run import Run
-from vltok.views import TokenRule, TokenSelector
+from vltok.visual import TokenRule, TokenSelector
 
 
 class PruningEngine:

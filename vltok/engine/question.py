@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from vltok.engine.features import REMEMBERED_PROMPTS
 from vltok.errors import UnsupportedInputError
-from vltok.views import Selection
+from vltok.visual import Selection
 
 if TYPE_CHECKING:
     from vltok.engine.picking import Part

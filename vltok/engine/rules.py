@@ -13,7 +13,7 @@ from vltok.engine.layout import Layout
 from vltok.engine.picking import coordinates_of
 from vltok.engine.prompt import Prompt
 from vltok.tokens import Grid3
-from vltok.views import Entry
+from vltok.visual import Entry
 
 if TYPE_CHECKING:
     from vltok.engine.pictures import Picture
@@ -25,7 +25,7 @@ Record = tuple[int, float, float, bool]  # batch row, both attention ratios, whe
 class State:
     """A prompt at one decoder layer: one row for each of its N samples, which are batch rows unless rows are packed.
 
-    See `vltok.views.DecoderState` for what a rule sees of it.
+    See `vltok.visual.DecoderState` for what a rule sees of it.
 
     Attributes:
         records: What the rule said of its decisions.

@@ -8,10 +8,10 @@ from typing import Any
 from torch import nn
 
 from vltok.edits import Edits
-from vltok.engine.attention import FeatureReader, TowerReader
 from vltok.engine.guard import mark_checkpoint
 from vltok.engine.parts import find_attention, is_nested, read_attention
 from vltok.engine.token_merging import BlockMerger, is_merging
+from vltok.engine.tower_attention import FeatureReader, TowerReader
 from vltok.engine.tower_call import TowerCalls
 from vltok.engine.watchers import CallWatch, MapRecorder, ScoreRecorder
 from vltok.engine.weights import check_at_hand, place_of
@@ -21,15 +21,8 @@ from vltok.families.towers.base import TowerFamily
 from vltok.families.towers.capture import refuse_maps, restore_output_capture
 from vltok.families.towers.grids import Pooler, Supplier, with_map
 from vltok.method import Run
-from vltok.views import (
-    ProjectorSite,
-    ScoreWatcher,
-    SelfAttention,
-    TokenMerger,
-    TokenRule,
-    TokenSelector,
-    VisionView,
-)
+from vltok.views import ProjectorSite, ScoreWatcher, SelfAttention, TokenMerger, VisionView
+from vltok.visual import TokenRule, TokenSelector
 
 _NEED_ALL_TOKENS = {
     Supplier: "attention that was replaced",

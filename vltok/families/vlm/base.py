@@ -14,16 +14,17 @@ from torch import nn
 from transformers.vision_utils import get_vision_window_index
 
 from vltok.edits import Edits
-from vltok.engine.attention import can_be_read, unreadable_tower
 from vltok.engine.features import KINDS, Encoding, pixel_keys
 from vltok.engine.parts import attention_of, live
 from vltok.engine.patches import Order, by_picture, token_values
 from vltok.engine.pictures import Picture
 from vltok.engine.projector import CoarserPatches, ProjectorChanges, patch_grid, swap_projector
+from vltok.engine.tower_attention import can_be_read, unreadable_tower
 from vltok.errors import UnsupportedModelError
 from vltok.method import Run
 from vltok.tokens import Grid3
-from vltok.views import AttentionRequest, ProjectorSite, ScaleChoice
+from vltok.views import ProjectorSite, ScaleChoice
+from vltok.visual import AttentionRequest
 
 MERGING = ("llava", "vipllava")
 PROJECTING = ("llava", "llava_next", "llava_onevision", "vipllava", "llava_next_video", "internvl")

@@ -21,16 +21,8 @@ from vltok.families.towers.view import TowerView
 from vltok.families.vlm.base import VlmFamily
 from vltok.method import Run
 from vltok.tokens import patches_left
-from vltok.views import (
-    LanguageView,
-    ProjectorSite,
-    ProjectorView,
-    ScaleChoice,
-    TokenMerger,
-    TokenRule,
-    TokenSelector,
-    VisionView,
-)
+from vltok.views import LanguageView, ProjectorSite, ProjectorView, ScaleChoice, TokenMerger, VisionView
+from vltok.visual import TokenRule, TokenSelector
 
 
 class VlmView(LanguageView, ProjectorView):

@@ -21,7 +21,7 @@ from vltok.method import register
 from vltok.methods.pruning.determinant import max_determinant_order
 from vltok.methods.pruning.greedy import float32_products, times_row
 from vltok.methods.pruning.question import TextSelector, clip_question, question_words
-from vltok.views import Need, VisualTokens
+from vltok.visual import Need, VisualTokens
 
 _OTHERWISE = "set relevance=None, which picks by diversity alone"
 

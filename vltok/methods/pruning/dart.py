@@ -15,7 +15,7 @@ from vltok.checks import check_integer
 from vltok.method import register
 from vltok.methods.pruning.greedy import check_usable, float32_products, times_row
 from vltok.methods.pruning.question import TextSelector, question_words
-from vltok.views import Need, VisualTokens
+from vltok.visual import Need, VisualTokens
 
 
 def choose_pivots(

@@ -17,7 +17,7 @@ from vltok.method import register
 from vltok.methods.pruning.fastervlm import select_top
 from vltok.methods.pruning.greedy import float32_products, times_row
 from vltok.methods.pruning.rule import RuleAtLayer
-from vltok.views import DecoderState
+from vltok.visual import DecoderState
 
 
 @torch.no_grad()

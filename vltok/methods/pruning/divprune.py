@@ -17,7 +17,7 @@ from vltok.method import register
 from vltok.methods.pruning.correction import Correction, centred
 from vltok.methods.pruning.greedy import greedy_order
 from vltok.methods.pruning.selector import Selector
-from vltok.views import VisualTokens
+from vltok.visual import VisualTokens
 
 
 def max_min_order(tokens: torch.Tensor, num_keep: int, weights: torch.Tensor | None = None) -> torch.Tensor:

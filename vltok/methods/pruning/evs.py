@@ -16,7 +16,7 @@ from vltok.method import register
 from vltok.methods.pruning.floors import select_stride
 from vltok.methods.pruning.selector import Selector
 from vltok.tokens import Grid3, keep_count
-from vltok.views import VisualTokens
+from vltok.visual import VisualTokens
 
 
 def select_changes(tokens: torch.Tensor, num_frames: int, num_keep: int) -> torch.Tensor:

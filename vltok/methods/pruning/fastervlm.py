@@ -13,7 +13,7 @@ import torch
 
 from vltok.method import register
 from vltok.methods.pruning.selector import Selector
-from vltok.views import AttentionRequest, VisualTokens
+from vltok.visual import AttentionRequest, VisualTokens
 
 
 def select_top(scores: torch.Tensor, num_keep: int) -> torch.Tensor:

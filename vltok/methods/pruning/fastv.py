@@ -17,7 +17,7 @@ from vltok.method import register
 from vltok.methods.pruning.ranking import keep_top, of_tokens
 from vltok.methods.pruning.rule import RuleAtLayer
 from vltok.tokens import Grid, Grid3
-from vltok.views import DecoderState
+from vltok.visual import DecoderState
 
 
 def regions_of(

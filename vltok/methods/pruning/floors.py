@@ -12,7 +12,7 @@ import torch
 from vltok.checks import check_integer
 from vltok.method import register
 from vltok.methods.pruning.selector import Selector
-from vltok.views import VisualTokens
+from vltok.visual import VisualTokens
 
 _WEYL = 0x9E3779B97F4A7C15
 

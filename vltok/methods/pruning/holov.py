@@ -17,7 +17,7 @@ import torch
 from vltok.checks import check_integer
 from vltok.method import register
 from vltok.methods.pruning.tower import TowerSelector, pick_patches
-from vltok.views import VisualTokens
+from vltok.visual import VisualTokens
 
 
 def share_budget(scores: Sequence[float], num_keep: int, sizes: Sequence[int] | None = None) -> list[int]:

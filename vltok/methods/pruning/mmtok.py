@@ -15,7 +15,7 @@ from vltok.checks import is_number
 from vltok.method import register
 from vltok.methods.pruning.greedy import check_usable, float32_products, write_gram
 from vltok.methods.pruning.question import TextSelector, question_words
-from vltok.views import Need, VisualTokens
+from vltok.visual import Need, VisualTokens
 
 
 def coverage(

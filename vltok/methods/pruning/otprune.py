@@ -15,7 +15,7 @@ from vltok.method import register
 from vltok.methods.pruning.determinant import max_determinant_order
 from vltok.methods.pruning.greedy import GRAM_ENTRIES, check_usable, float32_products, write_gram
 from vltok.methods.pruning.selector import Selector
-from vltok.views import VisualTokens
+from vltok.visual import VisualTokens
 
 
 def transport_order(tokens: torch.Tensor, num_keep: int, gamma: float = 0.01) -> torch.Tensor:

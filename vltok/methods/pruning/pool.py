@@ -16,7 +16,7 @@ from vltok.errors import UnsupportedInputError
 from vltok.method import register
 from vltok.methods.pruning.selector import Selector
 from vltok.tokens import Grid, Grid3, keep_count
-from vltok.views import Selection, VisualTokens
+from vltok.visual import Selection, VisualTokens
 
 
 def pool_shape(grid: Grid, num_cells: int) -> Grid:

@@ -18,7 +18,7 @@ from vltok.method import register
 from vltok.methods.pruning.floors import select_stride
 from vltok.methods.pruning.greedy import check_usable, cosine_matrix
 from vltok.methods.pruning.tower import TowerMerger, mix_tokens, pick_patches
-from vltok.views import Selection, VisualTokens
+from vltok.visual import Selection, VisualTokens
 
 
 def select_centres(attention: torch.Tensor, num_keep: int, num_attended: int) -> torch.Tensor:

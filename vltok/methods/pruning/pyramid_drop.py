@@ -14,7 +14,7 @@ import torch
 from vltok.method import register
 from vltok.methods.pruning.ranking import keep_top
 from vltok.methods.pruning.rule import RuleInStages
-from vltok.views import DecoderState
+from vltok.visual import DecoderState
 
 
 @register("pyramid_drop")

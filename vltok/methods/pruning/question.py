@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from vltok.methods.pruning.selector import Selector
-from vltok.views import Need, VisualTokens
+from vltok.visual import Need, VisualTokens
 
 
 @dataclass(frozen=True)

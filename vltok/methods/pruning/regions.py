@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from vltok.errors import UnsupportedInputError
-from vltok.views import VisualTokens
+from vltok.visual import VisualTokens
 
 # What `VisualTokens` has for each token, (B, N, ...).
 _OF_TOKENS = ("embeddings", "attention", "is_overview", "coordinates", "features", "keys", "clip_image")

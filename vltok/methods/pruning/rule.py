@@ -16,7 +16,8 @@ from vltok.checks import check_integer, check_one_budget, is_number
 from vltok.edits import Edits
 from vltok.method import Method, Run
 from vltok.tokens import keep_count
-from vltok.views import DecoderState, LanguageView
+from vltok.views import LanguageView
+from vltok.visual import DecoderState
 
 _ROUNDING = 1e-6  # a share times a whole number that should be whole may come out a little below
 

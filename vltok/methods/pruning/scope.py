@@ -17,7 +17,7 @@ from vltok.checks import is_number
 from vltok.method import register
 from vltok.methods.pruning import greedy
 from vltok.methods.pruning.tower import TowerSelector
-from vltok.views import Need, VisualTokens
+from vltok.visual import Need, VisualTokens
 
 _AT_A_TIME = 32  # gains computed anew in one go
 

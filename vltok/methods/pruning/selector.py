@@ -13,7 +13,8 @@ from vltok.method import Method, Run
 from vltok.methods.pruning.merging import merge_into_kept
 from vltok.methods.pruning.regions import part_of, region_places, region_quotas
 from vltok.tokens import Grid3, gather_tokens, keep_count
-from vltok.views import AttentionRequest, LanguageView, Need, Selection, VisualTokens
+from vltok.views import LanguageView
+from vltok.visual import AttentionRequest, Need, Selection, VisualTokens
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from vltok.methods.pruning.floors import position_hash
 from vltok.methods.pruning.greedy import float32_products, greedy_order, times_row
 from vltok.methods.pruning.rule import layer_at
 from vltok.methods.pruning.selector import Selector
-from vltok.views import AttentionRequest, DecoderState, LanguageView, VisualTokens
+from vltok.views import LanguageView
+from vltok.visual import AttentionRequest, DecoderState, VisualTokens
 
 Strategy = Literal["max_sum", "k_center"]
 Pivot = Literal["auto", "cls", "center", "farthest", "random"]

@@ -15,7 +15,7 @@ import torch
 from vltok.methods.pruning.fastervlm import select_top
 from vltok.methods.pruning.greedy import float32_products
 from vltok.methods.pruning.selector import Selector
-from vltok.views import AttentionRequest, Need, Selection, VisualTokens
+from vltok.visual import AttentionRequest, Need, Selection, VisualTokens
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from vltok.checks import check_share
 from vltok.method import register
 from vltok.methods.pruning.greedy import check_usable, cosine_matrix
 from vltok.methods.pruning.tower import TowerMerger, mix_tokens, pick_patches
-from vltok.views import Selection, VisualTokens
+from vltok.visual import Selection, VisualTokens
 
 
 def dominant_and_targets(attention: torch.Tensor, num_keep: int, num_targets: int) -> tuple[torch.Tensor, torch.Tensor]:

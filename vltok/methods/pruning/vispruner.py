@@ -15,7 +15,7 @@ from vltok.checks import check_share
 from vltok.method import register
 from vltok.methods.pruning.greedy import check_usable, cosine_matrix
 from vltok.methods.pruning.tower import TowerSelector, pick_patches
-from vltok.views import Need, VisualTokens
+from vltok.visual import Need, VisualTokens
 
 _DROPPED_A_ROUND = 8
 
