@@ -1,6 +1,7 @@
 """Write a selector that merges: it keeps the means of strips of visual tokens."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -24,7 +25,7 @@ class Strips(vltok.Selector):
 
 
 if __name__ == "__main__":
-    folder = "eval/canvas/model"
+    folder = Path(__file__).parents[1] / "eval/canvas/model"
     model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
     inputs = processor(
         images=Image.new("RGB", (128, 128)), text="<image> how many items are there", return_tensors="pt"

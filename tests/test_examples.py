@@ -112,8 +112,7 @@ def test_finetune_tokenpacker_trains_a_projector_that_loads_and_answers(run, ima
     assert (handle.methods[0].scale_factor, handle.methods[0].init) == (2, "pool")
 
 
-def test_own_selector_prints_an_answer_and_the_report(run, monkeypatch):
-    monkeypatch.chdir(EXAMPLES.parent)  # where the model lies that it asks
+def test_own_selector_prints_an_answer_and_the_report(run):
     printed = run("own_selector.py")
     assert "visual tokens 256 -> 26" in printed
     assert printed.splitlines()[0].endswith("</s>")
@@ -232,6 +231,8 @@ def test_no_example_sends_a_request_unless_download_is_asked_for(image, tmp_path
         ("finetune_tokenpacker.py", name, data, tmp_path / "out"),
         ("finetune_tokenpacker.py", folder, data, tmp_path / "out", "--steps", 1, "--batch", 2),
         ("prune_own_model.py", own, image, "w1 <image> w2", "--image-token-id", 4),
+        ("own_selector.py",),
+        ("compare_methods.py", image, "w1", "--model", folder, "--methods", "stride"),
         ("robust_vit.py", tmp_path / "pictures", tmp_path / "robust.pt", *vit),
         ("soft_vit.py", tmp_path / "pictures", tmp_path / "attention", *vit),
     ]
