@@ -6,7 +6,7 @@ import pytest
 import torch
 import trl
 from datasets import Dataset, Features, Image, List, Value
-from tiny import picture
+from tiny import LLAVA, QWEN2_5_VL, picture
 from torch.nn import functional as F
 from train.runs import losses
 from train.templates import CHATS, Chat
@@ -17,7 +17,7 @@ DIVPRUNE = vltok.DivPrune(keep_ratio=0.25)
 QUIET = {"report_to": "none", "use_cpu": True, "bf16": False, "disable_tqdm": True, "save_strategy": "no"}
 SHORT = {**QUIET, "per_device_train_batch_size": 2, "logging_steps": 1, "learning_rate": 1e-3}
 two_families = pytest.mark.parametrize(
-    "chat", [chat for chat in CHATS if chat.family.name in ("llava", "qwen2_5_vl")], ids=lambda chat: chat.family.name
+    "chat", [chat for chat in CHATS if chat.family in (LLAVA, QWEN2_5_VL)], ids=lambda chat: chat.family.name
 )
 
 
