@@ -13,6 +13,7 @@ import zoo
 from prompts import BATCH, batch, generate, single
 from reference import assert_close
 from tiny import TinyFamily, shared_model
+from versions import orders_repeated_images
 
 import vltok
 from vltok.engine.question import turn_of
@@ -226,7 +227,13 @@ def test_picks_for_a_question_stay_while_the_answer_grows(family: TinyFamily):
         count = len(method.seen)
         assert torch.equal(generate(model, inputs, use_cache=False), cached)
         assert len(method.seen) == 2 * count  # asked once more, and not with every word
-        inputs = batch(family, names=["text around", "image first"])
+
+
+@orders_repeated_images
+@every
+def test_picks_for_a_question_stay_while_beams_grow(family: TinyFamily):
+    model, inputs = shared_model(family), batch(family, names=["text around", "image first"])
+    with vltok.apply(model, Reading(keep_ratio=0.4)):
         beams = generate(model, inputs, num_beams=2)
         assert torch.equal(generate(model, inputs, num_beams=2, use_cache=False), beams)
 

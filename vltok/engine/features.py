@@ -159,6 +159,7 @@ class Tape(threading.local):
     def __init__(self) -> None:
         self.encoding: Encoding | None = None
         self.waiting: weakref.ref | None = None
+        self.answer: dict[Any, dict[Any, Any]] | None = None  # what was decided on pictures, while `generate` runs
 
     @contextmanager
     def nothing_encoded(self) -> Iterator[None]:
@@ -174,6 +175,24 @@ class Tape(threading.local):
 
     def __reduce__(self) -> tuple[type[Tape], tuple]:
         return Tape, ()
+
+
+class Answering(MethodWrapper):
+    """Stands in the place of `generate` where that encodes images with every word: what was decided on them stays.
+
+    Args:
+        tape: The engine's.
+    """
+
+    def __init__(self, tape: Tape) -> None:
+        self.tape = tape
+
+    def around(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        outer, self.tape.answer = self.tape.answer, {}
+        try:
+            return call(*args, **kwargs)
+        finally:
+            self.tape.answer = outer
 
 
 class Recent:
@@ -286,6 +305,9 @@ class Encoder(MethodWrapper):
         encoding.lengths = [len(entry) for entry in entries]
         encoding.keys, encoding.spans = self._describe(encoding, pixels)
         encoding.rows = torch.cat([row_keys(entry) for entry in entries]) if entries else torch.zeros(0).long()
+        if self.tape.answer is not None:
+            same = self.kind, *encoding.keys.tolist()
+            encoding.decisions = self.tape.answer.setdefault(same, encoding.decisions)
         pooled = getattr(output, "pooler_output", output)
         for each in (output, *(pooled if isinstance(pooled, list | tuple) else ())):
             if not isinstance(each, list | tuple):

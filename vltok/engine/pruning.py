@@ -25,9 +25,9 @@ from vltok.engine.attention import unreadable
 from vltok.engine.cache import check_cache, is_pruned
 from vltok.engine.call import Call, Continuation, Hints
 from vltok.engine.decoder import after_attention, after_decoder, before_decoder, before_layer
-from vltok.engine.features import ENCODERS, KEYWORD, KINDS, PIXELS, Encoder, Encoding, Recent, Tape, Wanted
+from vltok.engine.features import ENCODERS, KEYWORD, KINDS, PIXELS, Answering, Encoder, Encoding, Recent, Tape, Wanted
 from vltok.engine.masks import seen_by_any, stores_of
-from vltok.engine.names import cache_in
+from vltok.engine.names import ENCODES_ONCE, cache_in
 from vltok.engine.parts import attention_of, layers_read
 from vltok.engine.pictures import sources_in
 from vltok.engine.prompt import Prompt
@@ -77,6 +77,8 @@ class PruningEngine:
         """Hook the model, the head around it if there is one, and its decoder."""
         if head is not None:
             self.edits.before(head, before_head)
+            if not ENCODES_ONCE and hasattr(head, "generate"):
+                self.edits.wrap_method(head, "generate", Answering(self.tape))
         self.edits.before(self.model, self.before_model)
         self.edits.after(self.model, self.after_model)
         self.follow()
