@@ -297,7 +297,11 @@ MINIMAX_M3_VL = _kind(
 BLOCKS = {"layer_types": ["full_attention", *["minimax_m3_sparse"] * 3], "index_n_heads": 2, "index_head_dim": 8}
 BLOCKS |= {"index_block_size": 4, "index_topk_blocks": 24}
 MINIMAX_M3_VL_SPARSE = replace(
-    MINIMAX_M3_VL, build=functools.partial(_minimax_m3_vl, **BLOCKS), variant="sparse", unable=("packing",)
+    MINIMAX_M3_VL,
+    build=functools.partial(_minimax_m3_vl, **BLOCKS),
+    variant="sparse",
+    drop_depth=0.25,  # the layers behind leave keys out by an indexer, so that their attention isn't read
+    unable=("packing",),
 )
 # Frames of a video are pooled two by two.
 KIMI_K25 = _kind(
