@@ -7,7 +7,6 @@ from dataclasses import fields
 from typing import Any
 
 import transformers
-from packaging.version import Version
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 # The KV cache is one word for models, decoder layers, attention, mask functions and outputs: `cache` from 5.24 on,
@@ -16,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 _OLD = "past_key_values"
 CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else _OLD
 # Whether `generate` encodes images once; before, it does so with every word where there is no cache.
-ENCODES_ONCE = Version(transformers.__version__) >= Version("5.18")
+ENCODES_ONCE = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 18)
 
 
 def cache_in(kwargs: Mapping[str, Any]) -> Any:
