@@ -106,11 +106,16 @@ class Method:
                 wrong = f"{key.strip()} twice" if equals else repr(setting)
                 raise ValueError(f"a setting of a method is written once, as key=value, got {wrong} in {text!r}")
             given[key.strip()] = _value(value.strip())
-        version = _METHODS[name].version if name in _METHODS else None
         try:
-            return Method.from_dict({"method": name, "version": version, **given}, writer=None)
+            return Method.from_settings(name, given)
         except TypeError as error:
             raise ValueError(f"{text!r}: {error}") from error
+
+    @staticmethod
+    def from_settings(name: str, settings: Mapping[str, Any]) -> Method:
+        """Build a method that a person names, with these settings; errors are those of `from_dict` and of the method."""
+        version = _METHODS[name].version if name in _METHODS else None
+        return Method.from_dict({"method": name, "version": version, **settings}, writer=None)
 
 
 def _nearest(given: Iterable[object], known: Iterable[str]) -> str:

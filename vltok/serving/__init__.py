@@ -1,0 +1,1 @@
+"""Serving: visual-token pruning where requests are batched by a server."""

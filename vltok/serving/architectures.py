@@ -1,0 +1,34 @@
+"""Which models can be served pruned, and what a server calls them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A kind of model that vLLM serves pruned.
+
+    Attributes:
+        name: What vLLM knows it by.
+        module: The module of `vltok.serving.vllm` that has it.
+        cls: Its class there.
+        has_axes: Whether visual tokens have positions on several axes.
+        videos: Whether videos are pruned, too.
+    """
+
+    name: str
+    module: str
+    cls: str
+    has_axes: bool = False
+    videos: bool = False
+
+
+# By the `model_type` of the model's config.
+ARCHITECTURES = {
+    "llava": Architecture("VltokLlavaForConditionalGeneration", "llava", "PrunedLlava"),
+    "qwen2_5_vl": Architecture(
+        "VltokQwen2_5_VLForConditionalGeneration", "qwen", "PrunedQwen2_5_VL", has_axes=True, videos=True
+    ),
+}
+BY_NAME = {architecture.name: architecture for architecture in ARCHITECTURES.values()}

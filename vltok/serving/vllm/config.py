@@ -1,0 +1,62 @@
+"""Checks what a server is asked for while it reads the model's config, before anything is loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.config.model import ModelConfig
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+from vltok.errors import UnsupportedInputError, UnsupportedModelError
+from vltok.serving.architectures import BY_NAME
+from vltok.serving.options import FIELD, REQUEST, Pruning, check_positions
+
+REACH = 4  # how many times its length a decoder's positions may reach, as vLLM has it for those on several axes
+SECTIONS = "mrope_section"  # where vLLM reads that a model has positions on several axes
+
+
+class PrunedConfig(VerifyAndUpdateConfig):
+    """vLLM asks this about a model whose architecture is one of ours."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: ModelConfig) -> None:
+        config = model_config.hf_config
+        pruning = Pruning.of_config(config)
+        if pruning is None:
+            return
+        own = BY_NAME[model_config.architecture]
+        check_positions(pruning.selector, own.has_axes)
+        _check_options(model_config)
+        if pruning.selector.positions != "reindex" and not own.has_axes:
+            if getattr(model_config.hf_text_config, "sliding_window", None):
+                raise UnsupportedInputError(
+                    f'positions="{pruning.selector.positions}" counts sliding windows in tokens of the whole prompt, '
+                    'and vLLM counts them in those that are left; use positions="reindex"'
+                )
+            # All axes agree. The decoder gets one of them: its rotary embedding stays what it is, but reaches further,
+            # as positions count what was dropped.
+            setattr(config, SECTIONS, [1, 1, 1])
+            model_config.hf_text_config.max_position_embeddings *= REACH
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        pruning = Pruning.of_config(vllm_config.model_config.hf_config)
+        ranks = vllm_config.parallel_config.tensor_parallel_size
+        if pruning is not None and ranks > 1 and looks_at_tower(pruning.selector):
+            raise UnsupportedModelError(
+                f"{pruning.selector.name} reads attention in the vision tower, whose heads are spread over {ranks} "
+                "ranks here; serve with one, or choose a method that needs none, such as divprune"
+            )
+
+
+def looks_at_tower(selector: Any) -> bool:
+    """Whether a selector asks for attention or keys in the vision tower."""
+    return "keys" in selector.needs or any(selector.attention_request(has_cls) for has_cls in (False, True))
+
+
+def _check_options(model_config: ModelConfig) -> None:
+    multimodal = model_config.multimodal_config
+    given = sorted({*REQUEST} & {*(multimodal.mm_processor_kwargs or {})}) if multimodal is not None else []
+    if given:
+        raise ValueError(f"{', '.join(given)} is for single requests; a server's own budget stands in {FIELD}")

@@ -1,0 +1,93 @@
+"""Writes as few placeholders into a prompt as visual tokens are kept."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from vllm.multimodal.inputs import MultiModalBatchedField, MultiModalFieldElem, MultiModalKwargsItem
+from vllm.multimodal.processing.inputs import ProcessorInputs
+from vllm.multimodal.processing.processor import PromptReplacement, PromptUpdate, PromptUpdateDetails
+
+from vltok.serving.options import REQUEST, Pruning, identity, to_numbers, without_budget
+from vltok.tokens import Grid3, keep_count
+
+BUDGET = "vltok_budget"  # travels with an image: (visual tokens, keep_ratio or NaN, num_keep or NaN), float64
+
+
+class PrunedInfo:
+    """Stands before a processing info of vLLM, and says how many tokens an image has at most."""
+
+    def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int] | None:
+        most = super().get_mm_max_tokens_per_item(seq_len, mm_counts)
+        pruning = Pruning.of_config(self.get_hf_config())
+        if most is None or pruning is None:
+            return most
+        largest = pruning.largest
+        return {kind: keep_count(count, largest.keep_ratio, largest.num_keep) for kind, count in most.items()}
+
+
+class PrunedProcessor:
+    """Stands before a processor of vLLM. A subclass says in `grid_of` which grid the tokens of an image form."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.pruning = Pruning.of_config(self.info.get_hf_config())
+
+    def grid_of(self, item: MultiModalKwargsItem, kind: str, num_tokens: int) -> Grid3 | None:
+        """Frames, rows and columns that the tokens of an image or video form, or None."""
+        return None
+
+    def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> ProcessorInputs:
+        """What vLLM measures memory with: as many tokens as a request may ask for."""
+        inputs = super().get_dummy_inputs(*args, **kwargs)
+        if self.pruning is not None:
+            most = {key: getattr(self.pruning.largest, name) for key, name in REQUEST.items()}
+            inputs.hf_processor_mm_kwargs = {**inputs.hf_processor_mm_kwargs, **most}
+        return inputs
+
+    def _get_mm_hashes(self, inputs: ProcessorInputs) -> dict[str, list[str]]:
+        hashes = super()._get_mm_hashes(inputs)
+        if self.pruning is None:
+            return hashes
+        own = identity(self.pruning.of_request(inputs.hf_processor_mm_kwargs))
+        own = hashlib.sha256(own.encode()).hexdigest()[:16]
+        return {kind: [f"{each}-{own}" for each in values] for kind, values in hashes.items()}
+
+    def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> Any:
+        return super()._apply_hf_processor_main(mm_items, without_budget(hf_kwargs))
+
+    def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]) -> Any:
+        return super()._get_mm_fields_config(hf_inputs, without_budget(hf_processor_mm_kwargs))
+
+    def _get_prompt_updates(
+        self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, object], out_mm_kwargs: Any
+    ) -> Sequence[PromptUpdate]:
+        options = without_budget(hf_processor_mm_kwargs)
+        updates = super()._get_prompt_updates(mm_items, options, out_mm_kwargs)
+        if self.pruning is None:
+            return updates
+        return [self._pruned(update, hf_processor_mm_kwargs, out_mm_kwargs) for update in updates]
+
+    def _pruned(self, update: PromptReplacement, options: Mapping[str, object], items: Any) -> PromptReplacement:
+        """The same update with as many placeholders as are kept, whose budget is noted in the items."""
+        kind = update.modality
+        selector = self.pruning.of_request(options)
+
+        def replacement(number: int) -> PromptUpdateDetails:
+            content = update.content(number) if callable(update.content) else update.content
+            details = content if isinstance(content, PromptUpdateDetails) else PromptUpdateDetails.from_seq(content)
+            is_embed = torch.ones(len(details.full), dtype=torch.bool)
+            if details.is_embed is not None:
+                is_embed = details.is_embed(details.full)
+            item, count = items[kind][number], int(is_embed.sum())
+            kept = self.pruning.count(selector, count, self.grid_of(item, kind, count), kind)
+            data = torch.tensor([count, *to_numbers(selector)], dtype=torch.float64)
+            item[BUDGET] = MultiModalFieldElem(data=data, field=MultiModalBatchedField(keep_on_cpu=True))
+            stays = ~is_embed | (is_embed.cumsum(0) <= kept)
+            return replace(details, full=torch.tensor(details.full)[stays].tolist())
+
+        return PromptReplacement(modality=kind, target=update.target, replacement=replacement)
