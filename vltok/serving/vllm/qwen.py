@@ -6,6 +6,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.vision_utils import get_vision_window_index
 from vllm.model_executor.models.qwen2_5_vl import (
     Qwen2_5_VLDummyInputsBuilder,
@@ -54,7 +55,11 @@ class PrunedQwen(PrunedModel):
 
     def tower_reader(self, selector: Selector) -> TowerReader:
         depth = self.config.vision_config.depth
-        return TowerReader(selector, self.visual, depth, False, self.visual.merger, is_sequence_first=True)
+        return TowerReader(selector, self.visual, depth, False, self.before_merger(), is_sequence_first=True)
+
+    def before_merger(self) -> nn.Module:
+        """What gets the features of single patches: the norm in the merger, which itself may be compiled."""
+        return self.visual.merger.ln_q
 
     def part(self, arguments: dict[str, Any], first: int, last: int) -> dict[str, Any]:
         grids = arguments[next(name for name in GRIDS.values() if name in arguments)]

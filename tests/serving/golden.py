@@ -1,0 +1,175 @@
+"""Writes what vltok on transformers answers, for tests that run where a server is installed, and not these versions.
+
+    python tests/serving/golden.py FOLDER [NAME ...]
+
+FOLDER gets a folder for each model: the model and its processor as a server reads them, the images, and `golden.json`:
+the requests, and for each method what is generated, with log-probabilities and the tokens that were kept.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from matrix import FAMILIES
+from PIL import Image
+from tiny import TinyFamily, clip, picture, sharpen
+from torch import nn
+
+import vltok
+from vltok.methods import Selector
+
+NEW_TOKENS = 6
+SIZES = [(56, 56), (40, 72), (72, 40), (64, 48), (56, 28), (28, 56)]
+# By name of the row; where nothing else is said, positions are kept.
+METHODS = (
+    "divprune,keep_ratio=0.25",
+    "todre,keep_ratio=0.3,relevance=False,pivot=center",
+    "random,keep_ratio=0.5",
+    "stride,keep_ratio=0.25,regions=(2,2)",
+    "fastervlm,keep_ratio=0.25",
+    "visionzip,keep_ratio=0.3",
+    "scope,keep_ratio=0.25",
+    "holov,num_keep=6",
+    "divprune,keep_ratio=0.25,merge=nearest",
+    "pool,keep_ratio=0.25",
+)
+ONE_AXIS = ("divprune,keep_ratio=0.25,positions=reindex", "random,keep_ratio=0.3,positions=stretch")
+VIDEO = ("evs,keep_ratio=0.4", "divprune,keep_ratio=0.25,per=frame", "vidcom2,keep_ratio=0.3")
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model that is served.
+
+    Attributes:
+        family: Its row among the tiny models of the tests.
+        methods: What it is pruned with, as text.
+        videos: Whether requests have videos, too.
+        unlike: Requests that transformers and a server answer differently without any method, with the reason.
+    """
+
+    family: TinyFamily
+    methods: tuple[str, ...]
+    videos: bool = False
+    unlike: dict[int, str] = field(default_factory=dict)
+
+
+def widened(family: TinyFamily) -> nn.Module:
+    """The tiny model with heads of 32 channels: servers know none of 16."""
+    model = family.build("sdpa")
+    config = model.config
+    text = config.text_config
+    text.hidden_size, text.head_dim = 128, 32
+    for name, value in (("out_hidden_size", 128), ("hidden_size", 128)):
+        if name == "out_hidden_size" and hasattr(config.vision_config, name):
+            setattr(config.vision_config, name, value)
+        elif name == "hidden_size" and config.model_type == "qwen2_vl":
+            config.vision_config.hidden_size = value
+    rope = getattr(text, "rope_parameters", None) or {}
+    if "mrope_section" in rope:
+        rope["mrope_section"] = [2 * each for each in rope["mrope_section"]]
+    model = sharpen(type(model)(config))
+    model.generation_config.suppress_tokens = None
+    return model
+
+
+@contextmanager
+def noting(picked: dict[str, list[int]]) -> Iterator[None]:
+    """Note what selectors pick, by the key of the image."""
+    pick = Selector.pick
+
+    def noted(self: Selector, visual: Any, num_keep: int) -> Any:
+        selection = pick(self, visual, num_keep)
+        for key, row in zip(visual.image_keys.tolist(), selection.indices.tolist(), strict=True):
+            picked[str(key)] = row
+        return selection
+
+    Selector.pick = noted
+    try:
+        yield
+    finally:
+        Selector.pick = pick
+
+
+def requests(served: Served, folder: Path) -> list[dict[str, Any]]:
+    """Prompts with one image or two, some side by side; the images lie in the folder."""
+    family, made = served.family, []
+    for number in range(12):
+        size = SIZES[number % len(SIZES)] if family.resizes else family.size
+        picture(number, size).save(folder / f"{number}.png")
+    for number in range(24):
+        first, second = number % 12, (number + 5) % 12
+        if number % 3 == 2:
+            between = " " if number % 2 else " w7 w8 "
+            made.append({"text": f"<image>{between}<image> w{number} w2 w3", "images": [first, second]})
+        else:
+            made.append({"text": f"w{number} w5 <image> w1 w{number + 3}", "images": [first]})
+    if served.videos:
+        for number in range(6):
+            made.append({"text": f"w1 <video> w{number} w3", "images": [], "videos": [number]})
+        made.append({"text": "w1 <video> w4 <image> w3", "images": [1], "videos": [0]})
+        made.append({"text": "w1 <image> w4 <video> w3", "images": [2], "videos": [1]})
+    return made
+
+
+def frames_of(number: int) -> torch.Tensor:
+    """The frames of a video, (T, H, W, 3), uint8."""
+    return clip(number, SIZES[number % len(SIZES)], frames=4 + 2 * (number % 2))
+
+
+@torch.no_grad()
+def answers(model: nn.Module, family: TinyFamily, processor: Any, asked: list[dict[str, Any]], folder: Path) -> list:
+    """What is generated greedily for each request alone: ids and their log-probabilities."""
+    rows = []
+    for request in asked:
+        images = [Image.open(folder / f"{number}.png") for number in request["images"]]
+        videos = [frames_of(number) for number in request.get("videos", ())]
+        inputs = family.inputs([request["text"]], images, processor=processor, videos=videos)
+        output = model.generate(
+            **inputs,
+            max_new_tokens=NEW_TOKENS,
+            min_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        ids = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+        scores = [row.log_softmax(-1)[0, own].item() for row, own in zip(output.logits, ids, strict=True)]
+        rows.append({"ids": ids, "scores": scores})
+    return rows
+
+
+def write(name: str, served: Served, root: Path) -> None:
+    """Write the folder of a model."""
+    folder = root / name
+    folder.mkdir(parents=True, exist_ok=True)
+    family = served.family
+    model, processor = widened(family), family.processor()
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    asked = requests(served, folder)
+    for request in asked:
+        request["prompt"] = request["text"].replace("<image>", family.image).replace("<video>", family.video)
+    results = {"": {"rows": answers(model, family, processor, asked, folder), "picked": {}}}
+    for method in served.methods:
+        picked: dict[str, list[int]] = {}
+        with noting(picked), vltok.apply(model, method):
+            results[method] = {"rows": answers(model, family, processor, asked, folder), "picked": picked}
+    (folder / "golden.json").write_text(json.dumps({"requests": asked, "results": results}))
+
+
+SERVED = {
+    "llava": Served(FAMILIES["llava-cls"], METHODS + ONE_AXIS),
+    "qwen2_5_vl": Served(FAMILIES["qwen2_5_vl-no-cls"], METHODS + VIDEO, videos=True),
+}
+
+if __name__ == "__main__":
+    for name in sys.argv[2:] or SERVED:
+        write(name, SERVED[name], Path(sys.argv[1]))
