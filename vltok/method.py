@@ -113,7 +113,7 @@ class Method:
 
     @staticmethod
     def from_settings(name: str, settings: Mapping[str, Any]) -> Method:
-        """Build a method that a person names, with these settings; errors are those of `from_dict` and of the method."""
+        """Build the method that a person names, with these settings; errors are those of `from_dict` and its own."""
         version = _METHODS[name].version if name in _METHODS else None
         return Method.from_dict({"method": name, "version": version, **settings}, writer=None)
 
