@@ -194,7 +194,8 @@ SERVED = {
     "llava_next": Served(FAMILIES["llava_next-cls"], NO_GRID, sizes=(*SIZES, (84, 50))),
     "llava_onevision": Served(
         replace(FAMILIES["llava_onevision-no-cls"], build=onevision, processor=onevision_processor),
-        NO_GRID + VIDEO,
+        # Of four tokens of a frame, the two that are farthest apart are equally good for DivPrune.
+        (*NO_GRID, "evs,keep_ratio=0.4", "random,keep_ratio=0.5,per=frame", "vidcom2,keep_ratio=0.3"),
         videos=True,
         sizes=((56, 56), (40, 72), (112, 100), (64, 48), (200, 180)),
     ),

@@ -121,7 +121,7 @@ def _check_seen(item: MultiModalKwargsItem, kind: str, selector: Selector) -> No
     wanted = sorted(reads_of_tower(selector))
     if wanted and f"{kind}_embeds" in item:
         raise ValueError(
-            f"{selector.name} looks at {' and '.join(wanted)} in the vision tower, which an {kind} that comes as "
-            "embeddings hasn't been through; give its pixels, or serve with a method that needs no more than "
+            f"{selector.name} looks at {' and '.join(wanted)} in the vision tower, which {kind}s that come as "
+            "embeddings haven't been through; give pixels, or serve with a method that needs no more than "
             "embeddings, such as divprune"
         )
