@@ -12,7 +12,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,10 @@ METHODS = (
     "divprune,keep_ratio=0.25,merge=nearest",
     "pool,keep_ratio=0.25",
 )
+# Those that need a grid, which there is none of where an image has several crops or tiles.
+GRID = ("stride,keep_ratio=0.25,regions=(2,2)", "pool,keep_ratio=0.25")
 ONE_AXIS = ("divprune,keep_ratio=0.25,positions=reindex", "random,keep_ratio=0.3,positions=stretch")
+NO_GRID = (*(each for each in METHODS + ONE_AXIS if each not in GRID), "stride,keep_ratio=0.25")
 VIDEO = ("evs,keep_ratio=0.4", "divprune,keep_ratio=0.25,per=frame", "vidcom2,keep_ratio=0.3")
 
 
@@ -52,12 +55,14 @@ class Served:
         family: Its row among the tiny models of the tests.
         methods: What it is pruned with, as text.
         videos: Whether requests have videos, too.
+        sizes: Sizes of the images, (width, height), in turn; () for those of all rows.
         unlike: Requests that transformers and a server answer differently without any method, with the reason.
     """
 
     family: TinyFamily
     methods: tuple[str, ...]
     videos: bool = False
+    sizes: tuple[tuple[int, int], ...] = ()
     unlike: dict[int, str] = field(default_factory=dict)
 
 
@@ -101,9 +106,9 @@ def noting(picked: dict[str, list[int]]) -> Iterator[None]:
 def requests(served: Served, folder: Path) -> list[dict[str, Any]]:
     """Prompts with one image or two, some side by side; the images lie in the folder."""
     family, made = served.family, []
+    sizes = served.sizes or (SIZES if family.resizes else [family.size])
     for number in range(12):
-        size = SIZES[number % len(SIZES)] if family.resizes else family.size
-        picture(number, size).save(folder / f"{number}.png")
+        picture(number, sizes[number % len(sizes)]).save(folder / f"{number}.png")
     for number in range(24):
         first, second = number % 12, (number + 5) % 12
         if number % 3 == 2:
@@ -165,8 +170,36 @@ def write(name: str, served: Served, root: Path) -> None:
     (folder / "golden.json").write_text(json.dumps({"requests": asked, "results": results}))
 
 
+PINPOINTS = [[56, 112], [112, 56], [112, 112], [224, 224]]  # the last one is more than nine crops, which are shrunk
+SHRINKS = "anyres_max_9"  # vLLM knows no other
+
+
+def onevision(attention: str) -> nn.Module:
+    """LLaVA-OneVision that shrinks images of more than nine crops."""
+    model = FAMILIES["llava_onevision-no-cls"].build(attention)
+    model.config.image_grid_pinpoints, model.config.vision_aspect_ratio = PINPOINTS, SHRINKS
+    return model
+
+
+def onevision_processor() -> Any:
+    """Its processor."""
+    processor = FAMILIES["llava_onevision-no-cls"].processor()
+    processor.image_processor.image_grid_pinpoints, processor.vision_aspect_ratio = PINPOINTS, SHRINKS
+    return processor
+
+
 SERVED = {
     "llava": Served(FAMILIES["llava-cls"], METHODS + ONE_AXIS),
+    "llava_siglip": Served(FAMILIES["llava-no-cls"], METHODS + ONE_AXIS),
+    "llava_next": Served(FAMILIES["llava_next-cls"], NO_GRID, sizes=(*SIZES, (84, 50))),
+    "llava_onevision": Served(
+        replace(FAMILIES["llava_onevision-no-cls"], build=onevision, processor=onevision_processor),
+        # Of four tokens of a frame, the two that are farthest apart are equally good for DivPrune.
+        (*NO_GRID, "evs,keep_ratio=0.4", "random,keep_ratio=0.5,per=frame", "vidcom2,keep_ratio=0.3"),
+        videos=True,
+        sizes=((56, 56), (40, 72), (112, 100), (64, 48), (200, 180)),
+    ),
+    "internvl": Served(FAMILIES["internvl-cls"], (*NO_GRID, "divprune,keep_ratio=0.25,per=tile")),
     "qwen2_5_vl": Served(FAMILIES["qwen2_5_vl-no-cls"], METHODS + VIDEO, videos=True),
 }
 

@@ -27,6 +27,11 @@ class Architecture:
 # By the `model_type` of the model's config.
 ARCHITECTURES = {
     "llava": Architecture("VltokLlavaForConditionalGeneration", "llava", "PrunedLlava"),
+    "llava_next": Architecture("VltokLlavaNextForConditionalGeneration", "llava_next", "PrunedLlavaNext"),
+    "llava_onevision": Architecture(
+        "VltokLlavaOnevisionForConditionalGeneration", "llava_onevision", "PrunedLlavaOnevision", videos=True
+    ),
+    "internvl": Architecture("VltokInternVLForConditionalGeneration", "internvl", "PrunedInternVL"),
     "qwen2_5_vl": Architecture(
         "VltokQwen2_5_VLForConditionalGeneration", "qwen", "PrunedQwen2_5_VL", has_axes=True, videos=True
     ),

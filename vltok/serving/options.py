@@ -18,6 +18,7 @@ from typing import Any
 from vltok.errors import CheckpointError, UnsupportedInputError, UnsupportedModelError
 from vltok.method import Method
 from vltok.methods import Selector
+from vltok.methods.pruning.regions import check_grid
 from vltok.tokens import Grid3
 from vltok.version import __version__
 from vltok.visual import DecoderState
@@ -108,7 +109,7 @@ class Pruning:
             raise ValueError(f"a request takes one of {' and '.join(REQUEST)}, got {dict(options)}")
         return _with_budget(self.selector, asked) if asked else self.selector
 
-    def count(self, selector: Selector, num_tokens: int, grid: Grid3 | None, kind: str) -> int:
+    def count(self, selector: Selector, num_tokens: int, grid: Grid3 | None, kind: str, tiles: int = 1) -> int:
         """How many visual tokens of an image or video are kept for a request.
 
         Args:
@@ -116,12 +117,17 @@ class Pruning:
             num_tokens: Visual tokens of the image or video, N.
             grid: Frames, rows and columns of these, or None.
             kind: "image" or "video".
+            tiles: Tiles of an image that are told apart.
 
         Raises:
+            UnsupportedInputError: If the selector needs a grid, and the tokens form none.
             ValueError: If it is more than a request may ask for.
         """
         count, most = (
-            sum(each.budget(end - begin, own, kind) for begin, end, own in budget_parts(each, num_tokens, grid, kind))
+            sum(
+                _count(each, end - begin, own, kind)
+                for begin, end, own in budget_parts(each, num_tokens, grid, kind, tiles)
+            )
             for each in (selector, self.largest)
         )
         if count > most:
@@ -132,17 +138,35 @@ class Pruning:
         return count
 
 
+def _count(selector: Selector, length: int, grid: Grid3 | None, kind: str) -> int:
+    """How many tokens are kept of some that share a budget."""
+    count = selector.budget(length, grid, kind)
+    if selector.regions is not None and count < length:
+        check_grid(grid)
+    return count
+
+
 def budget_parts(
-    selector: Selector, length: int, grid: Grid3 | None, kind: str
+    selector: Selector, length: int, grid: Grid3 | None, kind: str, tiles: int = 1
 ) -> Iterator[tuple[int, int, Grid3 | None]]:
-    """Begin, end and grid of the tokens of an image or video that share a budget: all, or those of each frame."""
+    """Begin, end and grid of the tokens of an image or video that share a budget: all, or those of a frame or tile."""
     if selector.per == "frame" and kind == "video" and grid is not None:
         frames, rows, columns = grid
         for frame in range(frames):
             begin = frame * rows * columns
             yield begin, length if frame + 1 == frames else begin + rows * columns, (1, rows, columns)
+    elif selector.per == "tile" and kind == "image" and tiles > 1:
+        own = length // tiles
+        for begin in range(0, length, own):
+            yield begin, begin + own, square(own)
     else:
         yield 0, length, grid
+
+
+def square(num_tokens: int) -> Grid3 | None:
+    """The grid of so many tokens, if they form a square."""
+    side = math.isqrt(num_tokens)
+    return (1, side, side) if side**2 == num_tokens else None
 
 
 def to_numbers(selector: Selector) -> list[float]:
@@ -154,6 +178,12 @@ def of_numbers(selector: Selector, numbers: Sequence[float]) -> Selector:
     """The selector with the budget that `to_numbers` wrote."""
     keep_ratio, num_keep = numbers
     return _with_budget(selector, {"keep_ratio": keep_ratio} if math.isnan(num_keep) else {"num_keep": int(num_keep)})
+
+
+def reads_of_tower(selector: Selector) -> set[str]:
+    """What a selector looks at in the vision tower: "attention", "keys", "features"."""
+    asks = any(selector.attention_request(has_cls) for has_cls in (False, True))
+    return {"keys", "features"} & {*selector.needs} | ({"attention"} if asks else set())
 
 
 def identity(selector: Selector) -> str:

@@ -7,10 +7,20 @@ from dataclasses import replace
 import torch
 
 from vltok.errors import UnsupportedInputError
+from vltok.tokens import Grid3
 from vltok.visual import VisualTokens
 
 # What `VisualTokens` has for each token, (B, N, ...).
 _OF_TOKENS = ("embeddings", "attention", "is_overview", "coordinates", "features", "keys", "clip_image")
+
+
+def check_grid(grid: Grid3 | None) -> None:
+    """Raise UnsupportedInputError if tokens form no grid that is known, and so can't be cut into regions."""
+    if grid is None:
+        raise UnsupportedInputError(
+            "the visual tokens of this image form no grid, as those of AnyRes layouts, so they can't be cut into "
+            "regions; leave out regions="
+        )
 
 
 def region_places(visual: VisualTokens, regions: tuple[int, int]) -> list[torch.Tensor]:
@@ -23,11 +33,7 @@ def region_places(visual: VisualTokens, regions: tuple[int, int]) -> list[torch.
     Raises:
         UnsupportedInputError: If they form no grid that is known.
     """
-    if visual.grid is None:
-        raise UnsupportedInputError(
-            "the visual tokens of this image form no grid, as those of AnyRes layouts, so they can't be cut into "
-            "regions; leave out regions="
-        )
+    check_grid(visual.grid)
     _, height, width = visual.grid
     down, across = min(regions[0], height), min(regions[1], width)
     _, row, column = visual.coordinates[0].unbind(-1)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from vllm.config import VllmConfig
 from vllm.config.model import ModelConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from vltok.errors import UnsupportedInputError, UnsupportedModelError
 from vltok.serving.architectures import BY_NAME
-from vltok.serving.options import FIELD, REQUEST, Pruning, check_positions
+from vltok.serving.options import FIELD, REQUEST, Pruning, check_positions, reads_of_tower
 
 REACH = 4  # how many times its length a decoder's positions may reach, as vLLM has it for those on several axes
 SECTIONS = "mrope_section"  # where vLLM reads that a model has positions on several axes
@@ -43,16 +41,11 @@ class PrunedConfig(VerifyAndUpdateConfig):
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
         pruning = Pruning.of_config(vllm_config.model_config.hf_config)
         ranks = vllm_config.parallel_config.tensor_parallel_size
-        if pruning is not None and ranks > 1 and looks_at_tower(pruning.selector):
+        if pruning is not None and ranks > 1 and reads_of_tower(pruning.selector) - {"features"}:
             raise UnsupportedModelError(
                 f"{pruning.selector.name} reads attention in the vision tower, whose heads are spread over {ranks} "
                 "ranks here; serve with one, or choose a method that needs none, such as divprune"
             )
-
-
-def looks_at_tower(selector: Any) -> bool:
-    """Whether a selector asks for attention or keys in the vision tower."""
-    return "keys" in selector.needs or any(selector.attention_request(has_cls) for has_cls in (False, True))
 
 
 def _check_options(model_config: ModelConfig) -> None:

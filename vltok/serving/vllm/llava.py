@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from vltok.errors import UnsupportedModelError
 from vltok.methods import Selector
-from vltok.serving.options import Pruning
+from vltok.serving.options import Pruning, square
 from vltok.serving.vllm.model import FILL, Item, PrunedModel
 from vltok.serving.vllm.processing import PrunedInfo, PrunedProcessor
 from vltok.serving.vllm.tower import TowerReader, layer_of
@@ -31,12 +30,6 @@ from vltok.tokens import Grid3
 NAMES = WeightsMapper(
     orig_to_new_regex={re.compile(r"^(model\.)?vision_tower\.(?!vision_model\.)"): "vision_tower.vision_model."}
 )
-
-
-def square(num_tokens: int) -> Grid3 | None:
-    """The grid of so many tokens, if they form a square."""
-    side = math.isqrt(num_tokens)
-    return (1, side, side) if side**2 == num_tokens else None
 
 
 class PrunedClip(PrunedModel):
@@ -115,5 +108,7 @@ class PrunedLlava(PrunedClip, LlavaForConditionalGeneration):
 def _features_from(encoder: nn.Module, layer: int) -> None:
     """Have a tower give the features of a layer that isn't its last."""
     found: list[torch.Tensor] = []
-    encoder.layers[layer].register_forward_hook(lambda module, args, output: found.append(output))
+    encoder.layers[layer].register_forward_hook(
+        lambda module, args, output: found.append(output[0] if isinstance(output, tuple) else output)
+    )
     encoder.register_forward_hook(lambda module, args, output: found.pop())

@@ -85,14 +85,22 @@ class PrunedModel:
         """The arguments of the encoder for some images of those it was called with."""
         return {name: value[first:last] for name, value in arguments.items()}
 
+    def key(self, item: Item, begin: int, length: int) -> torch.Tensor:
+        """The number that seeds random choices among some tokens of an image, (1,), int64."""
+        return pixel_keys(self.pixels(item).unsqueeze(0)) + begin
+
     def pixels(self, item: Item) -> torch.Tensor:
-        """What the number is made from that seeds random choices: the image's pixels, or its embeddings."""
+        """What that number is made from: the image's pixels, or its embeddings."""
         given = [value for name, value in item.arguments.items() if name.startswith("pixel_values")]
         return torch.as_tensor(given[0]) if given else item.tokens
 
     def grid(self, item: Item) -> Grid3 | None:
         """Frames, rows and columns that the tokens form, or None."""
         return None
+
+    def tiles(self, item: Item) -> int:
+        """Tiles of an image that are told apart; they may have budgets of their own."""
+        return 1
 
     def tower_rows(self, arguments: dict[str, Any], number: int) -> int:
         """How many rows of the tower an image has; or patches, where all images are in one row."""
@@ -118,7 +126,11 @@ class PrunedModel:
     def media(self, feature: MultiModalFeatureSpec) -> Media:
         """Where an image stands in a prompt, and how many positions it takes."""
         place, (length, *_) = feature.mm_position, feature.data[BUDGET].data.tolist()
-        return Media(place.offset, place.offset + place.length, int(length))
+        begin, end = 0, place.length
+        if place.is_embed is not None:  # words belong to it, around its tokens
+            begin, end = place.is_embed.nonzero().flatten()[[0, -1]].tolist()
+            end += 1
+        return Media(place.offset + begin, place.offset + end, int(length))
 
     # What vLLM asks for
 
@@ -218,7 +230,8 @@ class PrunedModel:
         if not tokens.isfinite().all():
             raise UnsupportedInputError("the visual tokens contain NaN or infinity; check the image and the dtype")
         grid = self.grid(item)
-        parts = [self._part(item, grid, *part) for part in budget_parts(selector, len(tokens), grid, item.kind)]
+        bounds = budget_parts(selector, len(tokens), grid, item.kind, self.tiles(item))
+        parts = [self._part(item, own, begin, end) for begin, end, own in bounds]
         indices = torch.cat([where for where, _ in parts])
         kept = torch.cat([own for _, own in parts])
         if not self.carries_positions:
@@ -226,15 +239,13 @@ class PrunedModel:
         offsets, span = self.offsets(item)
         return with_offsets(kept, offsets[:, indices.cpu()].to(kept.device), span)
 
-    def _part(
-        self, item: Item, grid: Grid3 | None, begin: int, end: int, own: Grid3 | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _part(self, item: Item, grid: Grid3 | None, begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Positions and content of what stays of some tokens that share a budget."""
         selector, tokens = item.selector, item.tokens[begin:end].unsqueeze(0)
-        num_keep = selector.budget(end - begin, own, item.kind)
+        num_keep = selector.budget(end - begin, grid, item.kind)
         if num_keep == end - begin:
             return torch.arange(begin, end, device=tokens.device), tokens[0]
-        selection, has_patch = self._selection(item, tokens, own, begin, num_keep)
+        selection, has_patch = self._selection(item, tokens, grid, begin, num_keep)
         content = gather_tokens(tokens, selection.indices)
         if selection.embeddings is not None:
             content = selection.embeddings.to(content.dtype)
@@ -255,7 +266,7 @@ class PrunedModel:
         heads = read["keys"].shape[-2] if "keys" in read else None
         visual = VisualTokens(
             embeddings=tokens,
-            image_keys=pixel_keys(self.pixels(item).unsqueeze(0)).to(device) + begin,
+            image_keys=self.key(item, begin, length).to(device),
             attention=read.get("attention"),
             is_overview=self.overview(item)[begin : begin + length].unsqueeze(0),
             grid=grid,

@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from vllm.multimodal.inputs import MultiModalBatchedField, MultiModalFieldElem, MultiModalKwargsItem
 from vllm.multimodal.processing.inputs import ProcessorInputs
 from vllm.multimodal.processing.processor import PromptReplacement, PromptUpdate, PromptUpdateDetails
 
-from vltok.serving.options import REQUEST, Pruning, identity, to_numbers, without_budget
+from vltok.methods import Selector
+from vltok.serving.options import FIELD, REQUEST, Pruning, identity, reads_of_tower, to_numbers, without_budget
 from vltok.tokens import Grid3, keep_count
 
 BUDGET = "vltok_budget"  # travels with an image: (visual tokens, keep_ratio or NaN, num_keep or NaN), float64
@@ -20,6 +21,22 @@ BUDGET = "vltok_budget"  # travels with an image: (visual tokens, keep_ratio or 
 
 class PrunedInfo:
     """Stands before a processing info of vLLM, and says how many tokens an image has at most."""
+
+    refused: ClassVar[Mapping[str, str]] = {}  # kinds that can't be pruned, with the reason
+
+    def get_supported_mm_limits(self) -> Mapping[str, int | None]:
+        limits = super().get_supported_mm_limits()
+        pruning = Pruning.of_config(self.get_hf_config())
+        return limits if pruning is None else {kind: most for kind, most in limits.items() if kind not in self.refused}
+
+    def validate_num_items(self, modality: str, num_items: int) -> None:
+        """Refuse what can't be pruned."""
+        if num_items and modality in self.refused and Pruning.of_config(self.get_hf_config()) is not None:
+            raise ValueError(
+                f"a {modality} can't be pruned in this model: {self.refused[modality]}; give images, or serve the "
+                f"model without {FIELD}"
+            )
+        super().validate_num_items(modality, num_items)
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int] | None:
         most = super().get_mm_max_tokens_per_item(seq_len, mm_counts)
@@ -40,6 +57,10 @@ class PrunedProcessor:
     def grid_of(self, item: MultiModalKwargsItem, kind: str, num_tokens: int) -> Grid3 | None:
         """Frames, rows and columns that the tokens of an image or video form, or None."""
         return None
+
+    def tiles_of(self, item: MultiModalKwargsItem) -> int:
+        """Tiles of an image that are told apart; they may have budgets of their own."""
+        return 1
 
     def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> ProcessorInputs:
         """What vLLM measures memory with: as many tokens as a request may ask for."""
@@ -84,10 +105,23 @@ class PrunedProcessor:
             if details.is_embed is not None:
                 is_embed = details.is_embed(details.full)
             item, count = items[kind][number], int(is_embed.sum())
-            kept = self.pruning.count(selector, count, self.grid_of(item, kind, count), kind)
+            _check_seen(item, kind, selector)
+            grid, tiles = self.grid_of(item, kind, count), self.tiles_of(item) if kind == "image" else 1
+            kept = self.pruning.count(selector, count, grid, kind, tiles)
             data = torch.tensor([count, *to_numbers(selector)], dtype=torch.float64)
             item[BUDGET] = MultiModalFieldElem(data=data, field=MultiModalBatchedField(keep_on_cpu=True))
             stays = ~is_embed | (is_embed.cumsum(0) <= kept)
             return replace(details, full=torch.tensor(details.full)[stays].tolist())
 
         return PromptReplacement(modality=kind, target=update.target, replacement=replacement)
+
+
+def _check_seen(item: MultiModalKwargsItem, kind: str, selector: Selector) -> None:
+    """Raise ValueError if an image comes as embeddings, and what the selector looks at is not among them."""
+    wanted = sorted(reads_of_tower(selector))
+    if wanted and f"{kind}_embeds" in item:
+        raise ValueError(
+            f"{selector.name} looks at {' and '.join(wanted)} in the vision tower, which {kind}s that come as "
+            "embeddings haven't been through; give pixels, or serve with a method that needs no more than "
+            "embeddings, such as divprune"
+        )
