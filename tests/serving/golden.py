@@ -74,7 +74,7 @@ def widened(family: TinyFamily) -> nn.Module:
             config.vision_config.hidden_size = value
     rope = getattr(text, "rope_parameters", None) or {}
     if "mrope_section" in rope:
-        rope["mrope_section"] = [2 * each for each in rope["mrope_section"]]
+        text.rope_parameters = {**rope, "mrope_section": [2 * each for each in rope["mrope_section"]]}
     model = sharpen(type(model)(config))
     model.generation_config.suppress_tokens = None
     return model
@@ -168,6 +168,9 @@ def write(name: str, served: Served, root: Path) -> None:
 SERVED = {
     "llava": Served(FAMILIES["llava-cls"], METHODS + ONE_AXIS),
     "qwen2_5_vl": Served(FAMILIES["qwen2_5_vl-no-cls"], METHODS + VIDEO, videos=True),
+    "qwen2_vl": Served(FAMILIES["qwen2_vl-no-cls"], METHODS + VIDEO, videos=True),
+    "qwen3_vl": Served(FAMILIES["qwen3_vl-no-cls"], METHODS + VIDEO, videos=True),
+    "qwen3_vl_moe": Served(FAMILIES["qwen3_vl_moe-no-cls"], METHODS + VIDEO, videos=True),
 }
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from vllm.multimodal.inputs import MultiModalBatchedField, MultiModalFieldElem, 
 from vllm.multimodal.processing.inputs import ProcessorInputs
 from vllm.multimodal.processing.processor import PromptReplacement, PromptUpdate, PromptUpdateDetails
 
+from vltok.methods import Selector
 from vltok.serving.options import REQUEST, Pruning, identity, to_numbers, without_budget
 from vltok.tokens import Grid3, keep_count
 
@@ -27,6 +28,8 @@ class PrunedInfo:
         if most is None or pruning is None:
             return most
         largest = pruning.largest
+        if type(largest).budget is not Selector.budget or largest.per == "frame":
+            return most  # how many are kept hangs on the grid, and may be all
         return {kind: keep_count(count, largest.keep_ratio, largest.num_keep) for kind, count in most.items()}
 
 
@@ -40,6 +43,10 @@ class PrunedProcessor:
     def grid_of(self, item: MultiModalKwargsItem, kind: str, num_tokens: int) -> Grid3 | None:
         """Frames, rows and columns that the tokens of an image or video form, or None."""
         return None
+
+    def written(self, details: PromptUpdateDetails, kind: str) -> PromptUpdateDetails:
+        """What stands in a prompt for an image or video, of which the first placeholders are left."""
+        return details
 
     def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> ProcessorInputs:
         """What vLLM measures memory with: as many tokens as a request may ask for."""
@@ -88,6 +95,7 @@ class PrunedProcessor:
             data = torch.tensor([count, *to_numbers(selector)], dtype=torch.float64)
             item[BUDGET] = MultiModalFieldElem(data=data, field=MultiModalBatchedField(keep_on_cpu=True))
             stays = ~is_embed | (is_embed.cumsum(0) <= kept)
-            return replace(details, full=torch.tensor(details.full)[stays].tolist())
+            ids = torch.tensor(details.full)[stays].tolist()
+            return self.written(replace(details, full=ids), kind)
 
         return PromptReplacement(modality=kind, target=update.target, replacement=replacement)
