@@ -12,7 +12,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +75,22 @@ def widened(family: TinyFamily) -> nn.Module:
     rope = getattr(text, "rope_parameters", None) or {}
     if "mrope_section" in rope:
         text.rope_parameters = {**rope, "mrope_section": [2 * each for each in rope["mrope_section"]]}
+    if hasattr(text, "num_experts"):
+        text.norm_topk_prob = True  # transformers knows nothing else, and vLLM wants to be told
     model = sharpen(type(model)(config))
     model.generation_config.suppress_tokens = None
     return model
+
+
+def timed(family: TinyFamily) -> TinyFamily:
+    """The same row with a tokenizer that tells the times of a video's frames apart."""
+
+    def processor() -> Any:
+        made = family.processor()
+        made.tokenizer.add_tokens(["<0.0", "<0.1", "<0.2", "seconds>"])
+        return made
+
+    return replace(family, processor=processor)
 
 
 @contextmanager
@@ -169,8 +182,8 @@ SERVED = {
     "llava": Served(FAMILIES["llava-cls"], METHODS + ONE_AXIS),
     "qwen2_5_vl": Served(FAMILIES["qwen2_5_vl-no-cls"], METHODS + VIDEO, videos=True),
     "qwen2_vl": Served(FAMILIES["qwen2_vl-no-cls"], METHODS + VIDEO, videos=True),
-    "qwen3_vl": Served(FAMILIES["qwen3_vl-no-cls"], METHODS + VIDEO, videos=True),
-    "qwen3_vl_moe": Served(FAMILIES["qwen3_vl_moe-no-cls"], METHODS + VIDEO, videos=True),
+    "qwen3_vl": Served(timed(FAMILIES["qwen3_vl-no-cls"]), METHODS + VIDEO, videos=True),
+    "qwen3_vl_moe": Served(timed(FAMILIES["qwen3_vl_moe-no-cls"]), METHODS + VIDEO, videos=True),
 }
 
 if __name__ == "__main__":
