@@ -75,8 +75,6 @@ def widened(family: TinyFamily) -> nn.Module:
     rope = getattr(text, "rope_parameters", None) or {}
     if "mrope_section" in rope:
         text.rope_parameters = {**rope, "mrope_section": [2 * each for each in rope["mrope_section"]]}
-    if hasattr(text, "num_experts"):
-        text.norm_topk_prob = True  # transformers knows nothing else, and vLLM wants to be told
     model = sharpen(type(model)(config))
     model.generation_config.suppress_tokens = None
     return model
@@ -183,7 +181,6 @@ SERVED = {
     "qwen2_5_vl": Served(FAMILIES["qwen2_5_vl-no-cls"], METHODS + VIDEO, videos=True),
     "qwen2_vl": Served(FAMILIES["qwen2_vl-no-cls"], METHODS + VIDEO, videos=True),
     "qwen3_vl": Served(timed(FAMILIES["qwen3_vl-no-cls"]), METHODS + VIDEO, videos=True),
-    "qwen3_vl_moe": Served(timed(FAMILIES["qwen3_vl_moe-no-cls"]), METHODS + VIDEO, videos=True),
 }
 
 if __name__ == "__main__":

@@ -36,8 +36,5 @@ ARCHITECTURES = {
     "qwen3_vl": Architecture(
         "VltokQwen3VLForConditionalGeneration", "qwen3", "PrunedQwen3VL", has_axes=True, videos=True
     ),
-    "qwen3_vl_moe": Architecture(
-        "VltokQwen3VLMoeForConditionalGeneration", "qwen3", "PrunedQwen3VLMoe", has_axes=True, videos=True
-    ),
 }
 BY_NAME = {architecture.name: architecture for architecture in ARCHITECTURES.values()}

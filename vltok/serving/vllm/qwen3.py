@@ -22,7 +22,6 @@ from vllm.model_executor.models.qwen3_vl import (
     Qwen3VLMultiModalProcessor,
     Qwen3VLProcessingInfo,
 )
-from vllm.model_executor.models.qwen3_vl_moe import Qwen3VLMoeForConditionalGeneration, Qwen3VLMoeProcessingInfo
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.multimodal.processing.processor import PromptUpdateDetails
@@ -46,8 +45,8 @@ class Qwen3Processor(QwenProcessor, Qwen3VLMultiModalProcessor):
         return PromptUpdateDetails.from_seq([self.info.get_hf_config().video_token_id] * len(details.full))
 
 
-class PrunedVideoInfo(PrunedInfo):
-    """Counts the words between the frames of a video, too: the encoder gives these."""
+class Qwen3Info(PrunedInfo, Qwen3VLProcessingInfo):
+    """Sizes of Qwen3-VL, with the words between the frames of a video: the encoder gives these, too."""
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int] | None:
         most = super().get_mm_max_tokens_per_item(seq_len, mm_counts)
@@ -58,16 +57,9 @@ class PrunedVideoInfo(PrunedInfo):
         return {**most, "video": most["video"] + words * (videos.max_frames // videos.temporal_patch_size)}
 
 
-class Qwen3Info(PrunedVideoInfo, Qwen3VLProcessingInfo):
-    """Sizes of Qwen3-VL."""
-
-
-class Qwen3MoeInfo(PrunedVideoInfo, Qwen3VLMoeProcessingInfo):
-    """Sizes of Qwen3-VL-MoE."""
-
-
-class PrunedQwen3(PrunedQwen):
-    """What Qwen3-VL's sizes share: features of several layers of the tower, and words between the frames of videos."""
+@MULTIMODAL_REGISTRY.register_processor(Qwen3Processor, info=Qwen3Info, dummy_inputs=Qwen3VLDummyInputsBuilder)
+class PrunedQwen3VL(PrunedQwen, Qwen3VLForConditionalGeneration):
+    """Qwen3-VL, with features of several layers of the tower, and words between the frames of videos."""
 
     def before_merger(self) -> nn.Module:
         return self.visual.merger.norm
@@ -115,13 +107,3 @@ class PrunedQwen3(PrunedQwen):
         positions, more = prompt_positions(len(ids), [Media(begin, begin + size, side) for begin in begins])
         positions[:, is_visual] = offsets.repeat(1, frames) - 1 - positions[:, is_visual]
         return ids, positions, len(ids) + more
-
-
-@MULTIMODAL_REGISTRY.register_processor(Qwen3Processor, info=Qwen3Info, dummy_inputs=Qwen3VLDummyInputsBuilder)
-class PrunedQwen3VL(PrunedQwen3, Qwen3VLForConditionalGeneration):
-    """Qwen3-VL."""
-
-
-@MULTIMODAL_REGISTRY.register_processor(Qwen3Processor, info=Qwen3MoeInfo, dummy_inputs=Qwen3VLDummyInputsBuilder)
-class PrunedQwen3VLMoe(PrunedQwen3, Qwen3VLMoeForConditionalGeneration):
-    """Qwen3-VL with experts."""
