@@ -79,10 +79,21 @@ def widened(family: TinyFamily) -> nn.Module:
             config.vision_config.hidden_size = value
     rope = getattr(text, "rope_parameters", None) or {}
     if "mrope_section" in rope:
-        rope["mrope_section"] = [2 * each for each in rope["mrope_section"]]
+        text.rope_parameters = {**rope, "mrope_section": [2 * each for each in rope["mrope_section"]]}
     model = sharpen(type(model)(config))
     model.generation_config.suppress_tokens = None
     return model
+
+
+def timed(family: TinyFamily) -> TinyFamily:
+    """The same row with a tokenizer that tells the times of a video's frames apart."""
+
+    def processor() -> Any:
+        made = family.processor()
+        made.tokenizer.add_tokens(["<0.0", "<0.1", "<0.2", "seconds>"])
+        return made
+
+    return replace(family, processor=processor)
 
 
 @contextmanager
@@ -201,6 +212,8 @@ SERVED = {
     ),
     "internvl": Served(FAMILIES["internvl-cls"], (*NO_GRID, "divprune,keep_ratio=0.25,per=tile")),
     "qwen2_5_vl": Served(FAMILIES["qwen2_5_vl-no-cls"], METHODS + VIDEO, videos=True),
+    "qwen2_vl": Served(FAMILIES["qwen2_vl-no-cls"], METHODS + VIDEO, videos=True),
+    "qwen3_vl": Served(timed(FAMILIES["qwen3_vl-no-cls"]), METHODS + VIDEO, videos=True),
 }
 
 if __name__ == "__main__":

@@ -35,5 +35,11 @@ ARCHITECTURES = {
     "qwen2_5_vl": Architecture(
         "VltokQwen2_5_VLForConditionalGeneration", "qwen", "PrunedQwen2_5_VL", has_axes=True, videos=True
     ),
+    "qwen2_vl": Architecture(
+        "VltokQwen2VLForConditionalGeneration", "qwen", "PrunedQwen2VL", has_axes=True, videos=True
+    ),
+    "qwen3_vl": Architecture(
+        "VltokQwen3VLForConditionalGeneration", "qwen3", "PrunedQwen3VL", has_axes=True, videos=True
+    ),
 }
 BY_NAME = {architecture.name: architecture for architecture in ARCHITECTURES.values()}

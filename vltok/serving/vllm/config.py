@@ -53,3 +53,7 @@ def _check_options(model_config: ModelConfig) -> None:
     given = sorted({*REQUEST} & {*(multimodal.mm_processor_kwargs or {})}) if multimodal is not None else []
     if given:
         raise ValueError(f"{', '.join(given)} is for single requests; a server's own budget stands in {FIELD}")
+    if multimodal is not None and multimodal.get_video_pruning_spec() is not None:
+        raise ValueError(
+            f"vLLM's own pruning of videos (video_pruning_rate) and {FIELD} exclude each other; leave one of them out"
+        )

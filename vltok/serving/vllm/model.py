@@ -34,7 +34,8 @@ class Item:
     Attributes:
         kind: "image" or "video".
         arguments: What it was encoded with, as its encoder takes it.
-        tokens: Its visual tokens, (N, D).
+        tokens: Its visual tokens as they enter the decoder, (N, D).
+        more: What is added to them in later layers of the decoder, (N, M); M is 0 for most models.
         selector: What picks some of them, with the budget of the request.
         read: What was read in the tower, for each of its patches, by name, see `PrunedModel.tower_rows`.
     """
@@ -42,6 +43,7 @@ class Item:
     kind: str
     arguments: dict[str, Any]
     tokens: torch.Tensor
+    more: torch.Tensor
     selector: Selector
     read: dict[str, torch.Tensor]
 
@@ -59,16 +61,18 @@ class PrunedModel:
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         config = vllm_config.model_config.hf_config
         pruning = Pruning.of_config(config)
+        carries_positions = pruning is not None and pruning.selector.positions == "keep"
+        if carries_positions:
+            _let_positions_through(vllm_config)
         with self.prepared(config, pruning):
             super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.pruning = pruning
         if pruning is None:
             return
-        self.carries_positions = pruning.selector.positions == "keep"
+        self.carries_positions = carries_positions
+        self.is_multimodal_pruning_enabled = False  # vLLM's own pruning of videos
         self.at_once = max(1, vllm_config.scheduler_config.max_num_encoder_input_tokens)
         self.reader = self.tower_reader(pruning.selector)
-        if self.carries_positions:
-            _let_positions_through(vllm_config)
 
     # What a model says of itself
 
@@ -118,10 +122,25 @@ class PrunedModel:
         """Features through the projector; None where it takes more than one for a token."""
         return None
 
+    def split(self, encoded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What an image was encoded to: its tokens, (N, D), and what is added to them in later layers, (N, M)."""
+        return encoded, encoded[:, :0]
+
     def offsets(self, item: Item) -> tuple[torch.Tensor, int]:
         """Positions of the tokens, from the start of the image, (3, N); and how many positions it takes."""
         length = len(item.tokens)
         return torch.arange(length).expand(3, length), length
+
+    def placed(self, item: Item, indices: torch.Tensor, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """What fills the places of an image, (P, D + M), with its positions as in `offsets`, (3, P).
+
+        Args:
+            item: The image.
+            indices: Which tokens are kept, (K,), ascending, on the CPU.
+            kept: What stands there, (K, D + M).
+        """
+        offsets, span = self.offsets(item)
+        return kept, offsets[:, indices], span
 
     def media(self, feature: MultiModalFeatureSpec) -> Media:
         """Where an image stands in a prompt, and how many positions it takes."""
@@ -149,7 +168,7 @@ class PrunedModel:
             for number, (tokens, budget) in enumerate(zip(encoded, budgets[first:last], strict=True)):
                 own = {name: values[number] for name, values in rows.items()}
                 selector = of_numbers(self.pruning.selector, budget[1:])
-                item = Item(kind, self.part(arguments, number, number + 1), tokens, selector, own)
+                item = Item(kind, self.part(arguments, number, number + 1), *self.split(tokens), selector, own)
                 kept.append(self._pruned(item, int(budget[0])))
         return kept
 
@@ -220,7 +239,7 @@ class PrunedModel:
 
     @torch.no_grad()
     def _pruned(self, item: Item, expected: int) -> torch.Tensor:
-        """The tokens that stay, (K, D), with their positions behind them where these are not their places."""
+        """The tokens that stay, (K, D + M), with their positions behind them where these are not their places."""
         tokens, selector = item.tokens, item.selector
         if len(tokens) != expected:
             raise UnsupportedInputError(
@@ -233,11 +252,11 @@ class PrunedModel:
         bounds = budget_parts(selector, len(tokens), grid, item.kind, self.tiles(item))
         parts = [self._part(item, own, begin, end) for begin, end, own in bounds]
         indices = torch.cat([where for where, _ in parts])
-        kept = torch.cat([own for _, own in parts])
+        kept = torch.cat([torch.cat([own for _, own in parts]), item.more[indices]], dim=1)
         if not self.carries_positions:
             return kept
-        offsets, span = self.offsets(item)
-        return with_offsets(kept, offsets[:, indices.cpu()].to(kept.device), span)
+        rows, offsets, span = self.placed(item, indices.cpu(), kept)
+        return with_offsets(rows, offsets.to(rows.device), span)
 
     def _part(self, item: Item, grid: Grid3 | None, begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Positions and content of what stays of some tokens that share a budget."""

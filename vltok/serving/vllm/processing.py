@@ -44,6 +44,8 @@ class PrunedInfo:
         if most is None or pruning is None:
             return most
         largest = pruning.largest
+        if type(largest).budget is not Selector.budget or largest.per == "frame":
+            return most  # how many are kept hangs on the grid, and may be all
         return {kind: keep_count(count, largest.keep_ratio, largest.num_keep) for kind, count in most.items()}
 
 
@@ -61,6 +63,10 @@ class PrunedProcessor:
     def tiles_of(self, item: MultiModalKwargsItem) -> int:
         """Tiles of an image that are told apart; they may have budgets of their own."""
         return 1
+
+    def written(self, details: PromptUpdateDetails, kind: str) -> PromptUpdateDetails:
+        """What stands in a prompt for an image or video, of which the first placeholders are left."""
+        return details
 
     def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> ProcessorInputs:
         """What vLLM measures memory with: as many tokens as a request may ask for."""
@@ -111,7 +117,8 @@ class PrunedProcessor:
             data = torch.tensor([count, *to_numbers(selector)], dtype=torch.float64)
             item[BUDGET] = MultiModalFieldElem(data=data, field=MultiModalBatchedField(keep_on_cpu=True))
             stays = ~is_embed | (is_embed.cumsum(0) <= kept)
-            return replace(details, full=torch.tensor(details.full)[stays].tolist())
+            ids = torch.tensor(details.full)[stays].tolist()
+            return self.written(replace(details, full=ids), kind)
 
         return PromptReplacement(modality=kind, target=update.target, replacement=replacement)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -13,6 +14,12 @@ from vllm.model_executor.models.qwen2_5_vl import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLMultiModalProcessor,
     Qwen2_5_VLProcessingInfo,
+)
+from vllm.model_executor.models.qwen2_vl import (
+    Qwen2VLDummyInputsBuilder,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLMultiModalProcessor,
+    Qwen2VLProcessingInfo,
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalFeatureSpec
@@ -56,6 +63,11 @@ class PrunedQwen(PrunedModel):
     def tower_reader(self, selector: Selector) -> TowerReader:
         depth = self.config.vision_config.depth
         return TowerReader(selector, self.visual, depth, False, self.before_merger(), is_sequence_first=True)
+
+    def get_encoder_cudagraph_config(self) -> Any:
+        """Leave the tower without CUDA graphs, which vLLM would run in place of `embed_multimodal`."""
+        config = super().get_encoder_cudagraph_config()
+        return config if self.pruning is None else replace(config, modalities=[])
 
     def before_merger(self) -> nn.Module:
         """What gets the features of single patches: the norm in the merger, which itself may be compiled."""
@@ -128,3 +140,16 @@ class PrunedQwen2_5_VL(PrunedQwen, Qwen2_5_VLForConditionalGeneration):  # noqa:
         )
         blocks = values.unflatten(0, (-1, self.merge**2))
         return super().of_tokens(item, name, blocks[order.argsort().to(values.device)].flatten(0, 1))
+
+
+class Qwen2Processor(QwenProcessor, Qwen2VLMultiModalProcessor):
+    """Prompts of Qwen2-VL."""
+
+
+class Qwen2Info(PrunedInfo, Qwen2VLProcessingInfo):
+    """Sizes of Qwen2-VL."""
+
+
+@MULTIMODAL_REGISTRY.register_processor(Qwen2Processor, info=Qwen2Info, dummy_inputs=Qwen2VLDummyInputsBuilder)
+class PrunedQwen2VL(PrunedQwen, Qwen2VLForConditionalGeneration):
+    """Qwen2-VL, whose tower has all patches of a frame in one window."""
