@@ -69,8 +69,8 @@ AXES = next(kind for kind, own in ARCHITECTURES.items() if own.has_axes)
     [
         ("llava", "todre,keep_ratio=0.25", UnsupportedModelError, "give relevance=False"),
         ("llava", "cdpruner,keep_ratio=0.25", UnsupportedModelError, "reads the question"),
-        ("llava", "fastv,keep_ratio=0.25", UnsupportedModelError, "choose a selector"),
-        ("llava", "tokenpacker", UnsupportedModelError, "choose a selector"),
+        ("llava", "fastv,keep_ratio=0.25", UnsupportedModelError, "inside the decoder; .* choose a selector"),
+        ("llava", "tokenpacker", UnsupportedModelError, "modules of its own .* choose a selector"),
         ("llava", "divprun,keep_ratio=0.25", CheckpointError, "did you mean 'divprune'"),
         ("llava", "divprune,keep_rate=0.25", CheckpointError, "did you mean 'keep_ratio'"),
         ("llava", "divprune,keep_ratio=1.5", ValueError, "keep_ratio"),
