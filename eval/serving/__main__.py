@@ -37,7 +37,7 @@ from vltok.serving import vllm_overrides
 
 UNPRUNED = "unpruned"
 QUICK = {"shape": Shape(layers=12, width=512, tower_layers=6, tower_width=128), "rounds": 1, "questions": 50}
-FULL = {"shape": Shape(), "rounds": 3, "questions": 400}
+FULL = {"shape": Shape(), "rounds": 2, "questions": 400}
 # vLLM's own switches: the engine in this process, and threads where they are put; a user's own stay.
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -74,7 +74,7 @@ def main(
     dtype: Annotated[str, typer.Option(help="As vLLM names it.")] = "bfloat16",
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of an engine.")] = 1,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 16,
-    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds; 3, with --quick 1.")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds; 2, with --quick 1.")] = None,
     questions: Annotated[int | None, typer.Option(min=0, help="Canvas questions; 400, with --quick 50.")] = None,
     kv_gib: Annotated[int, typer.Option(min=1, help="KV cache of an engine on a CPU, GiB.")] = 3,
     out: Annotated[Path, typer.Option(help="Folder for serving.json, serving.md and serving.png.")] = Path(
@@ -116,7 +116,7 @@ def main(
             for level in levels:
                 order = list(cases)[number % len(cases) :] + list(cases)[: number % len(cases)]  # nobody always first
                 for case in order:
-                    requests = level if quick and level > 4 else max(4, 2 * level)
+                    requests = max(4, level, min(2 * level, 32))
                     load = pools[case].submit(engine.load, level, requests).result()
                     console.print(f"{case}, {level} at a time: {load.seconds:.1f} s", highlight=False)
                     found[case][-1].append(load)
