@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Start vLLM's server on this machine with a pruned model, and ask it about an image: under the server's budget, under one
-# of the request's own, and under one that is too large, which is an error for that request alone.
+# Start vLLM's server on this machine with a pruned model, and ask it about an image: under a budget of the request's own,
+# under one that is too large, which is an error for that request alone, and under the server's.
 #
 #     examples/serve_vllm.sh MODEL IMAGE QUESTION [further options of vLLM ...]
 set -euo pipefail
@@ -17,7 +17,7 @@ overrides=$("$python" -m vltok.serving "$model" divprune,keep_ratio=0.25 --max-k
 "$python" -m vllm.entrypoints.openai.api_server --model "$model" --host 127.0.0.1 --port "${PORT:-8000}" \
   --hf-overrides "$overrides" --trust-request-mm-kwargs "$@" &
 server=$!
-trap 'kill "$server" 2>/dev/null' EXIT
+trap 'kill "$server" 2>/dev/null || true; wait "$server" || true' EXIT
 until curl --silent --fail "$url/health" >/dev/null; do
   kill -0 "$server" || exit 1  # it has ended, and has said why
   sleep 2
@@ -34,6 +34,6 @@ print(json.dumps(body | {"mm_processor_kwargs": json.loads(budget)}))
 PY
     curl --silent --write-out 'status %{http_code}\n' --json @- "$url/v1/chat/completions"
 }
-ask '{}'
 ask '{"visual_keep_ratio": 0.5}'
 ask '{"visual_keep_ratio": 1.0}'
+ask '{}'
