@@ -8,6 +8,7 @@ import re
 import runpy
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from tiny import LLAVA, QWEN2_5_VL, TinyFamily, picture, sharpen
 
 import vltok
 from vltok.families.vlm import VLMS
+from vltok.serving import vllm_overrides
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 CHAT = "{% for part in messages[0].content %}{{ part.text if part.type == 'text' else %r }} {% endfor %}"
@@ -195,6 +197,50 @@ def test_prune_own_model_makes_code_beside_weights_known(run, image, tmp_path, u
     assert set(printed.splitlines()[-1].split()) <= {f"w{i}" for i in range(40)}
 
 
+class Completed:
+    """What vLLM gives back for a request, here the length of its prompt and its own words."""
+
+    def __init__(self, request: dict) -> None:
+        ratio = request["mm_processor_kwargs"]["visual_keep_ratio"]
+        self.prompt_token_ids = [0] * round(16 * ratio)
+        self.outputs = [types.SimpleNamespace(text=f" {request['multi_modal_data']['image'].mode} at {ratio}")]
+
+
+def test_serve_vllm_asks_every_question_under_every_budget_in_one_batch(run, image, tmp_path, monkeypatch):
+    started, batches = [], []
+
+    class Engine:
+        def __init__(self, model: str, **options: object) -> None:
+            started.append((model, options["hf_overrides"]))
+
+        def generate(self, requests: list[dict], sampling: dict) -> list[Completed]:
+            batches.append(requests)
+            return [Completed(request) for request in requests]
+
+    monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(LLM=Engine, SamplingParams=dict))
+    folder = saved(LLAVA, tmp_path / "model")
+    options = ("--model", folder, "--keep-ratios", 0.25, 0.5)
+    printed = run("serve_vllm.py", image, "w1 w2", "w3", *options).splitlines()
+    assert started == [(str(folder), vllm_overrides(folder, "divprune,keep_ratio=0.5"))]
+    assert [line.rpartition(", ")[2] for line in printed] == ["4 tokens: RGB at 0.25", "8 tokens: RGB at 0.5"] * 2
+    assert [request["prompt"].strip() for request in batches.pop()] == ["<image> w1 w2"] * 2 + ["<image> w3"] * 2
+    assert batches == []
+
+
+def test_serve_vllm_says_that_it_needs_vllm(run, image, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(SystemExit, match=r"needs vLLM: python -m pip install 'vltok\[vllm\]'"):
+        run("serve_vllm.py", image, "w1")
+
+
+def test_the_servers_script_is_bash_and_describes_itself():
+    script = EXAMPLES / "serve_vllm.sh"
+    assert subprocess.run(["bash", "-n", script], capture_output=True, text=True, check=True).stderr == ""
+    told = subprocess.run([script, "--help"], capture_output=True, text=True, check=True).stdout
+    assert told.splitlines()[-1].strip() == "examples/serve_vllm.sh MODEL IMAGE QUESTION [further options of vLLM ...]"
+    assert subprocess.run([script, "MODEL"], capture_output=True).returncode == 1
+
+
 # Run in a process of its own, where nothing says that there is no network; prints what reached for it.
 ALONE = """
 import json, runpy, socket, sys
@@ -202,6 +248,7 @@ asked = []
 def refuse(*args, **kwargs):
     asked.append(repr(args))
     raise OSError("there is no network here")
+sys.modules["vllm"] = None  # its engine is no matter of an example
 socket.getaddrinfo = socket.socket.connect = socket.socket.connect_ex = refuse
 for name, *arguments in json.loads(sys.argv[1]):
     sys.argv = [name, *arguments]
@@ -235,6 +282,7 @@ def test_no_example_sends_a_request_unless_download_is_asked_for(image, tmp_path
         ("compare_methods.py", image, "w1", "--model", folder, "--methods", "stride"),
         ("robust_vit.py", tmp_path / "pictures", tmp_path / "robust.pt", *vit),
         ("soft_vit.py", tmp_path / "pictures", tmp_path / "attention", *vit),
+        ("serve_vllm.py", image, "w1", "--model", folder),
     ]
     assert {run[0] for run in runs} == {file.name for file in EXAMPLES.glob("*.py")}
     commands = json.dumps([[str(EXAMPLES / script), *map(str, arguments)] for script, *arguments in runs])
@@ -245,4 +293,4 @@ def test_no_example_sends_a_request_unless_download_is_asked_for(image, tmp_path
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines()[-1] == "ASKED []"
-    assert done.stderr.count(" stopped: ") == 3, "those that were given a name of the hub"
+    assert done.stderr.count(" stopped: ") == 4, "those that were given a name of the hub, and the one without vLLM"

@@ -18,6 +18,7 @@ from zoo.qwen import QWEN3_VL
 
 import vltok
 from vltok.families.vlm import VLMS
+from vltok.serving.options import FIELD, Pruning
 from vltok.tokens import keep_count
 
 ROOT = Path(__file__).parents[1]
@@ -36,6 +37,16 @@ def processor_of(name: str | Path) -> Any:
     return processor
 
 
+class Engine:
+    """Stands for vLLM's engine: reads its settings as a server does, and answers with the share that is kept."""
+
+    def __init__(self, model: str, hf_overrides: dict[str, Any]) -> None:
+        self.pruning = Pruning.of_field(hf_overrides[FIELD])
+
+    def generate(self, requests: list[dict[str, Any]]) -> list[float]:
+        return [self.pruning.of_request(request.get("mm_processor_kwargs", {})).keep_ratio for request in requests]
+
+
 def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
@@ -46,6 +57,7 @@ def test_the_python_of_the_readme_runs_from_top_to_bottom(monkeypatch, tmp_path,
         transformers.AutoModelForImageTextToText, "from_pretrained", lambda name, dtype: STANDS_FOR[name].model()
     )
     monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", lambda name, **options: processor_of(name))
+    monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(LLM=Engine))
     monkeypatch.setitem(sys.modules, "modeling_mine", types.SimpleNamespace(MyModel=modeling_remote.RemoteModel))
     picture(0, (80, 50)).save("kitchen.jpg")
     Path("frames").mkdir()
@@ -62,6 +74,8 @@ def test_the_python_of_the_readme_runs_from_top_to_bottom(monkeypatch, tmp_path,
     assert "visual tokens 16 -> 2" in printed
     assert f"visual tokens 60 -> {keep_count(60, 0.2, None)}" in printed
     assert "visual tokens 24 -> 12" in printed, "EVS keeps the first of two frames whole"
+    assert scope["llm"].pruning.selector == vltok.DivPrune(keep_ratio=0.25)
+    assert scope["answers"] == [0.25, 0.1]
     assert registered.facts["marks"] == {"image": 32000} and registered.facts["gap"] == 1
     assert scope["kept"].shape == (2, 58, 1024)
     assert torch.equal(scope["indices"].sort(dim=1).values, scope["indices"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from vltok.cli.families import families
+from vltok.cli.serve import serve
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -15,3 +16,4 @@ def main() -> None:
 
 
 app.command()(families)
+app.command(context_settings={"allow_extra_args": True})(serve)

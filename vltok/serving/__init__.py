@@ -1,1 +1,7 @@
 """Serving: visual-token pruning where requests are batched by a server."""
+
+from __future__ import annotations
+
+from vltok.serving.overrides import vllm_overrides
+
+__all__ = ["vllm_overrides"]

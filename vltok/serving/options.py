@@ -17,7 +17,7 @@ from typing import Any
 
 from vltok.errors import CheckpointError, UnsupportedInputError, UnsupportedModelError
 from vltok.method import Method
-from vltok.methods import Selector
+from vltok.methods import DecoderRule, Selector
 from vltok.methods.pruning.regions import check_grid
 from vltok.tokens import Grid3
 from vltok.version import __version__
@@ -33,6 +33,7 @@ _INSIDE = (
     "what a server encodes is cached by image and shared by all questions, and its KV cache has no place for tokens "
     "that leave inside the decoder; so methods that read the question, and rules in the decoder, can't be served"
 )
+_SWAPS = "it puts modules of its own into the model, and a server builds and loads the model itself"
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,8 @@ def check_servable(method: Method) -> Selector:
     """
     name = method.name or type(method).__name__
     if not isinstance(method, Selector):
-        raise UnsupportedModelError(f"{name} can't be served: {_INSIDE}; choose a selector, such as divprune")
+        reason = _INSIDE if isinstance(method, DecoderRule) else _SWAPS
+        raise UnsupportedModelError(f"{name} can't be served: {reason}; choose a selector, such as divprune")
     if {"text", "clip"} & {*method.needs}:
         raise UnsupportedModelError(f"{name} reads the question and can't be served: {_INSIDE}; choose another method")
     if _drops_inside(method):
