@@ -126,6 +126,7 @@ FURTHER: dict[str, Maker] = {
         )
         for switch, knobs in {
             "centred": {"correction": "centred"},
+            "standardised": {"correction": "standardised"},
             "merging": {"merge": "nearest"},
             "2 x 2 regions": {"regions": (2, 2)},
             "4 x 4 regions": {"regions": (4, 4)},

@@ -17,7 +17,7 @@ from versions import orders_repeated_images
 
 import vltok
 from vltok.engine.question import turn_of
-from vltok.errors import UnsupportedInputError
+from vltok.errors import UnsupportedInputError, UnsupportedModelError
 from vltok.families import view
 from vltok.methods.pruning.floors import select_stride
 from vltok.methods.pruning.question import TextSelector
@@ -130,6 +130,52 @@ def test_features_and_keys_of_a_row_do_not_depend_on_the_batch(family: TinyFamil
     for key, parts in together.items():
         for part, own in zip(parts, alone[key], strict=True):
             torch.testing.assert_close(part, own, rtol=1e-4, atol=1e-4)
+
+
+def far_apart(features: torch.Tensor, num_keep: int) -> list[int]:
+    """Greedy picks of one image, (N, C): each channel of its patches standardised, distances times distinctness."""
+    patches = [i for i, token in enumerate(features) if token.abs().max() > 0]
+    scaled = features[patches].double()
+    scaled = scaled[:, scaled.std(0) > 0]
+    scaled = scaled / scaled.std(0, correction=0)
+    mean = scaled.mean(0)
+    weight = [float(1 - torch.cosine_similarity(token, mean, dim=0)) for token in scaled]
+    rest = torch.nn.functional.normalize(scaled - mean, dim=1)
+    far, count = 1 - rest @ rest.T, range(len(patches))
+    picks = [max(count, key=lambda i: weight[i] * min(far[i, j] for j in count if j != i))]
+    while len(picks) < num_keep:
+        left = [i for i in count if i not in picks]
+        picks.append(max(left, key=lambda i: weight[i] * min(far[i, j] for j in picks)))
+    return sorted(patches[i] for i in picks)
+
+
+@showing
+def test_standardised_features_of_patches_decide(family: TinyFamily):
+    model, inputs = shared_model(family), batch(family, names=["text around", "two images"])
+    watching, correcting = (
+        Changing(keep_ratio=0.4, features=True),
+        vltok.DivPrune(num_keep=3, correction="standardised"),
+    )
+    with vltok.apply(model, watching):
+        model(**inputs)
+    expected = [far_apart(features, 3) for visual in watching.seen for features in visual.features]
+    with vltok.apply(model, correcting) as handle:
+        model(**inputs)
+        kept = [each.tolist() for images in handle.report(file=None).keep_indices for each in images]
+    assert sorted(kept) == sorted(expected)
+
+
+@pytest.mark.parametrize("family", [each for each in FAMILIES if not each.shows_patches], ids=lambda each: each.key)
+def test_families_whose_features_are_not_known_refuse_what_needs_them(family: TinyFamily):
+    model = shared_model(family)
+    title = view(model).family.title
+    with pytest.raises(UnsupportedModelError, match=f"the visual tokens of {title} stand for"):
+        vltok.apply(model, vltok.DivPrune(keep_ratio=0.4, correction="standardised"))
+    inputs = single(family, "text around")
+    with vltok.apply(model, vltok.DivPrune(keep_ratio=0.4)) as handle:
+        with pytest.raises(UnsupportedModelError, match="stand for"), handle.using(correction="standardised"):
+            model(**inputs)
+        model(**inputs)
 
 
 @showing
