@@ -12,6 +12,7 @@ from visual import only, tower_tokens
 
 import vltok
 from vltok.errors import UnsupportedInputError
+from vltok.methods.pruning.correction import standardised
 from vltok.methods.pruning.merging import merge_into_kept, nearest_kept
 from vltok.methods.pruning.regions import part_of, region_quotas
 from vltok.visual import VisualTokens
@@ -256,6 +257,17 @@ def test_tokens_that_are_alike_in_all_channels_are_taken_by_the_lowest_index(met
     own = {name: getattr(tokens, name)[:, :1].expand(-1, 20, -1) for name in ("features", "embeddings")}
     for alike in (replace(tokens, **own), replace(tokens, features=torch.zeros_like(tokens.features))):
         assert method.select(alike, 9).tolist() == [list(range(9))] * 3
+
+
+@pytest.mark.parametrize("value", [0.1, 700.1, -7.7])
+def test_a_constant_channel_is_nothing_once_standardised(value):
+    """Even where a mean of equal numbers is off by a rounding, as that of a single channel is."""
+    rest, distinct = standardised(torch.full((2, 12, 1), value))
+    assert torch.equal(rest, torch.zeros(2, 12, 1)) and torch.equal(distinct, torch.zeros(2, 12))
+    varied = torch.randn(2, 12, 5, generator=torch.Generator().manual_seed(0))
+    rest, _ = standardised(varied)
+    torch.testing.assert_close(rest.mean(1), torch.zeros(2, 5), atol=1e-6, rtol=0)
+    torch.testing.assert_close(rest.square().mean(1), torch.ones(2, 5))
 
 
 def test_regions_are_shown_all_that_is_known_of_their_tokens():
