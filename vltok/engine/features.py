@@ -215,7 +215,7 @@ class Recent:
         """Find encoded entries in tokens (B, T, D), for each row in order, with at most `gap` others between theirs."""
         begins: dict[int, list[tuple[Encoding, int, list[int]]]] = {}
         for encoding in list(self._encodings)[::-1]:
-            for entry, rows in enumerate(encoding.rows.split(encoding.lengths)):
+            for entry, rows in enumerate(encoding.rows.cpu().split(encoding.lengths)):
                 if len(rows):
                     begins.setdefault(int(rows[0]), []).append((encoding, entry, rows.tolist()))
         found: list[list[Found]] = [[] for _ in tokens]

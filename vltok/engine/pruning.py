@@ -88,8 +88,8 @@ class PruningEngine:
         if self.selector is not None:
             raise ValueError(f"{type(self.selector).__name__} already selects visual tokens here; give one selector")
         self._check_positions(selector)
-        self._watch_tower(self.wanted_by(selector))
         self._check_text_tower(selector)
+        self._watch_tower(self.wanted_by(selector))
         self.selector = selector
 
     def use_rule(self, rule: TokenRule) -> None:
@@ -130,7 +130,7 @@ class PruningEngine:
                 f"{name} compares visual tokens with the question in CLIP's space, so it needs a CLIP model and its "
                 f"tokenizer: {HOW}; vltok.load() takes text_tower=, too"
             )
-        if selector.text is None and self.text_tower.prompt_tokenizer is None:
+        if getattr(selector, "text", None) is None and self.text_tower.prompt_tokenizer is None:
             raise ValueError(
                 f"{name} needs the processor, whose tokenizer knows the words of the question: {HOW}; or give the "
                 "question as text="

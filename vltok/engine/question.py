@@ -128,7 +128,7 @@ class Words:
     def __init__(self, prompt: Prompt, embeds: torch.Tensor) -> None:
         self._prompt = prompt
         self._embeds = embeds
-        self._text = prompt.selector.text
+        self._text = getattr(prompt.selector, "text", None)  # a TextSelector has it, others may need the words, too
         self._given = self._embedded(self._text) if "text" in prompt.selector.needs else None
         self._places = None if self._text is not None else question(prompt, prompt.engine.turn)
         self._in_clip: dict[str, torch.Tensor] = {}

@@ -33,8 +33,13 @@ def share_budget(scores: Sequence[float], num_keep: int, sizes: Sequence[int] | 
 
     Returns:
         The share of each part; together they are `num_keep`. Equal scores go to the lowest index.
+
+    Raises:
+        ValueError: If the parts have fewer tokens than are to be kept.
     """
     sizes = [num_keep] * len(scores) if sizes is None else sizes
+    if sum(sizes) < num_keep:
+        raise ValueError(f"parts of {list(sizes)} tokens have no room for num_keep={num_keep}; keep fewer")
     quota = [0] * len(scores)
     while missing := num_keep - sum(quota):
         room = [part for part, size in enumerate(sizes) if quota[part] < size]

@@ -123,11 +123,17 @@ class Selector(Method):
         ]
         indices, order = torch.cat([where[part.indices] for where, part in parts], 1).sort(1)
         content = {
-            name: gather_tokens(torch.cat([getattr(part, name) for _, part in parts], 1), order)
+            name: gather_tokens(torch.cat([_content(visual, name, *part) for part in parts], 1), order)
             for name in ("embeddings", "features")
-            if getattr(parts[0][1], name) is not None
+            if any(getattr(part, name) is not None for _, part in parts)
         }
         return Selection(indices, **content)
 
     def attach(self, view: LanguageView, edits: Edits, run: Run) -> None:
         view.on_visual_tokens(edits, run, self)
+
+
+def _content(visual: VisualTokens, name: str, where: torch.Tensor, part: Selection) -> torch.Tensor:
+    """What stands in the place of the tokens kept of a region, (B, K, ...): the tokens themselves where nothing else."""
+    given = getattr(part, name)
+    return gather_tokens(getattr(visual, name)[:, where], part.indices) if given is None else given

@@ -37,6 +37,11 @@ class TowerSelector(Selector):
 class TowerMerger(TowerSelector):
     """A selector by that attention which merges tokens by their keys."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.merge is not None:
+            raise ValueError(f"{type(self).__name__} merges tokens by itself; leave out merge={self.merge!r}")
+
     @property
     def needs(self) -> tuple[Need, ...]:
         return ("features", "keys")
