@@ -134,6 +134,6 @@ class Selector(Method):
 
 
 def _content(visual: VisualTokens, name: str, where: torch.Tensor, part: Selection) -> torch.Tensor:
-    """What stands in the place of the tokens kept of a region, (B, K, ...): the tokens themselves where nothing else."""
+    """What stands in the place of the tokens kept of a region, (B, K, ...): they themselves if the part doesn't say."""
     given = getattr(part, name)
     return gather_tokens(getattr(visual, name)[:, where], part.indices) if given is None else given

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from vltok.methods.pruning.fastervlm import select_top
 from vltok.methods.pruning.greedy import float32_products
+from vltok.methods.pruning.ranking import select_top
 from vltok.methods.pruning.selector import Selector
 from vltok.visual import AttentionRequest, Need, Selection, VisualTokens
 
