@@ -102,6 +102,12 @@ class Encoding:
             )
         return runs[0]
 
+    def decide(self, prompt: Any, decision: Any) -> None:
+        """Remember what was decided on a prompt about these pictures; what was decided first is forgotten first."""
+        self.decisions[prompt] = decision
+        while len(self.decisions) > REMEMBERED_PROMPTS:
+            self.decisions.pop(next(iter(self.decisions)), None)
+
     def note(self, name: str, values: torch.Tensor) -> None:
         """Keep what the tower shows, (R, S, ...)."""
         self.read.setdefault(name, []).append(values)

@@ -16,6 +16,7 @@ from transformers import ProcessorMixin
 
 from vltok.edits import Edits, MethodWrapper
 from vltok.engine.guard import PROJECTOR_GUARD
+from vltok.engine.instead import Instead
 from vltok.engine.weights import check_at_hand
 from vltok.errors import UnsupportedInputError, UnsupportedModelError
 from vltok.method import Run
@@ -285,21 +286,10 @@ class CoarserPatches:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         owner, vision = self._owner, self._owner.config.vision_config
-        coarser = _With(vision, patch_size=vision.patch_size * self.scale)
-        stand_in = _With(owner, config=_With(owner.config, vision_config=coarser))
+        coarser = Instead(vision, patch_size=vision.patch_size * self.scale)
+        stand_in = Instead(owner, config=Instead(owner.config, vision_config=coarser))
         return getattr(type(owner), self._name)(stand_in, *args, **kwargs)
 
 
 def _pair(size: int | Sequence[int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-
-class _With:
-    """Stands for an object some of whose attributes are others."""
-
-    def __init__(self, base: object, **replaced: object) -> None:
-        self._base = base
-        vars(self).update(replaced)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._base, name)
