@@ -330,7 +330,11 @@ class VlmFamily:
         before = swap_projector(edits, run, model, processor, projector, changes, scales)
         for name in self.patch_counters:
             edits.set_attribute(model, name, CoarserPatches(model, name, scales))
+        self.follow_projector(edits, model, levels)
         return before
+
+    def follow_projector(self, edits: Edits, model: nn.Module, levels: tuple[int, ...]) -> None:
+        """Change what else stands around a projector that was replaced by one that reads these levels."""
 
     def merging_changes(self, model: nn.Module, num_merged: int) -> ProjectorChanges:
         """What follows a vision tower that hands on `num_merged` tokens fewer than there are patches.

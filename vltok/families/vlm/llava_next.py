@@ -14,9 +14,7 @@ from vltok.engine.pictures import Picture
 from vltok.errors import UnsupportedInputError
 from vltok.families.vlm.base import VlmFamily
 from vltok.families.vlm.llava import Llava
-from vltok.method import Run
 from vltok.tokens import Grid3
-from vltok.views import ScaleChoice
 
 
 class LlavaNext(Llava):
@@ -86,20 +84,9 @@ class LlavaNextVideo(LlavaNext):
     model_classes = ("LlavaNextVideoModel",)
     videos = "yes"
 
-    def swap_projector(
-        self,
-        edits: Edits,
-        run: Run,
-        model: nn.Module,
-        processor: Any,
-        projector: nn.Module,
-        levels: tuple[int, ...],
-        scales: ScaleChoice,
-    ) -> dict[str, dict[str, Any]]:
-        """Replace the projector for images, and refuse videos."""
-        before = super().swap_projector(edits, run, model, processor, projector, levels, scales)
+    def follow_projector(self, edits: Edits, model: nn.Module, levels: tuple[int, ...]) -> None:
+        """Refuse videos."""
         edits.before(model.vision_resampler, _refuse_videos)
-        return before
 
     def of_tokens(self, model: nn.Module, encoding: Encoding, name: str, fill: float) -> torch.Tensor:
         if encoding.kind == "video":

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from vltok.checks import check_choice, check_integer, check_one_budget
+from vltok.checks import check_choice, check_one_budget, check_regions
 from vltok.edits import Edits
 from vltok.method import Method, Run
 from vltok.methods.pruning.merging import merge_into_kept
@@ -51,11 +51,7 @@ class Selector(Method):
         check_choice("per", self.per, ("image", "tile", "frame"))
         check_choice("merge", self.merge, (None, "nearest"))
         if self.regions is not None:
-            if not isinstance(self.regions, tuple | list) or len(self.regions) != 2:
-                raise ValueError(f"regions must be (down, across), such as (2, 2), or None, got {self.regions!r}")
-            for count in self.regions:
-                check_integer("regions", count, 1)
-            object.__setattr__(self, "regions", tuple(self.regions))
+            object.__setattr__(self, "regions", check_regions("regions", self.regions))
 
     @property
     def needs(self) -> tuple[Need, ...]:
