@@ -86,7 +86,7 @@ def test_prune_llava_takes_other_families(run, image, tmp_path):
 def test_tokenpacker_llava_prints_both_answers_and_the_report(run, image, tmp_path):
     folder = saved(LLAVA, tmp_path / "model")
     printed = run("tokenpacker_llava.py", image, "w1 w2", "--model", folder)
-    assert "projector: 16 patches -> 4 visual tokens (pictures, crops: 1)" in printed
+    assert "projector: 16 patches -> 4 visual tokens (images, crops: 1)" in printed
     answers = dict(line.split(": ", 1) for line in printed.splitlines())
     assert set(answers["condensed"].split()) <= {f"w{i}" for i in range(40)}
     assert answers["condensed"] != answers["all visual tokens"]

@@ -97,7 +97,7 @@ class Encoding:
         runs = self.read.get(name, ())
         if len(runs) != 1:
             raise UnsupportedInputError(
-                f"the vision tower ran {len(runs)} times on pictures that were encoded together, so its {name} can't "
+                f"the vision tower ran {len(runs)} times on images that were encoded together, so its {name} can't "
                 "be matched with their tokens; choose a method that needs no such thing of the vision tower"
             )
         return runs[0]

@@ -188,7 +188,7 @@ def check_processor(processor: Any, changes: ProjectorChanges) -> None:
     remedy = "pass the model's own: vltok.apply(model, method, processor=processor)"
     if processor is None:
         raise ValueError(
-            f"this method changes how many placeholders a picture gets, so it needs the processor; {remedy}"
+            f"this method changes how many placeholders an image gets, so it needs the processor; {remedy}"
         )
     expected = {name: now for name, (now, _) in changes.counted.items()} | changes.shared
     missing = [name for name in expected if not hasattr(processor, name)]

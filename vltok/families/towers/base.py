@@ -80,8 +80,8 @@ class TowerFamily:
         """Raise UnsupportedModelError if attention among all tokens of a row can't stand in for that of this tower."""
         if self.is_masked:
             raise UnsupportedModelError(
-                f"{type(tower).__name__} takes pictures of several sizes at once, padded or in one row, and tells them "
-                "apart by masks, so its attention can't be replaced; it can in towers whose pictures are all of one "
+                f"{type(tower).__name__} takes images of several sizes at once, padded or in one row, and tells them "
+                "apart by masks, so its attention can't be replaced; it can in towers whose images are all of one "
                 "size, such as CLIP, SigLIP and InternViT"
             )
 
@@ -89,8 +89,8 @@ class TowerFamily:
         """Raise UnsupportedModelError if blocks, or what follows them, need all tokens of a picture."""
         if self.is_masked:
             raise UnsupportedModelError(
-                f"{type(tower).__name__} takes pictures of several sizes at once, padded or in one row, and tells them "
-                "apart by masks, so tokens can't be merged in it; they can in towers whose pictures are all of one "
+                f"{type(tower).__name__} takes images of several sizes at once, padded or in one row, and tells them "
+                "apart by masks, so tokens can't be merged in it; they can in towers whose images are all of one "
                 "size, such as CLIP, SigLIP and DINOv2"
             )
 

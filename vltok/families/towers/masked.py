@@ -88,7 +88,7 @@ class Pixtral(Masked):
             grid = (rows[end - 1] + 1, width)
             if grid[0] * grid[1] != end - first:
                 raise UnsupportedInputError(
-                    f"a picture of {end - first} patches is wider than the {part.config.image_size} pixels that this "
+                    f"an image of {end - first} patches is wider than the {part.config.image_size} pixels that this "
                     "vision tower was made for, which this version of transformers confuses; make it smaller"
                 )
             pictures.append(Place(0, first, width, grid))
@@ -97,8 +97,8 @@ class Pixtral(Masked):
     def check_replaceable(self, tower: nn.Module) -> None:
         raise UnsupportedModelError(
             f"{type(tower).__name__} tells its attention where tokens are by rotary positions, and which are of one "
-            "picture by a mask, so its attention can't be replaced; it can in ViTs with position embeddings and "
-            "pictures of one size, such as CLIP, SigLIP and InternViT"
+            "image by a mask, so its attention can't be replaced; it can in ViTs with position embeddings and "
+            "images of one size, such as CLIP, SigLIP and InternViT"
         )
 
     def turn(

@@ -36,7 +36,7 @@ def coverage(
         tokens: Visual tokens, (N, D).
         features: The vision tower's, (N, C).
         words: Of the question, (M, D).
-        alpha: What the picture counts beside the question.
+        alpha: What the image counts beside the question.
         word_temperature: Of the words' softmax.
         image_temperature: Of the tokens' softmax.
 
@@ -98,10 +98,10 @@ class MMTok(TextSelector):
     """Keep visual tokens that cover the question's words and the whole image (greedy maximum coverage).
 
     Attributes:
-        alpha: What covering the picture counts beside covering the question, at least 0.
+        alpha: What covering the image counts beside covering the question, at least 0.
         word_temperature: How sharply words choose the tokens that cover them: of a softmax, above 0. 0.02 in the
             released code for LLaVA, 0.01 for Qwen.
-        image_temperature: The same for tokens of the picture.
+        image_temperature: The same for tokens of the image.
     """
 
     alpha: float = 0.5
