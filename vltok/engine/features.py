@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -112,7 +113,7 @@ class Encoding:
         """Keep what the tower shows, (R, S, ...)."""
         self.read.setdefault(name, []).append(values)
 
-    @property
+    @cached_property
     def grids(self) -> list[list[int]] | None:
         """Frames, rows and columns of the patches of each picture, where these were passed in."""
         for name, value in self.arguments.items():

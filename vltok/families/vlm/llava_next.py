@@ -49,11 +49,13 @@ class LlavaNext(Llava):
 
     def _crops(self, model: nn.Module, encoding: Encoding) -> list[int]:
         """Rows of the tower that each picture has."""
-        config = model.config
-        return [
-            image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
-            for size in encoding.arguments["image_sizes"]
-        ]
+        if "crops" not in encoding.notes:
+            config = model.config
+            encoding.notes["crops"] = [
+                image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
+                for size in encoding.arguments["image_sizes"]
+            ]
+        return encoding.notes["crops"]
 
     def _numbers(self, model: nn.Module, encoding: Encoding) -> tuple[list[torch.Tensor], int]:
         """For each picture, which projected row each of its tokens is, -1 for newlines; and how many rows a crop has.

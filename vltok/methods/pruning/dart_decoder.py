@@ -18,17 +18,13 @@ from vltok.methods.pruning.dart import choose_pivots, dart_order
 from vltok.methods.pruning.rule import RuleAtLayer
 from vltok.visual import DecoderState
 
+NUM_PIVOTS = 4  # among visual tokens, and as many among words
+NORM = 2  # order of the norm of keys
+
 
 @torch.no_grad()
 def select_unlike(
-    states: torch.Tensor,
-    keys: torch.Tensor,
-    visual: torch.Tensor,
-    text: torch.Tensor,
-    num_keep: int,
-    num_pivots: tuple[int, int] = (4, 4),
-    norm: int = 2,
-    pivot_order: torch.Tensor | None = None,
+    states: torch.Tensor, keys: torch.Tensor, visual: torch.Tensor, text: torch.Tensor, num_keep: int
 ) -> torch.Tensor:
     """Pick visual pivots, and for each pivot in turn the visual tokens left that are least like it.
 
@@ -41,27 +37,20 @@ def select_unlike(
         visual: The visual tokens of one image, (V,), int64, ascending.
         text: Words of the question, (M,), int64, ascending; may be none.
         num_keep: How many to keep, at least 1; all of fewer tokens are kept.
-        num_pivots: How many pivots at most among visual tokens, at least 1, and among words.
-        norm: Order of the norm of keys; the released code takes 1.
-        pivot_order: All pivots in the order of their turns, (P,), int64; ascending if None.
 
     Returns:
         Which of the S tokens are kept, (min(num_keep, V),), ascending, int64. Ties went to the lowest index.
 
     Raises:
-        ValueError: If a budget is below 1, the order isn't one of the pivots, or a state or key is NaN or infinite.
+        ValueError: If `num_keep` is below 1, or a state or key is NaN or infinite.
     """
-    if num_keep < 1 or num_pivots[0] < 1:
-        raise ValueError(f"num_keep and visual pivots must be at least 1, got {num_keep} and {num_pivots[0]}")
+    if num_keep < 1:
+        raise ValueError(f"num_keep must be at least 1, got {num_keep}")
     if len(visual) <= num_keep:
         return visual
     nothing = torch.zeros(len(states), dtype=torch.bool, device=states.device)
     is_visual, is_text = nothing.index_fill(0, visual, True), nothing.index_fill(0, text, True)
-    pivots = choose_pivots(keys, is_visual, is_text, min(num_pivots[0], num_keep), num_pivots[1], norm)
-    if pivot_order is not None:
-        if not torch.equal(pivot_order.sort().values, pivots):
-            raise ValueError(f"pivot_order must have the pivots {pivots.tolist()}, got {pivot_order.tolist()}")
-        pivots = pivot_order
+    pivots = choose_pivots(keys, is_visual, is_text, min(NUM_PIVOTS, num_keep), NUM_PIVOTS, NORM)
     return dart_order(states, pivots, is_visual, num_keep).sort().values
 
 
