@@ -73,6 +73,11 @@ class RuleAtLayer(DecoderRule):
         check_integer("layer", self.layer, least=1)
 
     def layers(self, num_layers: int) -> tuple[int, ...]:
+        """Where to look: after `layer`.
+
+        Raises:
+            ValueError: If no layer would be left behind it.
+        """
         if self.layer >= num_layers:
             raise ValueError(
                 f"layer={self.layer} leaves no layer of this decoder to run without the tokens that leave; it has "
@@ -118,6 +123,7 @@ class RuleInStages(DecoderRule):
             raise ValueError(f"depths must be ascending shares of the layers in (0, 1), got {self.depths}")
 
     def layers(self, num_layers: int) -> tuple[int, ...]:
+        """Where to look: at each of `depths`, ascending, each layer once; nowhere in a decoder of one layer."""
         layers = {layer_at(depth, num_layers) for depth in self.depths}
         return tuple(sorted(layers)) if num_layers > 1 else ()
 

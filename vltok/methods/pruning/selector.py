@@ -97,7 +97,19 @@ class Selector(Method):
         raise NotImplementedError(f"{type(self).__name__} must define select()")
 
     def pick(self, visual: VisualTokens, num_keep: int) -> Selection:
-        """Ask `select`, about each region where there are some, and merge what is dropped if that is wanted."""
+        """Do what the engine asks of a selector: `select`, in each region if there are some, then `merge` if wanted.
+
+        Args:
+            visual: The visual tokens of B images of N tokens each.
+            num_keep: How many to keep, in 1..N.
+
+        Returns:
+            Kept positions, (B, num_keep), ascending, and what stands there, if that is something else.
+
+        Raises:
+            UnsupportedInputError: If there are regions, and the tokens form no grid.
+            ValueError: If dropped tokens are to be merged by a selector that merges them by itself.
+        """
         selection = self._select(visual, num_keep) if self.regions is None else self._by_regions(visual, num_keep)
         if self.merge is None:
             return selection
