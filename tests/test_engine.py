@@ -13,6 +13,7 @@ from torch import nn
 
 import vltok
 from vltok.engine.features import Encoding
+from vltok.engine.instead import Instead
 
 
 @pytest.fixture(params=tiny.PRUNABLE, ids=lambda family: family.key)
@@ -141,3 +142,10 @@ def test_grids_of_patches_are_read_off_the_device_once():
     encoding = Encoding("image", {"image_grid_thw": grids})
     assert encoding.grids == grids.tolist()
     assert encoding.grids is encoding.grids
+
+
+def test_what_stands_for_a_config_can_be_copied():
+    config = tiny.LLAVA.model().config
+    twin = copy.copy(Instead(config, image_token_index=99))
+    assert twin.image_token_index == 99 and twin.text_config is config.text_config
+    assert not hasattr(twin, "no_such_field")

@@ -18,4 +18,6 @@ class Instead:
         vars(self).update(replaced)
 
     def __getattr__(self, name: str) -> Any:
+        if name == "_base":  # not there yet while this object is copied
+            raise AttributeError(name)
         return getattr(self._base, name)
