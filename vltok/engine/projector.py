@@ -17,6 +17,7 @@ from transformers import ProcessorMixin
 from vltok.edits import Edits, MethodWrapper
 from vltok.engine.guard import PROJECTOR_GUARD
 from vltok.engine.instead import Instead
+from vltok.engine.tower_layout import patch_grid
 from vltok.engine.weights import check_at_hand
 from vltok.errors import UnsupportedInputError, UnsupportedModelError
 from vltok.method import Run
@@ -79,13 +80,6 @@ def projector_site(model: nn.Module, strategy: str, levels: str = "vision_featur
         depth=vision.num_hidden_layers,
         levels=hidden_states_of(getattr(config, levels), vision.num_hidden_layers),
     )
-
-
-def patch_grid(vision: Any) -> tuple[int, int]:
-    """Patches of a picture of the size that a tower was made for, by its config: (H, W)."""
-    sides = zip(_pair(vision.image_size), _pair(vision.patch_size), strict=True)
-    height, width = (side // patch for side, patch in sides)
-    return height, width
 
 
 def hidden_states_of(given: int | Sequence[int], depth: int) -> tuple[int, ...]:
@@ -289,7 +283,3 @@ class CoarserPatches:
         coarser = Instead(vision, patch_size=vision.patch_size * self.scale)
         stand_in = Instead(owner, config=Instead(owner.config, vision_config=coarser))
         return getattr(type(owner), self._name)(stand_in, *args, **kwargs)
-
-
-def _pair(size: int | Sequence[int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])

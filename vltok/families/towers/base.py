@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from vltok.engine.guard import ATTENTION_GUARD
-from vltok.engine.tower_layout import Layout
+from vltok.engine.tower_layout import Layout, patch_grid
 from vltok.errors import UnsupportedModelError
 
 
@@ -47,8 +47,7 @@ class TowerFamily:
 
     def grid(self, tower: nn.Module) -> tuple[int, int]:
         """Patches of a picture of the size the tower was made for."""
-        size, patch = (_pair(getattr(tower.config, name)) for name in ("image_size", "patch_size"))
-        return size[0] // patch[0], size[1] // patch[1]
+        return patch_grid(tower.config)
 
     def dim(self, tower: nn.Module) -> int:
         """Width of the tokens."""
@@ -102,7 +101,3 @@ class TowerFamily:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries and keys, (B, heads, N, d), as their products are taken, given what the attention was called with."""
         return query, key
-
-
-def _pair(size: int | Sequence[int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])

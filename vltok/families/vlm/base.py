@@ -18,8 +18,9 @@ from vltok.engine.features import KINDS, Encoding, pixel_keys
 from vltok.engine.parts import attention_of, live
 from vltok.engine.patches import Order, by_picture, token_values
 from vltok.engine.pictures import Picture
-from vltok.engine.projector import CoarserPatches, ProjectorChanges, patch_grid, swap_projector
+from vltok.engine.projector import CoarserPatches, ProjectorChanges, swap_projector
 from vltok.engine.tower_attention import can_be_read, unreadable_tower
+from vltok.engine.tower_layout import patch_grid
 from vltok.errors import UnsupportedModelError
 from vltok.method import Run
 from vltok.tokens import Grid3

@@ -11,7 +11,8 @@ from torch import nn
 from vltok.edits import Edits, MethodWrapper
 from vltok.engine.features import Encoding
 from vltok.engine.pictures import Picture
-from vltok.engine.projector import ProjectorChanges, hidden_states_of, patch_grid
+from vltok.engine.projector import ProjectorChanges, hidden_states_of
+from vltok.engine.tower_layout import patch_grid
 from vltok.engine.weights import check_at_hand
 from vltok.errors import UnsupportedModelError
 from vltok.families.vlm.base import VlmFamily
