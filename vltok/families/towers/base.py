@@ -78,20 +78,12 @@ class TowerFamily:
     def check_replaceable(self, tower: nn.Module) -> None:
         """Raise UnsupportedModelError if attention among all tokens of a row can't stand in for that of this tower."""
         if self.is_masked:
-            raise UnsupportedModelError(
-                f"{type(tower).__name__} takes images of several sizes at once, padded or in one row, and tells them "
-                "apart by masks, so its attention can't be replaced; it can in towers whose images are all of one "
-                "size, such as CLIP, SigLIP and InternViT"
-            )
+            raise _needs_masks(tower, "its attention can't be replaced; it can", "CLIP, SigLIP and InternViT")
 
     def check_merging(self, tower: nn.Module) -> None:
         """Raise UnsupportedModelError if blocks, or what follows them, need all tokens of a picture."""
         if self.is_masked:
-            raise UnsupportedModelError(
-                f"{type(tower).__name__} takes images of several sizes at once, padded or in one row, and tells them "
-                "apart by masks, so tokens can't be merged in it; they can in towers whose images are all of one "
-                "size, such as CLIP, SigLIP and DINOv2"
-            )
+            raise _needs_masks(tower, "tokens can't be merged in it; they can", "CLIP, SigLIP and DINOv2")
 
     def check_scores(self, tower: nn.Module) -> None:
         """Raise UnsupportedModelError if queries and keys don't show what this tower attends to."""
@@ -101,3 +93,10 @@ class TowerFamily:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries and keys, (B, heads, N, d), as their products are taken, given what the attention was called with."""
         return query, key
+
+
+def _needs_masks(tower: nn.Module, refused: str, others: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{type(tower).__name__} takes images of several sizes at once, padded or in one row, and tells them apart by "
+        f"masks, so {refused} in towers whose images are all of one size, such as {others}"
+    )
