@@ -86,6 +86,8 @@ class VisualTokens:
 class Selection:
     """What a selector keeps, where it changes what stands there. At most one of embeddings and features is given.
 
+    Either needs a selector whose `merges` is True, so that gradients flow.
+
     Attributes:
         indices: Kept positions, (B, K), ascending, int64.
         embeddings: What enters the language model at these, (B, K, D).

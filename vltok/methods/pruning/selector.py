@@ -60,7 +60,10 @@ class Selector(Method):
 
     @property
     def merges(self) -> bool:
-        """Whether kept tokens are changed; then `select` runs with gradients. By default if `merge` says so."""
+        """Whether kept tokens are changed; then `select` runs with gradients. By default if `merge` says so.
+
+        It must be True where `select` returns embeddings or features.
+        """
         return self.merge is not None
 
     def attention_request(self, has_cls: bool) -> AttentionRequest | None:
