@@ -283,7 +283,7 @@ class Collator:
     def _append_picture(self, encoded: _Encoded) -> None:
         """Put a grey picture behind a text, of which nothing is learned."""
         prompt = PromptText(self.write.placeholders["image"])
-        grey = self._tokenise(_Opened(prompt, [self._grey_picture()], [], "the grey picture"))
+        grey = self._tokenise(_Opened(prompt, [self._grey_picture()], [], "the grey image"))
         for key, value in grey.features.items():
             if key in TOKEN_KEYS:
                 own = encoded.features.get(key, value.new_zeros(1, len(encoded.labels)))
