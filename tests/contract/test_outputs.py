@@ -118,6 +118,8 @@ def test_hidden_states_lead_to_the_gradients_they_have_unpruned(pair):
         assert all(part.grad is not None for part in parts)
         return [part.grad for part in parts]
 
+    if pair.family.changes_last:
+        pytest.skip("gradients go past the last hidden state, which is no output of the decoder")
     if pair.prunes:
         cases = [(inputs, "hidden_states"), (one, "hidden_states", "attentions")]
         expected = [gradients(*case) for case in cases]

@@ -334,8 +334,46 @@ def test_selections_that_can_not_be_carried_out_are_refused():
 
     with vltok.apply(model, Wrong(keep_ratio=0.4, features=True)), pytest.raises(ValueError, match="give embeddings"):
         model(**inputs)
+
+    class Thin(Changing):
+        def select(self, visual, num_keep):
+            selection = super().select(visual, num_keep)
+            return replace(selection, embeddings=selection.embeddings[..., :1])
+
+    class Silent(Changing):
+        merges = False
+
+    class Short(vltok.StrideTokens):
+        def select(self, visual, num_keep):
+            return super().select(visual, num_keep).int()
+
+    for selector, message in ((Thin, "embeddings of shape"), (Silent, "let `merges` be True"), (Short, "int64, got")):
+        with vltok.apply(model, selector(keep_ratio=0.4)), pytest.raises(ValueError, match=message):
+            model(**inputs)
     with pytest.raises(ValueError, match="text must be a question"):
         replace(Reading(keep_ratio=0.5), text=" ")
+
+
+def test_any_selector_may_need_the_words_of_the_question():
+    model, inputs = shared_model(tiny.QWEN2_5_VL), single(tiny.QWEN2_5_VL, "text around")
+    seen: dict[str, torch.Tensor] = {}
+
+    class Plain(vltok.StrideTokens):
+        needs = ("text",)
+
+        def select(self, visual, num_keep):
+            seen["plain"] = visual.text
+            return super().select(visual, num_keep)
+
+    class Asking(TextSelector):
+        def select(self, visual, num_keep):
+            seen["asking"] = visual.text
+            return select_stride(visual.embeddings.shape[1], num_keep).repeat(len(visual.embeddings), 1)
+
+    for selector in (Plain, Asking):
+        with vltok.apply(model, selector(keep_ratio=0.4)):
+            model(**inputs)
+    assert seen["plain"].shape[1] > 0 and torch.equal(seen["plain"], seen["asking"])
 
 
 @every

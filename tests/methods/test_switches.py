@@ -15,7 +15,8 @@ from vltok.errors import UnsupportedInputError
 from vltok.methods.pruning.correction import standardised
 from vltok.methods.pruning.merging import merge_into_kept, nearest_kept
 from vltok.methods.pruning.regions import part_of, region_quotas
-from vltok.visual import VisualTokens
+from vltok.tokens import gather_tokens
+from vltok.visual import Selection, VisualTokens
 
 
 def visual(grid=(1, 6, 8), behind: int = 0, batch: int = 2) -> VisualTokens:
@@ -86,6 +87,31 @@ def test_regions_need_a_grid():
             vltok.DivPrune(num_keep=4, regions=wrong)
     with pytest.raises(ValueError, match="merge must be one of None, 'nearest'"):
         vltok.DivPrune(num_keep=4, merge="mean")
+    for method in (vltok.VisionZip, vltok.PruMergePlus):
+        with pytest.raises(ValueError, match="merges tokens by itself; leave out merge='nearest'"):
+            method(num_keep=4, merge="nearest")
+
+
+def test_a_region_that_is_not_changed_keeps_its_tokens_beside_those_that_are():
+    class Doubling(vltok.StrideTokens):
+        """Doubles what it keeps, but leaves whole regions as they are."""
+
+        merges = True
+
+        def select(self, visual, num_keep):
+            indices = super().select(visual, num_keep)
+            if num_keep == visual.embeddings.shape[1]:
+                return indices
+            return Selection(indices, 2 * gather_tokens(visual.embeddings, indices))
+
+    for tokens, num_keep, doubled in (
+        (visual((1, 1, 5)), 4, slice(0, 2)),
+        (visual((1, 1, 4), behind=3), 5, slice(2, 5)),
+    ):
+        selection = Doubling(num_keep=num_keep, regions=(1, 2)).pick(tokens, num_keep)
+        expected = gather_tokens(tokens.embeddings, selection.indices)
+        expected[:, doubled] *= 2
+        assert torch.equal(selection.embeddings, expected)
 
 
 def test_dropped_tokens_go_to_the_kept_one_that_is_most_like_them():

@@ -331,5 +331,6 @@ GEMMA3N = replace(
     shares_keys=True,
     drop_depth=1 / 3,
     unable=("merged embeddings", "plain hidden states", "checkpointing"),
+    changes_last=True,
 )
 ROWS = [LFM3_VL, STEP3P7, HUNYUAN_VL, FAST_VLM, MINICPMV4_6, GRANITE_DOCLING, GEMMA3N]

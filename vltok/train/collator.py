@@ -285,7 +285,7 @@ class Collator:
     def _append_picture(self, encoded: _Encoded) -> None:
         """Put a grey picture behind a text, of which nothing is learned."""
         prompt = PromptText(self.write.wrapped["image"])
-        grey = self._tokenise(_Opened(prompt, [self._grey_picture()], [], "the grey picture"))
+        grey = self._tokenise(_Opened(prompt, [self._grey_picture()], [], "the grey image"))
         for key, value in grey.features.items():
             if key in TOKEN_KEYS:
                 own = encoded.features.get(key, value.new_zeros(1, len(encoded.labels)))
@@ -305,8 +305,11 @@ class Collator:
                 return 0
             media = {name: [given] * 2 for name in ("images", "videos") if (given := getattr(opened, name))}
             text = [opened.prompt.text] * 2
-            two = self.processor(text=text, return_tensors="pt", padding=True, do_sample_frames=False, **media)[key]
-            grown = [axis for axis in range(one.dim()) if two.shape[axis] == 2 * one.shape[axis]]
+            try:
+                two = self.processor(text=text, return_tensors="pt", padding=True, **media)[key]
+                grown = [axis for axis in range(one.dim()) if two.shape[axis] == 2 * one.shape[axis]]
+            except (ValueError, TypeError):  # it takes no lists of lists, and has a row for each image
+                grown = []
             self._axes[key] = grown[0] if grown else 0
         return self._axes[key]
 
