@@ -539,7 +539,7 @@ def test_a_family_is_not_registered_twice(kind, name):
 
 
 def test_stacks_of_all_threads_are_read_whole():
-    """Also while threads run and leave generators; a frame that is looked at later may no longer say what was before."""
+    """Also while threads run and leave generators: what was before a frame can't be asked later."""
     done, parked = threading.Event(), threading.Event()
 
     def deep(depth: int) -> None:
