@@ -40,6 +40,8 @@ REFERENCE: dict[str, Callable[[], vltok.Method]] = {
     "dart": lambda: vltok.DART(num_keep=5),
     "otprune": lambda: vltok.OTPrune(keep_ratio=0.3),
     "divprune-merging": lambda: vltok.DivPrune(keep_ratio=0.3, merge="nearest", correction="centred"),
+    "divprune-standardised": lambda: vltok.DivPrune(keep_ratio=0.3, merge="nearest", correction="standardised"),
+    "todre-standardised": lambda: vltok.ToDRE(keep_ratio=0.3, relevance=False, correction="standardised"),
     "fastv": lambda: vltok.FastV(keep_ratio=0.3),
     "pyramid_drop": lambda: vltok.PyramidDrop(),
     "sparsevlm": lambda: vltok.SparseVLM(),

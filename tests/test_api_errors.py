@@ -112,7 +112,7 @@ def test_a_refused_call_leaves_a_model_that_answers_the_next_one(model, inputs):
         (lambda: vltok.ToDRE(0.5, relevance=None), TypeError, "True or False, got None"),
         (lambda: vltok.ToDRE(0.5, relevance=False, stages=(2,)), ValueError, "relevance=False leaves out stage 2"),
         (lambda: vltok.StrideTokens(0.5, positions="grid"), ValueError, "'keep', 'reindex', 'stretch', got 'grid'"),
-        (lambda: vltok.FasterVLM(0.5, score="text"), ValueError, "\"received\", got 'text'"),
+        (lambda: vltok.FasterVLM(0.5, score="text"), ValueError, "'received', got 'text'"),
         (lambda: vltok.RandomTokens(0.5, seed=0.5), TypeError, r"integer, got 0\.5"),
     ],
 )

@@ -36,7 +36,7 @@ only_soft = only(lambda pair: pair.has(vltok.SOFT))
 
 @pytest.mark.parametrize("pair", REFUSED, indirect=True)
 def test_towers_that_are_more_than_softmax_over_one_grid_are_refused_and_stay(pair, model):
-    words = r"takes pictures of several sizes at once|by rotary positions|has further weights, q_norm\.weight"
+    words = r"takes images of several sizes at once|by rotary positions|has further weights, q_norm\.weight"
     words += "|lays its tokens out as maps|takes no mask"
     with unchanged(model), pytest.raises(UnsupportedModelError, match=words):
         pair.apply(model)

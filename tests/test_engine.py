@@ -12,6 +12,8 @@ from tiny import shared_model
 from torch import nn
 
 import vltok
+from vltok.engine.features import Encoding
+from vltok.engine.instead import Instead
 
 
 @pytest.fixture(params=tiny.PRUNABLE, ids=lambda family: family.key)
@@ -132,3 +134,18 @@ def test_without_a_cache_a_decision_stays_as_it_was_on_the_prompt(family, model,
         ((seen,),) = handle.report(file=None).relevance
     with vltok.apply(model, vltok.ToDRE(keep_ratio=0.3, depth=0.5, tau=max(seen.alpha_tv, seen.alpha_vt) + margin)):
         assert torch.equal(generate(model, inputs, steps=8, use_cache=False), generate(model, inputs, steps=8))
+
+
+def test_grids_of_patches_are_read_off_the_device_once():
+    """Each reading makes a GPU wait, and they are asked for image by image."""
+    grids = torch.tensor([[1, 4, 6], [2, 2, 2]])
+    encoding = Encoding("image", {"image_grid_thw": grids})
+    assert encoding.grids == grids.tolist()
+    assert encoding.grids is encoding.grids
+
+
+def test_what_stands_for_a_config_can_be_copied():
+    config = tiny.LLAVA.model().config
+    twin = copy.copy(Instead(config, image_token_index=99))
+    assert twin.image_token_index == 99 and twin.text_config is config.text_config
+    assert not hasattr(twin, "no_such_field")

@@ -19,7 +19,7 @@ import torch
 import transformers
 from PIL import Image
 from safetensors.torch import save_file
-from tiny import LLAVA, QWEN2_5_VL, TinyFamily, picture, sharpen
+from tiny import LLAVA, LLAVA_NEXT, QWEN2_5_VL, TinyFamily, picture, sharpen
 
 import vltok
 from vltok.families.vlm import VLMS
@@ -88,7 +88,7 @@ def test_prune_llava_takes_other_families(run, image, tmp_path):
 def test_tokenpacker_llava_prints_both_answers_and_the_report(run, image, tmp_path):
     folder = saved(LLAVA, tmp_path / "model")
     printed = run("tokenpacker_llava.py", image, "w1 w2", "--model", folder)
-    assert "projector: 16 patches -> 4 visual tokens (pictures, crops: 1)" in printed
+    assert "projector: 16 patches -> 4 visual tokens (images, crops: 1)" in printed
     answers = dict(line.split(": ", 1) for line in printed.splitlines())
     assert set(answers["condensed"].split()) <= {f"w{i}" for i in range(40)}
     assert answers["condensed"] != answers["all visual tokens"]
@@ -127,6 +127,13 @@ def test_compare_methods_prints_answers_and_draws_what_was_kept(run, image, tmp_
     assert [line.partition(":")[0] for line in printed.splitlines()] == ["divprune", "stride"]
     with Image.open(out) as drawn:
         assert drawn.width > drawn.height > 100
+
+
+def test_compare_methods_says_that_tiles_form_no_grid(run, image, tmp_path, capsys):
+    folder = saved(LLAVA_NEXT, tmp_path / "model")
+    with pytest.raises(SystemExit):
+        run("compare_methods.py", image, "w1", "--model", folder, "--methods", "stride")
+    assert "form no grid to draw on" in capsys.readouterr().err
 
 
 def test_soft_vit_teaches_new_attention_and_saves_it(run, image, tmp_path):

@@ -7,6 +7,7 @@ import io
 import sys
 import threading
 import time
+import traceback
 import types
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +21,7 @@ from transformers import IJepaConfig, IJepaModel
 from unchanged import unchanged
 
 import vltok
-from vltok.calls import Calls
+from vltok.calls import Calls, _stacks
 from vltok.errors import EditConflictError
 from vltok.families.towers import TOWERS
 from vltok.families.towers.base import TowerFamily
@@ -535,3 +536,35 @@ def test_a_family_is_not_registered_twice(kind, name):
         vltok.register_family(kind, name, "somewhere", "mine", "Mine")
     with pytest.raises(ValueError, match="kind must be one of 'vlm', 'tower', got 'text'"):
         vltok.register_family("text", "mine", "somewhere", "mine", "Mine")
+
+
+def test_stacks_of_all_threads_are_read_whole():
+    """Also while threads run and leave generators: what was before a frame can't be asked later."""
+    done, parked = threading.Event(), threading.Event()
+
+    def deep(depth: int) -> None:
+        if depth:
+            deep(depth - 1)
+        else:
+            parked.set()
+            done.wait()
+
+    def spin() -> None:
+        while not done.is_set():
+            list(part for part in (each for each in range(9)))
+
+    threads = [threading.Thread(target=deep, args=(30,)), *(threading.Thread(target=spin) for _ in range(3))]
+    for thread in threads:
+        thread.start()
+    try:
+        parked.wait()
+        time.sleep(0.1)  # it goes on to wait
+        expected = [frame for frame, _ in traceback.walk_stack(sys._current_frames()[threads[0].ident])]
+        for _ in range(50):
+            found = dict(_stacks())
+            assert found[threads[0].ident] == expected
+            assert all(frame.f_code.co_name for frames in found.values() for frame in frames)
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()

@@ -139,12 +139,12 @@ ONE = picture(0)
 @pytest.mark.parametrize(
     ("images", "text", "message"),
     [
-        ([ONE, ONE], ["<image>"], "2 pictures came for 1 placeholders '<image>'"),
-        (ONE, ["<image> <image>", "w1"], "1 pictures came for 2 placeholders"),
-        (None, "w1 <image>", "0 pictures came for 1 placeholders"),
-        (ONE, "w1", "1 pictures came for 0 placeholders"),
+        ([ONE, ONE], ["<image>"], "2 images came for 1 placeholders '<image>'"),
+        (ONE, ["<image> <image>", "w1"], "1 images came for 2 placeholders"),
+        (None, "w1 <image>", "0 images came for 1 placeholders"),
+        (ONE, "w1", "1 images came for 0 placeholders"),
         ([[ONE, ONE], [ONE]], ["<image>", "<image> <image>"], r"hold \[2, 1\], but the prompts have \[1, 2\]"),
-        ([[ONE, ONE]], ["<image>", "<image>"], r"lists of pictures hold \[2\], but the prompts have \[1, 1\]"),
+        ([[ONE, ONE]], ["<image>", "<image>"], r"lists of images hold \[2\], but the prompts have \[1, 1\]"),
         (None, [["w1"]], "text must be a string or a list of strings"),
         (None, [], "text must be a string or a list of strings"),
         (None, None, "pass images, text or both"),
@@ -233,9 +233,9 @@ def test_truncation_never_cuts_a_picture():
     picture_length = len(ids_of(GRIDS[WIDE], 16))
     assert processor(**given, max_length=picture_length + 2)["input_ids"][0][-2:] == [NEWLINE, 2]
     for length in (picture_length + 1, picture_length, picture_length - 1, 17, 1):
-        with pytest.raises(ValueError, match=f"max_length={length} would cut a picture of prompt 0: pictures take 68"):
+        with pytest.raises(ValueError, match=f"max_length={length} would cut an image of prompt 0: images take 68"):
             processor(**given, max_length=length)
-    with pytest.raises(ValueError, match="would cut a picture of prompt 1"):
+    with pytest.raises(ValueError, match="would cut an image of prompt 1"):
         processor([picture(0, WIDE)], ["w1", "w1 w2 <image>"], truncation=True, max_length=picture_length + 3)
     assert len(processor(**given | {"truncation": False}, max_length=9)["input_ids"][0]) == picture_length + 3
 

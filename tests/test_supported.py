@@ -27,6 +27,7 @@ import vltok
 from vltok.cli import app
 from vltok.cli.families import BEGIN, END, markdown
 from vltok.errors import UnsupportedModelError
+from vltok.families.vlm.generic import Generic
 
 ROOT = Path(__file__).parents[1]
 MODELS = vltok.supported_models()
@@ -234,3 +235,8 @@ def test_supported_models_is_a_copy_of_what_is_known():
     assert list(vltok.supported_models()["vlm"]) == list(MODELS["vlm"])
     with torch.no_grad(), pytest.raises(AttributeError):
         MODELS["vlm"]["llava"].title = "mine"
+
+
+def test_a_fact_that_no_family_has_is_refused():
+    with pytest.raises(TypeError, match="VlmFamily has no window, which Mine is described by"):
+        Generic("mine", "Mine", ("MineModel",), window=True)

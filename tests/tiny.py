@@ -106,6 +106,7 @@ class TinyFamily:
         shares_keys: Whether the last decoder layers attend to the keys that earlier ones made.
         word_type: What `token_type_ids` says of a word that the model wrote.
         feeds_layers: Whether its decoder makes further inputs of the layers from the embeddings.
+        changes_last: Whether more is done to the last hidden state before it is returned as the decoder's output.
         drop_depth: After which share of its decoder layers tests drop tokens.
         needs_images: Whether the processor refuses prompts of text alone.
         resizes: Whether smaller images have fewer tokens in proportion, if not all have as many.
@@ -140,6 +141,7 @@ class TinyFamily:
     shares_keys: bool = False
     word_type: int = 0
     feeds_layers: bool = False
+    changes_last: bool = False
     drop_depth: float = 0.5
     needs_images: bool = False
     resizes: bool = True

@@ -7,7 +7,8 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import dropwhile
+from itertools import chain, dropwhile, repeat, tee
+from operator import call, itemgetter, methodcaller
 from types import FrameType
 from typing import Any
 
@@ -18,6 +19,7 @@ from vltok.errors import EditConflictError
 
 PATIENCE = 60.0  # seconds
 _PAUSE = 0.002
+_DEEPEST = 500  # frames of a stack that are looked at
 _CALL = "_call_impl"  # nn.Module's, around forward and hooks
 _GENERATE = "generate"
 
@@ -93,8 +95,7 @@ class Calls:
         waiting = {Calls._hold.__code__, Calls._busy_threads.__code__, _PAUSED}
         parts, around = set(self.host.modules()), _Around(self.host)
         busy = []
-        for number, top in sys._current_frames().items():
-            frames = list(_stack(top))
+        for number, frames in _stacks():
             if number == threading.get_ident() or any(frame.f_code in waiting for frame in frames):
                 continue
             for frame in frames:
@@ -142,6 +143,24 @@ def _stack(frame: FrameType | None) -> Iterator[FrameType]:
     while frame is not None:
         yield frame
         frame = frame.f_back
+
+
+def _stacks() -> list[tuple[int, list[FrameType]]]:
+    """The frames of every thread, from the innermost to the outermost, no deeper than `_DEEPEST`.
+
+    All threads hold still meanwhile: nothing here but builtins runs, in one call, so none gets its turn. In Python 3.11
+    what a frame says was before it means nothing once a generator that it runs has been left.
+    """
+    threads = chain.from_iterable(map(methodcaller("items"), map(call, [sys._current_frames])))
+    numbers, level = tee(threads)
+    level = map(itemgetter(1), level)
+    levels = []
+    for _ in range(_DEEPEST):
+        own, level = tee(level)
+        levels.append(own)
+        level = map(getattr, level, repeat("f_back"), repeat(None))
+    found = list(zip(map(itemgetter(0), numbers), zip(*levels, strict=False), strict=False))
+    return [(number, [frame for frame in frames if frame is not None]) for number, frames in found]
 
 
 def _owner(frame: FrameType) -> nn.Module | None:

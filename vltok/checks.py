@@ -59,6 +59,20 @@ def check_share(name: str, value: object) -> None:
         raise ValueError(f"{name} must be a share in 0..1, got {value!r}")
 
 
+def check_regions(name: str, value: object) -> tuple[int, int]:
+    """Read numbers of regions, (down, across), also from a list.
+
+    Raises:
+        TypeError: If these are no two integers.
+        ValueError: If one is below 1.
+    """
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        raise TypeError(f"{name} must be two numbers of regions, (down, across), such as (2, 2), got {value!r}")
+    for number in value:
+        check_integer(name, number, least=1)
+    return value[0], value[1]
+
+
 def check_choice(name: str, value: object, choices: Any) -> None:
     """Raise ValueError if `value` is not one of a Literal's values, or of a tuple's."""
     allowed = choices if isinstance(choices, tuple) else get_args(choices)

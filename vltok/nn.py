@@ -51,7 +51,7 @@ class DiversitySelector(nn.Module):
     ) -> None:
         super().__init__()
         if pivot == "random":
-            raise ValueError('pivot="random" needs to know the picture; draw the first tokens and pass them to forward')
+            raise ValueError('pivot="random" needs to know the image; draw the first tokens and pass them to forward')
         settings = ToDRE(keep_ratio, num_keep, strategy=strategy, pivot=pivot, relevance=False)
         self.keep_ratio, self.num_keep = settings.keep_ratio, settings.num_keep
         self.strategy, self.pivot = settings.strategy, settings.pivot

@@ -183,7 +183,7 @@ class TokenPackerHDProcessor(ProcessorMixin):
                 supported.
         """
         if videos is not None or audio is not None:
-            raise ValueError("TokenPacker-HD takes pictures and text; videos and audio are not supported")
+            raise ValueError("TokenPacker-HD takes images and text; videos and audio are not supported")
         if images is None and text is None:
             raise ValueError("nothing to prepare: pass images, text or both")
         options = self._merge_kwargs(ProcessingKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
@@ -250,7 +250,7 @@ class TokenPackerHDProcessor(ProcessorMixin):
                 row = self._truncate(prompt, count, limit - growth, options)
                 if row is None:
                     raise ValueError(
-                        f"max_length={limit} would cut a picture of prompt {index}: pictures take {growth + count} of "
+                        f"max_length={limit} would cut an image of prompt {index}: images take {growth + count} of "
                         f"its {len(encoded['input_ids'][index]) + growth} tokens; allow more, or lower max_tiles"
                     )
             ids, source = expand_placeholders(row["input_ids"], self.image_token_id, own)
@@ -349,10 +349,10 @@ def _check_kind(processor: object) -> None:
 def _check_counts(placeholder: str, counts: list[int], pictures: int, per_prompt: list[int] | None) -> None:
     """Raise ValueError unless each prompt has a placeholder for each of its pictures."""
     if sum(counts) != pictures:
-        raise ValueError(f"{pictures} pictures came for {sum(counts)} placeholders {placeholder!r}; each needs one")
+        raise ValueError(f"{pictures} images came for {sum(counts)} placeholders {placeholder!r}; each needs one")
     if per_prompt is not None and per_prompt != counts:
         raise ValueError(
-            f"the lists of pictures hold {per_prompt}, but the prompts have {counts} placeholders {placeholder!r}"
+            f"the lists of images hold {per_prompt}, but the prompts have {counts} placeholders {placeholder!r}"
         )
 
 

@@ -31,7 +31,7 @@ class Condensed:
     """What a condensing projector did in its last call.
 
     Attributes:
-        pictures: Pictures, or crops and tiles of pictures, that were projected.
+        pictures: Images, or crops and tiles of images, that were projected.
         patches: Patches of each, as the projector got them.
         tokens: Visual tokens that each became.
     """
@@ -47,8 +47,8 @@ class LinearAttention:
 
     Attributes:
         blocks: The blocks that have it, as (start, stop).
-        patches: Patches of a picture of the size the tower was made for.
-        landmarks: Landmarks of such a picture, prefix tokens not counted.
+        patches: Patches of an image of the size the tower was made for.
+        landmarks: Landmarks of such an image, prefix tokens not counted.
     """
 
     blocks: tuple[int, int]
@@ -74,7 +74,7 @@ class Merging:
     """What became of the patches of the last call in a vision tower that merges tokens.
 
     Attributes:
-        source: Which of the tokens that are left each patch went into, (pictures or crops, patches), int64. Prefix
+        source: Which of the tokens that are left each patch went into, (images or crops, patches), int64. Prefix
             tokens don't count. None before the first call.
     """
 
@@ -85,7 +85,7 @@ class Merging:
             return "vision tower: merges tokens; no call yet"
         pictures, patches = self.source.shape
         left = int(self.source.max()) + 1 if self.source.numel() else 0
-        return f"vision tower: {patches} patches merged into {left} tokens (pictures, crops: {pictures})"
+        return f"vision tower: {patches} patches merged into {left} tokens (images, crops: {pictures})"
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ class Report:
         if self.condensed is not None:
             each = self.condensed
             lines.append(
-                f"projector: {each.patches} patches -> {each.tokens} visual tokens (pictures, crops: {each.pictures})"
+                f"projector: {each.patches} patches -> {each.tokens} visual tokens (images, crops: {each.pictures})"
             )
         if self.images is False:
             lines.append("the last call had no images")

@@ -1,6 +1,6 @@
 """resize() lets a processor see fewer pixels, so that vision tower and language model both have less to do.
 
-It is the floor at equal cost for methods that prune visual tokens. Training-free. Which size a picture gets is found in
+It is the floor at equal cost for methods that prune visual tokens. Training-free. Which size an image gets is found in
 picture_sizes.py.
 """
 
@@ -20,14 +20,14 @@ _SETTINGS = "to_dict"  # of an image or video processor: says what to save
 
 
 def resize(processor: Any, keep_ratio: float) -> Resizing:
-    """Let a processor make fewer visual tokens of every image and video, from a smaller picture.
+    """Let a processor make fewer visual tokens of every image and video, by making it smaller.
 
     with vltok.resize(processor, keep_ratio=0.25):
         inputs = processor(images=images, text=prompts, return_tensors="pt")
 
     Each image has at most `keep_ratio` times the tokens that it would have otherwise, and as many as sizes of about its
     shape can have: with a grid of H x W tokens, less than a row and a column fewer. Models of tiles have whole tiles,
-    in a layout near the image's shape. A picture that would have fewer than the processor's fewest has these. Words
+    in a layout near the image's shape. An image that would have fewer than the processor's fewest has these. Words
     around visual tokens, such as row ends, are not counted. Frames of a video are shrunk alike, and none is left out.
 
     Works together with methods on the model, which prune what is left. The processor goes on doing this when it is

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -23,6 +24,11 @@ def keep_count(num_tokens: int, keep_ratio: float | None = None, num_keep: int |
         The count, in 1..N.
     """
     return max(1, round(keep_ratio * num_tokens)) if num_keep is None else min(num_keep, num_tokens)
+
+
+def share_of(count: int, share: float) -> int:
+    """Say how many a share of a count is, rounded down; a product such as 0.29 * 100 lies below what it means."""
+    return math.floor(share * count + 1e-6)
 
 
 def gather_tokens(tokens: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:

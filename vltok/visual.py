@@ -45,7 +45,7 @@ class VisualTokens:
             selector wants to be random.
         attention: The requested attention, (B, N), float32, -inf where a token stands for no patch (such as the newline
             tokens of AnyRes layouts). None if nothing was requested.
-        is_overview: True for tokens of the whole picture, (B, N), bool; False for those of AnyRes crops.
+        is_overview: True for tokens of the whole image, (B, N), bool; False for those of AnyRes crops.
         grid: Frames, rows and columns (T, H, W) that the first T * H * W tokens form, row by row; None where they form
             none that is known.
         coordinates: Frame, row and column of each token, (B, N, 3), int64, -1 for tokens behind the grid; None without
@@ -85,6 +85,8 @@ class VisualTokens:
 @dataclass(frozen=True)
 class Selection:
     """What a selector keeps, where it changes what stands there. At most one of embeddings and features is given.
+
+    Either needs a selector whose `merges` is True, so that gradients flow.
 
     Attributes:
         indices: Kept positions, (B, K), ascending, int64.

@@ -14,11 +14,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import AutoProcessor, BatchFeature
 
 import vltok
-from eval.canvas import plots, table
+from eval.canvas import plots, stage2, table
 from eval.canvas.data import load_items
 from eval.canvas.model import MODEL_DIR
 from eval.canvas.pool import Bench, Plan, run_cases
-from eval.canvas.runner import ADAPTERS, METHODS, Case, cases, encode, kept_patches, time_prefill
+from eval.canvas.runner import ADAPTERS, METHODS, Case, Result, cases, encode, kept_patches, time_prefill
 
 TIMING_BATCH = 8
 SHOWN_CANVASES = range(6)
@@ -29,11 +29,15 @@ FULL = {"questions": 1000, "keep_ratios": "0.5,0.25,0.1,0.05", "rounds": 5}
 def main(
     quick: Annotated[bool, typer.Option("--quick", help="Fewer questions, two keep ratios: under a minute.")] = False,
     every: Annotated[bool, typer.Option("--all", help="Every method, and the switches of selectors.")] = False,
+    stage_2: Annotated[
+        bool,
+        typer.Option("--stage-2", help="ToDRE's second stage over the decoder's depth, not the table."),
+    ] = False,
     items: Annotated[
         Path | None,
         typer.Option(help="Other item pictures, .npz: images (N, h, w) uint8, labels (N,), optional names."),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for results.json, results.csv and the pictures.")] = Path(
+    out: Annotated[Path, typer.Option(help="Folder for results as JSON and CSV, and the pictures.")] = Path(
         "canvas-results"
     ),
     questions: Annotated[int | None, typer.Option(min=1, help="At least this many; 1000, with --quick 100.")] = None,
@@ -47,47 +51,83 @@ def main(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     model: Annotated[Path, typer.Option(help="Folder of the trained model.")] = MODEL_DIR,
 ) -> None:
-    """Answer test questions unpruned, pruned and condensed; print a table, write it, draw it."""
+    """Answer test questions unpruned, pruned and condensed; print a table, write it, draw it.
+
+    With --stage-2 the rows are keep ratios, and layers after which all visual tokens are dropped.
+    """
     started = time.perf_counter()
     mode = QUICK if quick else FULL
-    ratios = _parse_ratios(keep_ratios or mode["keep_ratios"])
+    if stage_2 and every:
+        raise typer.BadParameter("adds rows to the table, which --stage-2 leaves out; give one", param_hint="--all")
+    ratios = _parse_ratios(keep_ratios or ("0.1" if stage_2 else mode["keep_ratios"]))
     if dtype not in ("float32", "bfloat16", "float16"):
         raise typer.BadParameter(f"must be float32, bfloat16 or float16, got {dtype!r}", param_hint="--dtype")
     plan = Plan(model, dtype, device, items, seed, questions or mode["questions"], batch_size)
     _check_items(plan)
     bench = Bench(plan)
-    chosen = cases(ratios, seed, ADAPTERS if model == MODEL_DIR else None, every)
+    num_layers = bench.model.config.text_config.num_hidden_layers
+    if stage_2:
+        chosen = stage2.cases([1.0, *ratios], num_layers)
+    else:
+        chosen = cases(ratios, seed, ADAPTERS if model == MODEL_DIR else None, every)
     out.mkdir(parents=True, exist_ok=True)
 
+    jobs = jobs or _default_jobs(device)
     columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         answering = progress.add_task("answering questions", total=len(bench.questions) * len(chosen))
-        jobs = jobs or _default_jobs(device)
         results = run_cases(bench, chosen, jobs, lambda count: progress.advance(answering, count))
-        changed = [result for result in results if not result.case.is_plain]
-        timing = progress.add_task("timing the prefill", total=len(changed) * mode["rounds"])
-        batches = [_first_batch(bench, result.case) for result in changed]
-        ratios_of_time = time_prefill(
-            bench.model,
-            bench.processor,
-            _first_batch(bench, chosen[0]),
-            list(zip([result.case for result in changed], batches, strict=True)),
-            mode["rounds"],
-            lambda count: progress.advance(timing, count),
-        )
-        for result, ratio in zip(changed, ratios_of_time, strict=True):
-            result.prefill_ratio = ratio
+        if not stage_2:
+            _time(bench, results, mode["rounds"], progress)
 
-    rows = table.records(results)
-    settings = {
+    settings = _settings(bench, jobs)
+    console = Console()
+    wide = Console(width=max(console.width, 180))
+    if stage_2:
+        rows = stage2.records(results)
+        table.write(rows, settings, out, "stage2")
+        plots.plot_depth(rows, out / "stage2.png", stage2.TAU, stage2.default_layer(num_layers))
+        wide.print(stage2.render(rows))
+    else:
+        rows = table.records(results)
+        table.write(rows, settings, out)
+        _draw(bench, results, rows, min(ratios, key=lambda ratio: abs(ratio - 0.1)), out)
+        wide.print(table.render(rows))
+        console.print(table.stage2_note(rows), highlight=False)
+    seconds = time.perf_counter() - started
+    console.print(
+        f"{len(bench.questions)} questions x {len(chosen)} rows in {seconds:.0f} s; written to {out}", highlight=False
+    )
+
+
+def _time(bench: Bench, results: list[Result], rounds: int, progress: Progress) -> None:
+    """Note the time of the prefill of each case that isn't the model as it is."""
+    changed = [result for result in results if not result.case.is_plain]
+    timing = progress.add_task("timing the prefill", total=len(changed) * rounds)
+    ratios = time_prefill(
+        bench.model,
+        bench.processor,
+        _first_batch(bench, results[0].case),
+        [(result.case, _first_batch(bench, result.case)) for result in changed],
+        rounds,
+        lambda count: progress.advance(timing, count),
+    )
+    for result, ratio in zip(changed, ratios, strict=True):
+        result.prefill_ratio = ratio
+
+
+def _settings(bench: Bench, jobs: int) -> dict[str, object]:
+    """What the numbers hang on."""
+    plan = bench.plan
+    return {
         "questions": len(bench.questions),
         "canvases": len({question.canvas for question in bench.questions}),
         "split": "test",
-        "seed": seed,
-        "items": "scikit-learn digits" if items is None else items.name,
-        "batch_size": batch_size,
-        "device": device,
-        "dtype": dtype,
+        "seed": plan.seed,
+        "items": "scikit-learn digits" if plan.items is None else plan.items.name,
+        "batch_size": plan.batch_size,
+        "device": plan.device,
+        "dtype": plan.dtype,
         "positions": "keep",
         "jobs": jobs,
         "threads": torch.get_num_threads(),
@@ -96,19 +136,14 @@ def main(
         "vltok": vltok.__version__,
         "processor": platform.machine(),
     }
-    table.write(rows, settings, out)
+
+
+def _draw(bench: Bench, results: list[Result], rows: list[dict[str, object]], shown_ratio: float, out: Path) -> None:
+    """Accuracy against tokens and time, and what selectors keep at one ratio."""
     plots.plot_accuracy(rows, out / "accuracy.png")
     plots.plot_accuracy(rows, out / "time.png", along="prefill_ratio")
-    shown_ratio = min(ratios, key=lambda ratio: abs(ratio - 0.1))
-    selectors = [result.case for result in changed if not result.case.condenses]
+    selectors = [result.case for result in results if not result.case.is_plain and not result.case.condenses]
     _draw_kept(bench, [case for case in selectors if case.keep_ratio == shown_ratio], out / "kept.png")
-    console = Console()
-    Console(width=max(console.width, 180)).print(table.render(rows))
-    console.print(table.stage2_note(rows), highlight=False)
-    seconds = time.perf_counter() - started
-    console.print(
-        f"{len(bench.questions)} questions x {len(chosen)} rows in {seconds:.0f} s; written to {out}", highlight=False
-    )
 
 
 def _first_batch(bench: Bench, case: Case) -> BatchFeature:

@@ -88,6 +88,67 @@ def plot_accuracy(
     plt.close(figure)
 
 
+KIND_STYLES = {
+    "exist": ("#c1272d", "o"),
+    "quadrant": ("#0000a7", "s"),
+    "where": ("#008176", "D"),
+    "count": ("#eeaa22", "^"),
+}
+RATIO_STYLES = (("black", "-"), ("#7b3294", "--"), ("#d95f02", ":"), ("#777777", "-."))
+
+
+def plot_depth(rows: Sequence[dict[str, object]], path: Path, tau: float, default_layer: int) -> None:
+    """Two panels over the decoder's layers: what the text attends to, and accuracy without visual tokens behind.
+
+    Args:
+        rows: The records of `eval.canvas.stage2`.
+        path: Where the PNG goes.
+        tau: Below which stage 2 drops by default.
+        default_layer: After which layer it looks by default.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.8), layout="constrained")
+    ratios = sorted({row["keep_ratio"] for row in rows}, reverse=True)
+    layers = sorted({row["dropped_after"] for row in rows if row["dropped_after"]})
+    never = layers[-1] + 1
+    for number, ratio in enumerate(ratios):
+        colour, line = RATIO_STYLES[number % len(RATIO_STYLES)]
+        own = [row for row in rows if row["keep_ratio"] == ratio]
+        seen = [row for row in own if row["dropped_after"]]
+        mean, low, high = (
+            100 * np.array([row[f"text_to_visual{end}"] for row in seen]) for end in ("", "_low", "_high")
+        )
+        fires = 100 * next(row["fires_by_default"] for row in seen if row["dropped_after"] == default_layer)
+        label = f"{100 * ratio:g} % of the tokens kept; by default dropped at {fires:.1f} % of the prompts"
+        left.plot(layers, mean, color=colour, linestyle=line, marker="o", label=label)
+        left.fill_between(layers, low, high, color=colour, alpha=0.15, linewidth=0)
+        for kind, (shade, marker) in KIND_STYLES.items():
+            points = [(row["dropped_after"] or never, row[f"{kind}_accuracy"]) for row in own]
+            points = sorted((place, 100 * share) for place, share in points if share is not None)
+            label = f"{kind}, {100 * ratio:g} %"
+            right.plot(
+                *zip(*points, strict=True), color=shade, marker=marker, linestyle=line, markersize=5, label=label
+            )
+    left.axhline(100 * tau, color="#c1272d", linewidth=1, linestyle="--")
+    left.annotate(f"tau, {100 * tau:g} %: dropped below it", (layers[0], 100 * tau + 1.5), color="#c1272d", fontsize=9)
+    left.axvline(default_layer, color="#777777", linewidth=1, linestyle=":")
+    left.annotate("looked at by default  ", (default_layer, 97), color="#555555", fontsize=9, ha="right")
+    left.set_title("Text's attention to visual tokens\n(mean, band of 10 to 90 % of the prompts)", fontsize=11)
+    left.set_ylabel("share of attention, %")
+    left.set_xlabel("decoder layer")
+    left.set_xticks(layers)
+    right.set_title("Accuracy if all visual tokens are dropped after a layer", fontsize=11)
+    right.set_ylabel("accuracy, %")
+    right.set_xlabel("dropped after decoder layer")
+    right.set_xticks([*layers, never], [*map(str, layers), "never"])
+    for axis in (left, right):
+        axis.set_ylim(0, 102)
+        axis.grid(alpha=0.25)
+    left.legend(loc="lower left", bbox_to_anchor=(0, 0.14), frameon=False, fontsize=9)  # between tau and the curves
+    right.legend(loc="center left", bbox_to_anchor=(1, 0.5), title="question, tokens kept", frameon=False, fontsize=9)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
 def plot_kept(images: Sequence[np.ndarray], kept: dict[str, list[list[int]]], path: Path, title: str) -> None:
     """A row per picture: the picture, then what each method kept of it.
 

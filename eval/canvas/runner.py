@@ -13,6 +13,7 @@ from transformers.utils import ModelOutput
 
 import vltok
 from eval.canvas.data import KINDS, Canvases, Question
+from vltok.report import RelevanceRecord
 
 MAX_NEW_TOKENS = 2  # the answer and </s>
 ADAPTERS = Path(__file__).parent / "adapters"  # of `python -m eval.canvas.condense --adapters`
@@ -68,7 +69,7 @@ class Result:
     visual_tokens: int = 0  # of all questions, at the entry of the language model
     layer_tokens: float = 0.0  # of all questions, mean over the decoder's layers
     kv_bytes: int = 0  # of all questions, after the prefill
-    relevance: list[tuple[float, bool]] = field(default_factory=list)  # stage 2: text-to-visual share, dropped
+    relevance: list[RelevanceRecord] = field(default_factory=list)  # what ToDRE's stage 2 saw of each prompt
     prefill_ratio: float = float("nan")
 
     @property
@@ -126,6 +127,7 @@ FURTHER: dict[str, Maker] = {
         )
         for switch, knobs in {
             "centred": {"correction": "centred"},
+            "standardised": {"correction": "standardised"},
             "merging": {"merge": "nearest"},
             "2 x 2 regions": {"regions": (2, 2)},
             "4 x 4 regions": {"regions": (4, 4)},
@@ -234,7 +236,7 @@ def evaluate(
                 else:
                     result.layer_tokens += float(report.tokens_per_layer.sum()) / num_layers
                     result.visual_tokens += sum(sum(kept) for kept in report.kept_tokens)
-                    result.relevance += [(r.alpha_tv, r.dropped) for sample in report.relevance for r in sample]
+                    result.relevance += [record for sample in report.relevance for record in sample]
     finally:
         hook.remove()
     return result

@@ -30,27 +30,31 @@ def records(results: Sequence[Result]) -> list[dict[str, object]]:
     for result in results:
         row: dict[str, object] = {"method": result.case.name, "keep_ratio": result.case.keep_ratio}
         for kind in KINDS:
-            low, high = wilson(result.hits[kind], result.asked[kind])
             base = reference.accuracy(kind)
-            row[f"{kind}_questions"] = result.asked[kind]
-            row[f"{kind}_accuracy"] = _number(result.accuracy(kind))
-            row[f"{kind}_low"], row[f"{kind}_high"] = _number(low), _number(high)
-            row[f"{kind}_of_unpruned"] = _number(result.accuracy(kind) / base if base else math.nan)
-        row["visual_tokens"] = _number(result.visual_tokens / result.total)
-        row["tokens_per_layer"] = _number(result.layer_tokens / result.total)
-        row["kv_bytes"] = _number(result.kv_bytes / result.total)
-        shares = [share for share, _ in result.relevance]
-        row["stage2_text_to_visual"] = _number(sum(shares) / len(shares) if shares else math.nan)
-        row["stage2_dropped"] = sum(dropped for _, dropped in result.relevance) if shares else None
-        row["prefill_ratio"] = _number(result.prefill_ratio)
+            row |= accuracy_of(result, kind)
+            row[f"{kind}_of_unpruned"] = number(result.accuracy(kind) / base if base else math.nan)
+        row["visual_tokens"] = number(result.visual_tokens / result.total)
+        row["tokens_per_layer"] = number(result.layer_tokens / result.total)
+        row["kv_bytes"] = number(result.kv_bytes / result.total)
+        shares = [record.alpha_tv for record in result.relevance]
+        row["stage2_text_to_visual"] = number(sum(shares) / len(shares) if shares else math.nan)
+        row["stage2_dropped"] = sum(record.dropped for record in result.relevance) if shares else None
+        row["prefill_ratio"] = number(result.prefill_ratio)
         rows.append(row)
     return rows
 
 
-def write(rows: Sequence[dict[str, object]], settings: dict[str, object], folder: Path) -> None:
-    """Write results.json (settings and rows) and results.csv (rows)."""
-    (folder / "results.json").write_text(json.dumps({"settings": settings, "results": list(rows)}, indent=1) + "\n")
-    with (folder / "results.csv").open("w", newline="") as file:
+def accuracy_of(result: Result, kind: str) -> dict[str, object]:
+    """How many questions of a kind were asked, the share of right answers, and its 95 % interval."""
+    low, high = wilson(result.hits[kind], result.asked[kind])
+    shares = {"accuracy": result.accuracy(kind), "low": low, "high": high}
+    return {f"{kind}_questions": result.asked[kind]} | {f"{kind}_{name}": number(each) for name, each in shares.items()}
+
+
+def write(rows: Sequence[dict[str, object]], settings: dict[str, object], folder: Path, name: str = "results") -> None:
+    """Write NAME.json (settings and rows) and NAME.csv (rows)."""
+    (folder / f"{name}.json").write_text(json.dumps({"settings": settings, "results": list(rows)}, indent=1) + "\n")
+    with (folder / f"{name}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
@@ -102,6 +106,6 @@ def stage2_note(rows: Sequence[dict[str, object]]) -> str:
     )
 
 
-def _number(value: float) -> float | None:
+def number(value: float) -> float | None:
     """Six significant digits; None for NaN, which JSON does not know."""
     return None if math.isnan(value) else float(f"{value:.6g}")

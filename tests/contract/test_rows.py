@@ -83,18 +83,14 @@ def test_a_row_of_padding_alone_disturbs_nobody(pair, model):
 @dropping_too
 def test_right_padding_generates_as_the_unpruned_model_does_where_all_is_kept(pair, model):
     """The words of a row that ends in padding mean nothing, but the longest row's do."""
-    promise("rows", longest_row_generates_as_alone, pair, model)
+    with pair.apply(model):
+        answer = generate(model, batch(pair, "right"))
+        assert torch.equal(answer[LONGEST], generate(model, single(pair, LONGEST))[0])
     same = [LONGEST] if counts_slots(decoder_of(model, pair.family)) else slice(None)
     if pair.prunes:
         expected = generate(model, batch(pair, "right"))
         with vltok.apply(model, vltok.StrideTokens(keep_ratio=1.0)):
             assert torch.equal(generate(model, batch(pair, "right"))[same], expected[same])
-
-
-def longest_row_generates_as_alone(pair, model):
-    with pair.apply(model):
-        answer = generate(model, batch(pair, "right"))
-        assert torch.equal(answer[LONGEST], generate(model, single(pair, LONGEST))[0])
 
 
 @only_pruning_dropping_too

@@ -17,7 +17,7 @@ from versions import orders_repeated_images
 
 import vltok
 from vltok.engine.question import turn_of
-from vltok.errors import UnsupportedInputError
+from vltok.errors import UnsupportedInputError, UnsupportedModelError
 from vltok.families import view
 from vltok.methods.pruning.floors import select_stride
 from vltok.methods.pruning.question import TextSelector
@@ -130,6 +130,52 @@ def test_features_and_keys_of_a_row_do_not_depend_on_the_batch(family: TinyFamil
     for key, parts in together.items():
         for part, own in zip(parts, alone[key], strict=True):
             torch.testing.assert_close(part, own, rtol=1e-4, atol=1e-4)
+
+
+def far_apart(features: torch.Tensor, num_keep: int) -> list[int]:
+    """Greedy picks of one image, (N, C): each channel of its patches standardised, distances times distinctness."""
+    patches = [i for i, token in enumerate(features) if token.abs().max() > 0]
+    scaled = features[patches].double()
+    scaled = scaled[:, scaled.std(0) > 0]
+    scaled = scaled / scaled.std(0, correction=0)
+    mean = scaled.mean(0)
+    weight = [float(1 - torch.cosine_similarity(token, mean, dim=0)) for token in scaled]
+    rest = torch.nn.functional.normalize(scaled - mean, dim=1)
+    far, count = 1 - rest @ rest.T, range(len(patches))
+    picks = [max(count, key=lambda i: weight[i] * min(far[i, j] for j in count if j != i))]
+    while len(picks) < num_keep:
+        left = [i for i in count if i not in picks]
+        picks.append(max(left, key=lambda i: weight[i] * min(far[i, j] for j in picks)))
+    return sorted(patches[i] for i in picks)
+
+
+@showing
+def test_standardised_features_of_patches_decide(family: TinyFamily):
+    model, inputs = shared_model(family), batch(family, names=["text around", "two images"])
+    watching, correcting = (
+        Changing(keep_ratio=0.4, features=True),
+        vltok.DivPrune(num_keep=3, correction="standardised"),
+    )
+    with vltok.apply(model, watching):
+        model(**inputs)
+    expected = [far_apart(features, 3) for visual in watching.seen for features in visual.features]
+    with vltok.apply(model, correcting) as handle:
+        model(**inputs)
+        kept = [each.tolist() for images in handle.report(file=None).keep_indices for each in images]
+    assert sorted(kept) == sorted(expected)
+
+
+@pytest.mark.parametrize("family", [each for each in FAMILIES if not each.shows_patches], ids=lambda each: each.key)
+def test_families_whose_features_are_not_known_refuse_what_needs_them(family: TinyFamily):
+    model = shared_model(family)
+    title = view(model).family.title
+    with pytest.raises(UnsupportedModelError, match=f"the visual tokens of {title} stand for"):
+        vltok.apply(model, vltok.DivPrune(keep_ratio=0.4, correction="standardised"))
+    inputs = single(family, "text around")
+    with vltok.apply(model, vltok.DivPrune(keep_ratio=0.4)) as handle:
+        with pytest.raises(UnsupportedModelError, match="stand for"), handle.using(correction="standardised"):
+            model(**inputs)
+        model(**inputs)
 
 
 @showing
@@ -288,8 +334,46 @@ def test_selections_that_can_not_be_carried_out_are_refused():
 
     with vltok.apply(model, Wrong(keep_ratio=0.4, features=True)), pytest.raises(ValueError, match="give embeddings"):
         model(**inputs)
+
+    class Thin(Changing):
+        def select(self, visual, num_keep):
+            selection = super().select(visual, num_keep)
+            return replace(selection, embeddings=selection.embeddings[..., :1])
+
+    class Silent(Changing):
+        merges = False
+
+    class Short(vltok.StrideTokens):
+        def select(self, visual, num_keep):
+            return super().select(visual, num_keep).int()
+
+    for selector, message in ((Thin, "embeddings of shape"), (Silent, "let `merges` be True"), (Short, "int64, got")):
+        with vltok.apply(model, selector(keep_ratio=0.4)), pytest.raises(ValueError, match=message):
+            model(**inputs)
     with pytest.raises(ValueError, match="text must be a question"):
         replace(Reading(keep_ratio=0.5), text=" ")
+
+
+def test_any_selector_may_need_the_words_of_the_question():
+    model, inputs = shared_model(tiny.QWEN2_5_VL), single(tiny.QWEN2_5_VL, "text around")
+    seen: dict[str, torch.Tensor] = {}
+
+    class Plain(vltok.StrideTokens):
+        needs = ("text",)
+
+        def select(self, visual, num_keep):
+            seen["plain"] = visual.text
+            return super().select(visual, num_keep)
+
+    class Asking(TextSelector):
+        def select(self, visual, num_keep):
+            seen["asking"] = visual.text
+            return select_stride(visual.embeddings.shape[1], num_keep).repeat(len(visual.embeddings), 1)
+
+    for selector in (Plain, Asking):
+        with vltok.apply(model, selector(keep_ratio=0.4)):
+            model(**inputs)
+    assert seen["plain"].shape[1] > 0 and torch.equal(seen["plain"], seen["asking"])
 
 
 @every

@@ -31,6 +31,7 @@ from eval.canvas.runner import (
     kept_patches,
     time_prefill,
 )
+from vltok.report import RelevanceRecord
 
 CONDENSED = [("TokenPacker", 0.25), ("average pooling", 0.25), ("TokenPacker", 0.0625), ("average pooling", 0.0625)]
 
@@ -228,7 +229,7 @@ def test_records_relate_accuracy_to_the_unpruned_model_and_costs_to_one_question
 
 def test_the_note_on_stage_2_counts_what_it_dropped():
     looked = _result("ToDRE, stages 1+2", 0.1, {"exist": 6, "quadrant": 1, "where": 1, "count": 0})
-    looked.relevance = [(0.1, True)] * 5 + [(0.4, False)] * 14
+    looked.relevance = [RelevanceRecord(5, 0.1, 0.0, True)] * 5 + [RelevanceRecord(5, 0.4, 0.0, False)] * 14
     plain = _result("unpruned", 1.0, {"exist": 8, "quadrant": 0, "where": 4, "count": 0})
     assert table.stage2_note(table.records([plain])) == ""
     note = table.stage2_note(table.records([plain, looked]))
@@ -266,6 +267,7 @@ def test_the_command_writes_the_table_and_draws_the_pictures(tmp_path):
         (["--keep-ratios", "0.5,2"], "numbers in"),
         (["--dtype", "int8"], "float32"),
         (["--questions", "0"], "--questions"),
+        (["--stage-2", "--all"], "--all"),
     ],
 )
 def test_bad_options_are_refused_by_name(arguments, message):

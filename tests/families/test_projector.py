@@ -160,7 +160,7 @@ def test_the_report_says_what_was_condensed(capsys):
         assert "no prompt with images" in str(handle.report(file=None))
         model(**LLAVA.inputs(WORDS, pictures(LLAVA), processor=processor))
         report = handle.report()
-    assert capsys.readouterr().out == "projector: 16 patches -> 4 visual tokens (pictures, crops: 3)\n"
+    assert capsys.readouterr().out == "projector: 16 patches -> 4 visual tokens (images, crops: 3)\n"
     assert report.condensed == vltok.report.Condensed(pictures=3, patches=16, tokens=4)
 
 

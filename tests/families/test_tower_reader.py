@@ -192,7 +192,7 @@ def test_what_has_channels_is_folded_as_one_number_is():
 
 def test_counts_that_do_not_fit_are_refused():
     picture = torch.arange(6.0), (1, 2, 3)
-    with pytest.raises(UnsupportedInputError, match="squares of 2 x 2 patches don't fill a picture of 2 x 3"):
+    with pytest.raises(UnsupportedInputError, match="squares of 2 x 2 patches don't fill an image of 2 x 3"):
         token_values([picture], [2], "rows", 1, LOWEST)
     with pytest.raises(UnsupportedInputError, match="returns 5 tokens for 6 places of patches"):
         token_values([picture], [1], "rows", 5, LOWEST)

@@ -176,7 +176,7 @@ def test_recomputed_blocks_pool_the_pictures_they_had(name, reentrant):
 def test_a_block_alone_knows_no_pictures():
     model = copy.deepcopy(shared_tower(TOWERS["siglip2"])).train()
     with vltok.apply(model, vltok.ADL()):
-        refused = pytest.raises(UnsupportedInputError, match="nothing tells which pictures they are of")
+        refused = pytest.raises(UnsupportedInputError, match="nothing tells which images they are of")
         with refused:
             model.encoder.layers[0](torch.randn(1, 5, 32), None)
 

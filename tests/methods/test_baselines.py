@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from vltok.methods import DivPrune, FasterVLM, RandomTokens, StrideTokens
 from vltok.methods.pruning.divprune import select_max_min
-from vltok.methods.pruning.fastervlm import select_top
 from vltok.methods.pruning.floors import position_hash, select_random, select_stride
+from vltok.methods.pruning.ranking import select_top
 from vltok.tokens import keep_count
 from vltok.visual import AttentionRequest, VisualTokens
 
@@ -149,7 +149,7 @@ def test_bad_input_is_refused():
         select_top(torch.tensor([[0.1, torch.nan]]), 1)
     with pytest.raises(ValueError, match="give `attention`"):
         FasterVLM(keep_ratio=0.1).select(visual(attention=False), 2)
-    with pytest.raises(ValueError, match='score must be "auto", "cls" or "received", got \'CLS\''):
+    with pytest.raises(ValueError, match="score must be one of 'auto', 'cls', 'received', got 'CLS'"):
         FasterVLM(keep_ratio=0.1, score="CLS")
     for select in (select_stride, lambda length, num_keep: select_random(KEYS, length, num_keep)):
         for num_keep in (0, 6):

@@ -91,6 +91,8 @@ def test_images_are_left_whole_and_a_video_without_frames_is_refused(method):
         method(keep_ratio=0.1).budget(17, None, "video")
     with pytest.raises(ValueError, match='leave out per="frame"'):
         method(keep_ratio=0.1, per="frame")
+    with pytest.raises(ValueError, match="compares whole frames of a video; leave out regions"):
+        method(keep_ratio=0.1, regions=(2, 2))
     with pytest.raises(ValueError, match="give `grid`"):
         method(keep_ratio=0.5).select(visual(torch.randn(1, 4, 4), None), 2)
 

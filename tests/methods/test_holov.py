@@ -85,6 +85,8 @@ def test_shares_by_hand():
     assert share_budget([0.0, 0.0], 3, [2, 2]) == [2, 1]
     assert share_budget([1.0, 0.0], 3, [2, 2]) == [2, 1]
     assert share_budget([0.0, 1.0], 1) == [0, 1]
+    with pytest.raises(ValueError, match=r"parts of \[2, 2\] tokens have no room for num_keep=5"):
+        share_budget([0.5, 0.5], 5, [2, 2])
 
 
 @pytest.mark.parametrize("crops", [1, 7, 60, 99])

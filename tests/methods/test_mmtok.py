@@ -133,7 +133,7 @@ def test_few_candidates_are_looked_at(monkeypatch):
     visual = made_up(1, 400, 32)
     covers = coverage(visual.embeddings[0], visual.features[0], visual.text[0, visual.text_mask[0]])
     looked_at, minimum = [], torch.minimum
-    monkeypatch.setattr(torch, "minimum", lambda a, b: (looked_at.append(len(a)), minimum(a, b))[1])
+    monkeypatch.setattr(torch, "minimum", lambda a, b: (looked_at.append(a.numel()), minimum(a, b))[1])
     order = cover_order(covers, 100)
     assert order.tolist() == naive_order(covers, 100, torch.zeros(400, dtype=torch.bool))
     assert sum(looked_at) < 100 * 400 / 2

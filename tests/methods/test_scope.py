@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from visual import cosines, exact_row, tower_tokens
 
-from vltok.methods.pruning import greedy, scope
+from vltok.methods.pruning import covering, greedy
 from vltok.methods.pruning.scope import SCOPE, cover_order
 
 DATA = Path(__file__).parents[1] / "data"
@@ -20,7 +20,7 @@ DATA = Path(__file__).parents[1] / "data"
 @pytest.fixture(params=[1, 5, 32])
 def at_a_time(request, monkeypatch):
     """How many gains are computed in one go, which must change nothing."""
-    monkeypatch.setattr(scope, "_AT_A_TIME", request.param)
+    monkeypatch.setattr(covering, "_AT_A_TIME", request.param)
 
 
 def gains(cosine: torch.Tensor, picked: list[int], weights: torch.Tensor) -> torch.Tensor:
@@ -90,7 +90,7 @@ def test_ties_duplicates_and_zero_rows_follow_the_definition_exactly(rows, data,
     weights = torch.tensor([weight for _, weight in rows])
     num_keep = data.draw(st.integers(1, len(rows)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scope, "_AT_A_TIME", count)
+        patch.setattr(covering, "_AT_A_TIME", count)
         order = cover_order(tokens[None], num_keep, weights[None])
     assert order.dtype == torch.int64
     assert order[0].tolist() == slow_order(tokens, num_keep, weights)

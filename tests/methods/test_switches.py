@@ -8,12 +8,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from visual import only, tower_tokens
 
 import vltok
 from vltok.errors import UnsupportedInputError
+from vltok.methods.pruning.correction import standardised
 from vltok.methods.pruning.merging import merge_into_kept, nearest_kept
 from vltok.methods.pruning.regions import part_of, region_quotas
-from vltok.visual import VisualTokens
+from vltok.tokens import gather_tokens
+from vltok.visual import Selection, VisualTokens
 
 
 def visual(grid=(1, 6, 8), behind: int = 0, batch: int = 2) -> VisualTokens:
@@ -84,6 +87,31 @@ def test_regions_need_a_grid():
             vltok.DivPrune(num_keep=4, regions=wrong)
     with pytest.raises(ValueError, match="merge must be one of None, 'nearest'"):
         vltok.DivPrune(num_keep=4, merge="mean")
+    for method in (vltok.VisionZip, vltok.PruMergePlus):
+        with pytest.raises(ValueError, match="merges tokens by itself; leave out merge='nearest'"):
+            method(num_keep=4, merge="nearest")
+
+
+def test_a_region_that_is_not_changed_keeps_its_tokens_beside_those_that_are():
+    class Doubling(vltok.StrideTokens):
+        """Doubles what it keeps, but leaves whole regions as they are."""
+
+        merges = True
+
+        def select(self, visual, num_keep):
+            indices = super().select(visual, num_keep)
+            if num_keep == visual.embeddings.shape[1]:
+                return indices
+            return Selection(indices, 2 * gather_tokens(visual.embeddings, indices))
+
+    for tokens, num_keep, doubled in (
+        (visual((1, 1, 5)), 4, slice(0, 2)),
+        (visual((1, 1, 4), behind=3), 5, slice(2, 5)),
+    ):
+        selection = Doubling(num_keep=num_keep, regions=(1, 2)).pick(tokens, num_keep)
+        expected = gather_tokens(tokens.embeddings, selection.indices)
+        expected[:, doubled] *= 2
+        assert torch.equal(selection.embeddings, expected)
 
 
 def test_dropped_tokens_go_to_the_kept_one_that_is_most_like_them():
@@ -122,6 +150,20 @@ def naive_centred(tokens: torch.Tensor, num_keep: int, first: int | None, score)
     return sorted(picks)
 
 
+def naive_standardised(features: torch.Tensor, num_keep: int, first: int | None, score) -> list[int]:
+    """The same of an image's features, channel by channel divided by its standard deviation over the patches alone."""
+    patches = [i for i, token in enumerate(features) if token.abs().max() > 0]
+    if num_keep >= len(patches):
+        others = [i for i in range(len(features)) if i not in patches]
+        return sorted([*patches, *others[: num_keep - len(patches)]])
+    columns = []
+    for column in features[patches].double().T:
+        variance = float(((column - column.mean()) ** 2).mean())
+        columns.append(torch.zeros_like(column) if column.min() == column.max() else column / variance**0.5)
+    picks = naive_centred(torch.stack(columns, 1), num_keep, None if first is None else patches.index(first), score)
+    return [patches[i] for i in picks]
+
+
 @pytest.mark.parametrize("length", [12, 40])
 def test_centred_similarity_goes_with_distinctness(length):
     generator = torch.Generator().manual_seed(5)
@@ -140,8 +182,118 @@ def test_centred_similarity_goes_with_distinctness(length):
             cosines = torch.cosine_similarity(own, torch.nn.functional.normalize(own, dim=-1).mean(0), dim=-1)
             first = None if isinstance(method, vltok.DivPrune) else int(cosines.argmin())
             assert picks[row].tolist() == naive_centred(own, 7, first, score)
-    with pytest.raises(ValueError, match="correction must be one of None, 'centred'"):
+    with pytest.raises(ValueError, match="correction must be one of None, 'centred', 'standardised'"):
         vltok.DivPrune(num_keep=7, correction="centered")
+
+
+BY_FEATURES = [
+    (vltok.DivPrune(num_keep=9, correction="standardised"), min),
+    (vltok.ToDRE(num_keep=9, stages=(1,), pivot="farthest", correction="standardised"), sum),
+    (vltok.ToDRE(num_keep=9, stages=(1,), pivot="farthest", strategy="k_center", correction="standardised"), min),
+]
+by_features = pytest.mark.parametrize(("method", "score"), BY_FEATURES, ids=repr)
+
+
+def first_of(method: vltok.Selector, embeddings: torch.Tensor, among: list[int]) -> int | None:
+    """What ToDRE starts from: of some tokens, (N, D), the one least like the mean of their directions."""
+    if isinstance(method, vltok.DivPrune):
+        return None
+    mean = torch.nn.functional.normalize(embeddings[among].double(), dim=-1).mean(0)
+    return min(among, key=lambda i: float(torch.cosine_similarity(embeddings[i].double(), mean, dim=0)))
+
+
+def huge(tokens: VisualTokens) -> VisualTokens:
+    """The same with features of which two channels are huge and one constant, wherever there is a patch."""
+    features = tokens.features.clone()
+    patch = features.abs().amax(-1, keepdim=True) > 0
+    features[..., 3] *= 1e4
+    features[..., 5] = 700 + features[..., 5]
+    features[..., 7] = 0.1
+    return replace(tokens, features=torch.where(patch, features, 0.0))
+
+
+@by_features
+@pytest.mark.parametrize("newline", [0, 6])
+@pytest.mark.parametrize("num_keep", [1, 9, 45])
+def test_standardised_features_decide_whatever_the_size_of_their_channels(method, score, newline, num_keep):
+    tokens = huge(tower_tokens(newline=newline, length=48))
+    method = replace(method, num_keep=num_keep)
+    picks = method.select(tokens, num_keep)
+    for image, own in enumerate(tokens.features):
+        among = [i for i, token in enumerate(own) if token.any()]
+        first = first_of(method, tokens.embeddings[image], among)
+        assert picks[image].tolist() == naive_standardised(own, num_keep, first, score)
+        assert torch.equal(method.select(only(tokens, image), num_keep)[0], picks[image])
+    scaled = replace(
+        tokens, features=tokens.features * torch.logspace(-3, 3, 24, base=2).round(decimals=0).clamp_min(1)
+    )
+    assert num_keep != 9 or not torch.equal(replace(method, correction=None).select(tokens, 9), picks)
+    assert torch.equal(method.select(scaled, num_keep), picks)
+
+
+@by_features
+def test_standardised_similarity_is_of_each_region_alone(method, score):
+    plain = visual()
+    tokens = huge(
+        replace(tower_tokens(length=48), grid=plain.grid, coordinates=plain.coordinates[:1].expand(3, -1, -1))
+    )
+    picks = replace(method, regions=(2, 2), num_keep=20).pick(tokens, 20).indices
+    for image, own in enumerate(tokens.features):
+        expected = []
+        for top in (0, 3):
+            for left in (0, 4):
+                part = [y * 8 + x for y in range(top, top + 3) for x in range(left, left + 4)]
+                embeddings = tokens.embeddings[image, part]
+                first = first_of(method, embeddings, list(range(12)))
+                expected += [part[i] for i in naive_standardised(own[part], 5, first, score)]
+        assert picks[image].tolist() == sorted(expected)
+
+
+@by_features
+def test_dropped_tokens_are_merged_as_they_enter_the_language_model(method, score):
+    tokens = tower_tokens(newline=6)
+    indices = method.pick(tokens, 9).indices
+    merged = replace(method, merge="nearest").pick(tokens, 9)
+    assert torch.equal(merged.indices, indices)
+    assert torch.equal(merged.embeddings, merge_into_kept(tokens.embeddings, indices))
+
+
+@by_features
+def test_features_must_be_there_and_be_numbers(method, score):
+    tokens = tower_tokens(newline=6)
+    assert method.needs == ("features",) and replace(method, correction="centred").needs == ()
+    with pytest.raises(ValueError, match=r'correction="standardised" needs the vision tower\'s features'):
+        method.select(replace(tokens, features=None), 9)
+    for name in ("features", "embeddings"):
+        for value in (torch.nan, torch.inf, 1e30):
+            broken = getattr(tokens, name).clone()
+            broken[1, 7, 2] = value
+            for num_keep in (9, 58):
+                with pytest.raises(ValueError, match=r"of image \[1\] of the batch hold NaN"):
+                    method.select(replace(tokens, **{name: broken}), num_keep)
+    for num_keep in (0, 61):
+        with pytest.raises(ValueError, match=r"num_keep must be in 1\.\.60"):
+            method.select(tokens, num_keep)
+    assert method.select(only(tokens), 9).shape == (0, 9)
+
+
+@by_features
+def test_tokens_that_are_alike_in_all_channels_are_taken_by_the_lowest_index(method, score):
+    tokens = tower_tokens(length=20)
+    own = {name: getattr(tokens, name)[:, :1].expand(-1, 20, -1) for name in ("features", "embeddings")}
+    for alike in (replace(tokens, **own), replace(tokens, features=torch.zeros_like(tokens.features))):
+        assert method.select(alike, 9).tolist() == [list(range(9))] * 3
+
+
+@pytest.mark.parametrize("value", [0.1, 700.1, -7.7])
+def test_a_constant_channel_is_nothing_once_standardised(value):
+    """Even where a mean of equal numbers is off by a rounding, as that of a single channel is."""
+    rest, distinct = standardised(torch.full((2, 12, 1), value))
+    assert torch.equal(rest, torch.zeros(2, 12, 1)) and torch.equal(distinct, torch.zeros(2, 12))
+    varied = torch.randn(2, 12, 5, generator=torch.Generator().manual_seed(0))
+    rest, _ = standardised(varied)
+    torch.testing.assert_close(rest.mean(1), torch.zeros(2, 5), atol=1e-6, rtol=0)
+    torch.testing.assert_close(rest.square().mean(1), torch.ones(2, 5))
 
 
 def test_regions_are_shown_all_that_is_known_of_their_tokens():

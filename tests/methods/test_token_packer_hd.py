@@ -256,7 +256,7 @@ def test_expansion_only_touches_placeholders(ids, start):
 
 
 def test_pictures_and_placeholders_must_match():
-    with pytest.raises(ValueError, match="2 placeholders, but 1 pictures"):
+    with pytest.raises(ValueError, match="2 placeholders, but 1 images"):
         expand_placeholders([0, 1, 0], 0, [[5]])
 
 

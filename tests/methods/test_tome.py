@@ -341,7 +341,7 @@ def test_the_report_says_what_became_of_the_patches():
     with vltok.apply(model, vltok.ToMe(r=3)) as handle:
         assert str(handle.report(file=None)) == "vision tower: merges tokens; no call yet"
         model(pixels())
-        assert str(handle.report(file=None)) == "vision tower: 16 patches merged into 7 tokens (pictures, crops: 3)"
+        assert str(handle.report(file=None)) == "vision tower: 16 patches merged into 7 tokens (images, crops: 3)"
 
 
 # What is refused

@@ -82,7 +82,7 @@ def test_answers_before_the_first_question_are_left_out():
     [
         ({"image": None}, "0 images but 1 <image>"),
         ({"image": ["1.png", "2.png"]}, "2 images but 1 <image>"),
-        ({"image": 5}, "a picture must be a file"),
+        ({"image": 5}, "an image must be a file"),
         ({"conversations": None}, "has no turns"),
         ({"conversations": "w1"}, "has no turns"),
         ({"conversations": [TURNS[0]]}, "no answer"),
@@ -211,7 +211,7 @@ def test_videos_are_files_arrays_and_lists_of_frames(tmp_path):
     [
         (None, "0 videos but 1 <video>"),
         (["a.mp4", "b.mp4"], "2 videos but 1 <video>"),
-        (7, "a video must be a file, a list of pictures or an array"),
+        (7, "a video must be a file, a list of images or an array"),
         (torch.zeros(4, 4, 3), "must be a file"),
     ],
 )

@@ -187,13 +187,22 @@ GEMMA_TOKENS |= {"audio_token": "<audio>", "boa_token": "<boa>", "eoa_token": "<
 
 def _gemma3n(attention: str) -> nn.Module:
     # Real decoders have four layers with windows for each without, and let the last ones share keys.
-    layers = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": WINDOW, "head_dim": 16}
+    # Of six layers the last two take the keys of the two before.
+    layers = {"layer_types": ["sliding_attention", "full_attention"] * 3, "sliding_window": WINDOW, "head_dim": 16}
+    layers["num_hidden_layers"] = 6
     inputs = {"altup_num_inputs": 3, "vocab_size_per_layer_input": 56, "hidden_size_per_layer_input": 8}
     ears = {"hidden_size": 32, "conf_num_hidden_layers": 1, "conf_num_attention_heads": 2, "input_feat_size": 16}
     config = transformers.Gemma3nConfig(
         text_config={**TEXT, **layers, **inputs, "laurel_rank": 8, "num_kv_shared_layers": 2},
         # Not the tower of the checkpoints, which has 300 million weights: 128 x 128 pixels make 4 x 4 tokens.
-        vision_config={"architecture": "resnet10t", "hidden_size": 512, "vocab_size": 4, "vocab_offset": 56},
+        # Its own activations write over what gradients need.
+        vision_config={
+            "architecture": "resnet10t",
+            "model_args": {"act_layer": "gelu"},
+            "hidden_size": 512,
+            "vocab_size": 4,
+            "vocab_offset": 56,
+        },
         audio_config={**ears, "sscp_conv_channel_size": (8, 4), "vocab_size": 4, "vocab_offset": 60},
         vision_soft_tokens_per_image=16,
         image_token_id=4,
@@ -312,7 +321,16 @@ GRANITE_DOCLING = TinyFamily(
     unable=("merged embeddings", "words behind embeddings"),
     drop_depth=0.75,  # the first three layers add features of the tower
 )
+# Its inner states stand three deep, and words go into each layer once more.
 GEMMA3N = replace(
-    FAST_VLM, name="gemma3n", build=_gemma3n, processor=_gemma3n_processor, windowed=True, shares_keys=True
+    FAST_VLM,
+    name="gemma3n",
+    build=_gemma3n,
+    processor=_gemma3n_processor,
+    windowed=True,
+    shares_keys=True,
+    drop_depth=1 / 3,
+    unable=("merged embeddings", "plain hidden states", "checkpointing"),
+    changes_last=True,
 )
 ROWS = [LFM3_VL, STEP3P7, HUNYUAN_VL, FAST_VLM, MINICPMV4_6, GRANITE_DOCLING, GEMMA3N]

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from vltok.engine.instead import Instead
 from vltok.engine.names import CACHE
 from vltok.errors import UnsupportedModelError
 
@@ -145,17 +146,6 @@ class _Held:
 
     def update(self, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> tuple:
         return self.keys, value[:, :, :1].expand(*self.keys.shape[:3], value.shape[-1])
-
-
-class Instead:
-    """Stands for an object one attribute of which is another."""
-
-    def __init__(self, base: object, **replaced: object) -> None:
-        self._base = base
-        vars(self).update(replaced)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._base, name)
 
 
 @dataclass(frozen=True)

@@ -229,7 +229,10 @@ def _whole_states(prompt: Prompt, layouts: list[Layout], output: Any) -> tuple[t
     """Hidden states at the places of the prompt; with gradients, the very ones that these pass through."""
     states = prompt.states or [None] * (len(layouts) - 1)
     prompt.states = None
-    whole = [*states, output.last_hidden_state if states[0] is not None else None]
+    last, final = output.hidden_states[-1], output.last_hidden_state
+    # Most decoders return the last one twice; some do more to it before they return it.
+    is_final = states[0] is not None and last is not None and last.dim() == final.dim()
+    whole = [*states, final if is_final else None]
     return tuple(
         packed if packed is None else layout.unpack(packed, dim=-2) if own is None else own
         for own, layout, packed in zip(whole, layouts, output.hidden_states, strict=True)

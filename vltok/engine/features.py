@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -97,16 +98,22 @@ class Encoding:
         runs = self.read.get(name, ())
         if len(runs) != 1:
             raise UnsupportedInputError(
-                f"the vision tower ran {len(runs)} times on pictures that were encoded together, so its {name} can't "
+                f"the vision tower ran {len(runs)} times on images that were encoded together, so its {name} can't "
                 "be matched with their tokens; choose a method that needs no such thing of the vision tower"
             )
         return runs[0]
+
+    def decide(self, prompt: Any, decision: Any) -> None:
+        """Remember what was decided on a prompt about these pictures; what was decided first is forgotten first."""
+        self.decisions[prompt] = decision
+        while len(self.decisions) > REMEMBERED_PROMPTS:
+            self.decisions.pop(next(iter(self.decisions)), None)
 
     def note(self, name: str, values: torch.Tensor) -> None:
         """Keep what the tower shows, (R, S, ...)."""
         self.read.setdefault(name, []).append(values)
 
-    @property
+    @cached_property
     def grids(self) -> list[list[int]] | None:
         """Frames, rows and columns of the patches of each picture, where these were passed in."""
         for name, value in self.arguments.items():
@@ -215,7 +222,7 @@ class Recent:
         """Find encoded entries in tokens (B, T, D), for each row in order, with at most `gap` others between theirs."""
         begins: dict[int, list[tuple[Encoding, int, list[int]]]] = {}
         for encoding in list(self._encodings)[::-1]:
-            for entry, rows in enumerate(encoding.rows.split(encoding.lengths)):
+            for entry, rows in enumerate(encoding.rows.cpu().split(encoding.lengths)):
                 if len(rows):
                     begins.setdefault(int(rows[0]), []).append((encoding, entry, rows.tolist()))
         found: list[list[Found]] = [[] for _ in tokens]

@@ -59,7 +59,7 @@ def fold(values: torch.Tensor, grid: Grid3, merge: int, order: Order) -> torch.T
     frames, height, width = grid
     if height % merge or width % merge:
         raise UnsupportedInputError(
-            f"squares of {merge} x {merge} patches don't fill a picture of {height} x {width}, so it is not known "
+            f"squares of {merge} x {merge} patches don't fill an image of {height} x {width}, so it is not known "
             "which a visual token stands for; choose a method that needs nothing of the vision tower"
         )
     rest = values.shape[1:]

@@ -81,12 +81,34 @@ def _check(selector: TokenSelector | None, indices: torch.Tensor, parts: list[Pa
     """Raise ValueError unless these are ascending positions of each part, (G, K), as many as the budget says."""
     length = parts[0].length
     count = length if selector is None else selector.budget(length, parts[0].grid, parts[0].kind)
-    fits = indices.shape == (len(parts), count) and (indices.diff(dim=1) > 0).all()
+    fits = indices.dtype == torch.int64 and indices.shape == (len(parts), count) and (indices.diff(dim=1) > 0).all()
     if not fits or not ((indices >= 0) & (indices < length)).all():
         raise ValueError(
             f"{type(selector).__name__}.select() must return ascending positions in 0..{length - 1}, "
-            f"({len(parts)}, {count}), got {tuple(indices.shape)}: {indices.tolist()}"
+            f"({len(parts)}, {count}), int64, got {tuple(indices.shape)}, {indices.dtype}: {indices.tolist()}"
         )
+
+
+def _check_content(selector: TokenSelector, selection: Selection, visual: VisualTokens) -> None:
+    """Raise ValueError unless what a selection puts in the place of tokens can stand there, and may be changed."""
+    contents = {name: getattr(selection, name) for name in ("embeddings", "features")}
+    given = {name: content for name, content in contents.items() if content is not None}
+    if len(given) > 1 or ("features" in given and not visual.can_project):
+        raise ValueError(
+            "a Selection may have features where VisualTokens.can_project, and no embeddings besides; give embeddings"
+        )
+    for name, content in given.items():
+        expected = (*selection.indices.shape, getattr(visual, name).shape[-1])
+        if content.shape != expected:
+            raise ValueError(
+                f"{type(selector).__name__}.select() must return {name} of shape {expected}, one for each position, "
+                f"got {tuple(content.shape)}"
+            )
+        if not selector.merges:
+            raise ValueError(
+                f"{type(selector).__name__}.select() changes what the kept tokens are, and its `merges` says that it "
+                "doesn't, so no gradients would flow; let `merges` be True"
+            )
 
 
 def _changed(prompt: Prompt, embeds: torch.Tensor, changes: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
@@ -179,6 +201,7 @@ def _pick(prompt: Prompt, embeddings: torch.Tensor, parts: list[Part], family: A
     )
     with nullcontext() if selector.merges else torch.no_grad():
         selection = selector.pick(visual, num_keep)
+        _check_content(selector, selection, visual)
         selection = _projected(prompt, selection, visual, has_patch)
     if words is not None:
         words.remember(parts, selection)
@@ -189,10 +212,6 @@ def _projected(prompt: Prompt, selection: Selection, visual: VisualTokens, has_p
     """A selection whose features, if it has some, have gone through the projector."""
     if selection.features is None:
         return selection
-    if not visual.can_project or selection.embeddings is not None:
-        raise ValueError(
-            "a Selection may have features where VisualTokens.can_project, and no embeddings besides; give embeddings"
-        )
     engine = prompt.engine
     with engine.tape.nothing_encoded():
         merged = engine.family.projector(prompt.model)(selection.features)

@@ -111,7 +111,7 @@ def find_pictures(prompt: Prompt, embeds: torch.Tensor, family: Any, recent: Rec
     )
     got = " and ".join(f"the encoded {source.kind}s, of {source.lengths} tokens" for source in sources)
     raise UnsupportedInputError(
-        f"the prompts have {have or 'no placeholders'}, which don't fit {got or 'the pictures: there are none'}; pass "
+        f"the prompts have {have or 'no placeholders'}, which don't fit {got or 'the images: there are none'}; pass "
         "the images and videos of these very prompts. With prefill_chunk_size, a chunk may not cut an image: use "
         "a larger one, or None"
     )

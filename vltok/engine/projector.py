@@ -16,6 +16,8 @@ from transformers import ProcessorMixin
 
 from vltok.edits import Edits, MethodWrapper
 from vltok.engine.guard import PROJECTOR_GUARD
+from vltok.engine.instead import Instead
+from vltok.engine.tower_layout import patch_grid
 from vltok.engine.weights import check_at_hand
 from vltok.errors import UnsupportedInputError, UnsupportedModelError
 from vltok.method import Run
@@ -78,13 +80,6 @@ def projector_site(model: nn.Module, strategy: str, levels: str = "vision_featur
         depth=vision.num_hidden_layers,
         levels=hidden_states_of(getattr(config, levels), vision.num_hidden_layers),
     )
-
-
-def patch_grid(vision: Any) -> tuple[int, int]:
-    """Patches of a picture of the size that a tower was made for, by its config: (H, W)."""
-    sides = zip(_pair(vision.image_size), _pair(vision.patch_size), strict=True)
-    height, width = (side // patch for side, patch in sides)
-    return height, width
 
 
 def hidden_states_of(given: int | Sequence[int], depth: int) -> tuple[int, ...]:
@@ -187,7 +182,7 @@ def check_processor(processor: Any, changes: ProjectorChanges) -> None:
     remedy = "pass the model's own: vltok.apply(model, method, processor=processor)"
     if processor is None:
         raise ValueError(
-            f"this method changes how many placeholders a picture gets, so it needs the processor; {remedy}"
+            f"this method changes how many placeholders an image gets, so it needs the processor; {remedy}"
         )
     expected = {name: now for name, (now, _) in changes.counted.items()} | changes.shared
     missing = [name for name in expected if not hasattr(processor, name)]
@@ -285,21 +280,6 @@ class CoarserPatches:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         owner, vision = self._owner, self._owner.config.vision_config
-        coarser = _With(vision, patch_size=vision.patch_size * self.scale)
-        stand_in = _With(owner, config=_With(owner.config, vision_config=coarser))
+        coarser = Instead(vision, patch_size=vision.patch_size * self.scale)
+        stand_in = Instead(owner, config=Instead(owner.config, vision_config=coarser))
         return getattr(type(owner), self._name)(stand_in, *args, **kwargs)
-
-
-def _pair(size: int | Sequence[int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-
-class _With:
-    """Stands for an object some of whose attributes are others."""
-
-    def __init__(self, base: object, **replaced: object) -> None:
-        self._base = base
-        vars(self).update(replaced)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._base, name)

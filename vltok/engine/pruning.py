@@ -88,8 +88,8 @@ class PruningEngine:
         if self.selector is not None:
             raise ValueError(f"{type(self.selector).__name__} already selects visual tokens here; give one selector")
         self._check_positions(selector)
-        self._watch_tower(self.wanted_by(selector))
         self._check_text_tower(selector)
+        self._watch_tower(self.wanted_by(selector))
         self.selector = selector
 
     def use_rule(self, rule: TokenRule) -> None:
@@ -130,7 +130,7 @@ class PruningEngine:
                 f"{name} compares visual tokens with the question in CLIP's space, so it needs a CLIP model and its "
                 f"tokenizer: {HOW}; vltok.load() takes text_tower=, too"
             )
-        if selector.text is None and self.text_tower.prompt_tokenizer is None:
+        if getattr(selector, "text", None) is None and self.text_tower.prompt_tokenizer is None:
             raise ValueError(
                 f"{name} needs the processor, whose tokenizer knows the words of the question: {HOW}; or give the "
                 "question as text="
@@ -330,25 +330,29 @@ def bind(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
     return kwargs
 
 
-def call_attends(mask: Any, visual: torch.Tensor, base: int) -> torch.Tensor:
-    """What is no padding among the tokens that came, (B, T), bool, where `visual` is."""
-    length = visual.shape[1]
+def call_attends(mask: Any, kinds: torch.Tensor, base: int) -> torch.Tensor:
+    """What is no padding among the tokens that came, (B, T), bool, beside their `kinds`, (B, T).
+
+    Raises:
+        UnsupportedInputError: If the mask is of a shape that says nothing of them.
+    """
+    everything = torch.ones_like(kinds, dtype=torch.bool)
     maps = [mask] if isinstance(mask, torch.Tensor) else list(mask.values()) if isinstance(mask, dict) else []
     maps = [each for each in maps if isinstance(each, torch.Tensor)]
     if not maps:
-        return torch.ones_like(visual)
+        return everything
     if maps[0].dim() == 2:
         attended = maps[0][:, base:].bool()
-        if attended.shape[1] != length:
-            return torch.ones_like(visual)  # the call says what is wrong
+        if attended.shape[1] != kinds.shape[1]:
+            return everything  # the call says what is wrong
     elif maps[0].dim() == 4:
-        attended = torch.stack([seen_by_any(each, length).expand_as(visual) for each in maps]).any(0)
+        attended = torch.stack([seen_by_any(each, kinds.shape[1]).expand_as(kinds) for each in maps]).any(0)
     else:
         raise UnsupportedInputError(
             f"attention_mask must be (batch, length) or ready-made maps (batch, 1, length, length), got "
             f"{tuple(maps[0].shape)}"
         )
-    return attended.to(visual.device).expand_as(visual)
+    return attended.to(kinds.device).expand_as(kinds)
 
 
 def _readers(hooks: Mapping[int, Any], kind: type, tape: Tape) -> list[Any]:

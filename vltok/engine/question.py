@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from vltok.engine.features import REMEMBERED_PROMPTS
+from vltok.engine.answers import each_sample, until_answered
 from vltok.errors import UnsupportedInputError
 from vltok.visual import Selection
 
 if TYPE_CHECKING:
+    from vltok.engine.features import Encoding
     from vltok.engine.picking import Part
     from vltok.engine.pictures import Picture
     from vltok.engine.prompt import Prompt
@@ -69,14 +70,12 @@ def question(prompt: Prompt, turn: Turn | None) -> torch.Tensor:
         prompt: The prompt.
         turn: What stands around what a user says; None for all words.
     """
-    words = unanswered(prompt)
+    words = until_answered(prompt)
     if turn is None or prompt.ids is None:
         return words
-    ids, samples = prompt.ids.cpu(), prompt.samples()
-    samples = torch.zeros_like(ids) if samples is None else samples.cpu()
-    for row in range(len(ids)):
-        for number in range(int(samples[row].max()) + 1):
-            own = (samples[row] == number) & prompt.attended[row]
+    ids = prompt.ids.cpu()
+    for sample in each_sample(prompt):
+        for row, own in enumerate(sample & prompt.attended):
             end = words[row] & own
             begin = int(own.nonzero()[0]) if own.any() else 0
             stop = int(end.nonzero()[-1]) + 1 if end.any() else begin
@@ -85,21 +84,6 @@ def question(prompt: Prompt, turn: Turn | None) -> torch.Tensor:
                 words[row, begin : begin + inside[0]] = False
                 words[row, begin + inside[1] : stop] = False
     return words
-
-
-def unanswered(prompt: Prompt) -> torch.Tensor:
-    """Text of each sample up to its first answer or guess, (B, T), bool, on the CPU."""
-    labels, samples = prompt.hints.labels, prompt.samples()
-    text = prompt.attended & ~prompt.visual
-    if labels is not None:
-        labelled = (labels.cpu() != -100).long()
-        samples = torch.zeros_like(labelled) if samples is None else samples.cpu()
-        for number in range(int(samples.max()) + 1):
-            own = samples == number
-            text &= ~own | ((labelled * own).cumsum(1) == 0)
-    if prompt.hints.guesses:
-        text[:, -prompt.hints.guesses :] = False
-    return text
 
 
 def _last_turn(ids: list[int], turn: Turn) -> tuple[int, int] | None:
@@ -128,7 +112,7 @@ class Words:
     def __init__(self, prompt: Prompt, embeds: torch.Tensor) -> None:
         self._prompt = prompt
         self._embeds = embeds
-        self._text = prompt.selector.text
+        self._text = getattr(prompt.selector, "text", None)  # a TextSelector has it, others may need the words, too
         self._given = self._embedded(self._text) if "text" in prompt.selector.needs else None
         self._places = None if self._text is not None else question(prompt, prompt.engine.turn)
         self._in_clip: dict[str, torch.Tensor] = {}
@@ -197,8 +181,8 @@ class Words:
             return None
         known = []
         for part in parts:
-            memory, keys = self._keys(part, self._prompt.length - 1)
-            known.append(memory.get(keys[0]) if keys else None)
+            encoding, keys = self._keys(part, self._prompt.length - 1)
+            known.append(encoding.decisions.get(keys[0]) if keys else None)
         if any(each is None for each in known):
             return None
         indices, embeddings = zip(*known, strict=True)
@@ -211,18 +195,16 @@ class Words:
         if self._prompt.cache is not None:
             return
         for number, part in enumerate(parts):
-            memory, keys = self._keys(part, self._prompt.length)
+            encoding, keys = self._keys(part, self._prompt.length)
             content = None if selection.embeddings is None else selection.embeddings[number].detach()
             for key in keys:
-                memory[key] = selection.indices[number], content
-                while len(memory) > REMEMBERED_PROMPTS:
-                    memory.pop(next(iter(memory)), None)
+                encoding.decide(key, (selection.indices[number], content))
 
-    def _keys(self, part: Part, length: int) -> tuple[dict[Any, Any], list[Any]]:
+    def _keys(self, part: Part, length: int) -> tuple[Encoding | None, list[Any]]:
         """Where picks of a part are kept, and under which keys: what it is, and the first words of each repetition."""
         prompt, picture = self._prompt, self._prompt.pictures[part.picture]
         if picture.encoding is None or prompt.ids is None or prompt.samples() is not None:
-            return {}, []
+            return None, []
         own = prompt.selector, picture.offset + part.begin, part.length
         rows = range(picture.row * prompt.repeat, (picture.row + 1) * prompt.repeat)
-        return picture.encoding.decisions, [(*own, tuple(prompt.ids[row, :length].tolist())) for row in rows]
+        return picture.encoding, [(*own, tuple(prompt.ids[row, :length].tolist())) for row in rows]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from vltok.engine.answers import prompt_text, whole_prompt
 from vltok.engine.attention import Attending, decoder_attention
 from vltok.engine.layout import Layout
 from vltok.engine.picking import coordinates_of
@@ -16,9 +17,9 @@ from vltok.tokens import Grid3
 from vltok.visual import Entry
 
 if TYPE_CHECKING:
+    from vltok.engine.features import Encoding
     from vltok.engine.pictures import Picture
 
-REMEMBERED = 4096  # prompts about the same encoded pictures
 Record = tuple[int, float, float, bool]  # batch row, both attention ratios, whether all visual tokens left
 
 
@@ -176,47 +177,6 @@ class State:
         return rows.index_add(0, self._rows, masks.to(torch.uint8)).bool()
 
 
-def prompt_text(prompt: Prompt) -> torch.Tensor:
-    """Text of each sample behind its first visual token, up to its first answer or guess, (B, T), bool, on the CPU."""
-    visual, answered = prompt.visual, _answered(prompt)
-    text = torch.zeros_like(visual)
-    for own in _own(prompt):
-        behind = own & ((visual & own).cumsum(1) > 0)
-        text |= behind & ((answered & behind).cumsum(1) == 0)
-    return text & prompt.attended & ~visual
-
-
-def whole_prompt(prompt: Prompt) -> torch.Tensor:
-    """Tokens of each sample up to the first answer or guess behind its last visual token, (B, T), bool, on the CPU.
-
-    Of several turns, as training has them, the prompt is what the model is asked when it has seen all images.
-    """
-    visual, answered = prompt.visual, _answered(prompt)
-    asked = torch.zeros_like(visual)
-    for own in _own(prompt):
-        seen = (visual & own).cumsum(1)
-        behind = own & ~visual & (seen == seen[:, -1:])
-        asked |= own & ((answered & behind).cumsum(1) == 0)
-    return asked & prompt.attended
-
-
-def _answered(prompt: Prompt) -> torch.Tensor:
-    """What is an answer that training looks at, or was guessed, (B, T), bool, on the CPU."""
-    labels = prompt.hints.labels
-    answered = torch.zeros_like(prompt.visual) if labels is None else labels.cpu() != -100
-    if prompt.hints.guesses:
-        answered[:, -prompt.hints.guesses :] = True
-    return answered
-
-
-def _own(prompt: Prompt) -> list[torch.Tensor]:
-    """Which tokens are of the first sample of each row, of the second, ..., (B, T) each, bool, on the CPU."""
-    samples = prompt.samples()
-    if samples is None:
-        return [torch.ones_like(prompt.visual)]
-    return [samples.cpu() == number for number in range(int(samples.max()) + 1)]
-
-
 def _places(grid: Grid3 | None, length: int) -> torch.Tensor:
     return torch.full((length, 3), -1) if grid is None else coordinates_of(grid, length)
 
@@ -226,22 +186,21 @@ def _places(grid: Grid3 | None, length: int) -> torch.Tensor:
 
 def remember(prompt: Prompt) -> None:
     """Note what was decided on the rows of a prompt that ran without a cache, with its encoded pictures."""
-    for row, (memory, key) in enumerate(_keys(prompt, prompt.length)):
-        if memory is not None:
+    for row, (encoding, key) in enumerate(_keys(prompt, prompt.length)):
+        if encoding is not None:
             own = {
                 index: (gone[row], [record[1:] for record in prompt.recorded[index] if record[0] == row])
                 for index, gone in prompt.decisions.items()
             }
-            memory[key] = own
-            while len(memory) > REMEMBERED:
-                memory.pop(next(iter(memory)), None)
+            encoding.decide(key, own)
 
 
 def recall(prompt: Prompt) -> dict[int, tuple[torch.Tensor, list[Record]]]:
     """What was decided on the prompt that this one continues by a word, by layer; empty if it is another one."""
     if prompt.cache is not None or prompt.samples() is not None or prompt.hints.labels is not None:
         return {}
-    known = [None if memory is None else memory.get(key) for memory, key in _keys(prompt, prompt.length - 1)]
+    keys = _keys(prompt, prompt.length - 1)
+    known = [None if encoding is None else encoding.decisions.get(key) for encoding, key in keys]
     rows = prompt.rows_of_pictures()
     if any(pictures and (own is None or own.keys() != prompt.read) for own, pictures in zip(known, rows, strict=True)):
         return {}
@@ -256,9 +215,9 @@ def recall(prompt: Prompt) -> dict[int, tuple[torch.Tensor, list[Record]]]:
     return remembered if any(rows) else {}
 
 
-def _keys(prompt: Prompt, length: int) -> list[tuple[dict | None, Any]]:
+def _keys(prompt: Prompt, length: int) -> list[tuple[Encoding | None, Any]]:
     """For each row, where what was decided on it is kept, and under which key: its pictures and first words."""
-    keys: list[tuple[dict | None, Any]] = []
+    keys: list[tuple[Encoding | None, Any]] = []
     for row, numbers in enumerate(prompt.rows_of_pictures()):
         pictures = [prompt.pictures[number] for number in numbers]
         encoding = pictures[0].encoding if pictures else None
@@ -266,7 +225,5 @@ def _keys(prompt: Prompt, length: int) -> list[tuple[dict | None, Any]]:
             keys.append((None, None))
         else:
             words = tuple(prompt.ids[row, :length].tolist())
-            keys.append(
-                (encoding.decisions, (prompt.rule, tuple((each.offset, each.length) for each in pictures), words))
-            )
+            keys.append((encoding, (prompt.rule, tuple((each.offset, each.length) for each in pictures), words)))
     return keys

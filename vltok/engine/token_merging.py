@@ -213,7 +213,7 @@ class BlockMerger(AttentionListener):
         return UnsupportedInputError(
             f"{tokens.shape[1]} tokens came into block {self.number} of this vision tower, and nothing tells what they "
             "were merged from: they didn't come from the block before, or were copied or moved since; call the whole "
-            "tower, with pictures, and turn gradient checkpointing off if it is on"
+            "tower, with images, and turn gradient checkpointing off if it is on"
         )
 
 

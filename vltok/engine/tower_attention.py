@@ -13,7 +13,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from vltok.engine.attention import Instead, cls_attention, received_attention
+from vltok.engine.attention import cls_attention, received_attention
+from vltok.engine.instead import Instead
 from vltok.errors import UnsupportedInputError, UnsupportedModelError
 from vltok.visual import AttentionKind, AttentionRequest
 

@@ -204,13 +204,13 @@ class TowerCalls(TowerHook):
             return fitting[0]
         if fitting:
             raise UnsupportedInputError(
-                f"pictures with grids {fitting[0]} and {fitting[1]} have passed through this vision tower, and nothing "
+                f"images with grids {fitting[0]} and {fitting[1]} have passed through this vision tower, and nothing "
                 f"tells which of them {patches} tokens are recomputed from, as they were copied or moved since; call "
-                "backward() before pictures of another shape pass, or turn gradient checkpointing off"
+                "backward() before images of another shape pass, or turn gradient checkpointing off"
             )
         raise UnsupportedInputError(
-            f"{patches} tokens came into a block of this vision tower, and no pictures of so many patches have passed "
-            "through its patch layer; call the whole tower, with pictures"
+            f"{patches} tokens came into a block of this vision tower, and no images of so many patches have passed "
+            "through its patch layer; call the whole tower, with images"
         )
 
     def _filed_call(self, tokens: torch.Tensor) -> TowerCall | None:

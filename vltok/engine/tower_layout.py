@@ -9,8 +9,9 @@ SideBySide   rows are padded, or hold several pictures. Two pictures of 1 x 2 an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -57,6 +58,16 @@ class SideBySide:
 
 
 Layout = Grid | SideBySide
+
+
+def patch_grid(config: Any) -> Grid:
+    """Patches of a picture of the size that a tower was made for, by its config: (H, W)."""
+    size, patch = _pair(config.image_size), _pair(config.patch_size)
+    return size[0] // patch[0], size[1] // patch[1]
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 @dataclass(frozen=True)

@@ -234,8 +234,8 @@ class ScoreRecorder(AttentionListener):
         """Queries and keys of pictures of one grid each, (P, heads, H * W, d)."""
         if call is None and self.is_masked:
             raise UnsupportedInputError(
-                f"tokens came into block {self.number} of this vision tower, and nothing tells which pictures they are "
-                "of; call the whole tower, with pictures"
+                f"tokens came into block {self.number} of this vision tower, and nothing tells which images they are "
+                "of; call the whole tower, with images"
             )
         if call is None or not isinstance(call.layout, SideBySide):
             return [(query, key)]

@@ -52,7 +52,7 @@ def supported_models() -> Supported:
 
 
 def refusals() -> dict[str, str]:
-    """Models of transformers that have pictures and can't be handled: what they are called, and why."""
+    """Models of transformers that take images and can't be handled: what they are called, and why."""
     return dict(vlm.REFUSED.values())
 
 

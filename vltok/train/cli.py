@@ -88,7 +88,7 @@ def main(
     images: Annotated[Path | None, _option(DATA, "Folder of images and videos; by default the data file's.")] = None,
     eval_data: Annotated[Path | None, _option(DATA, "The same for evaluation.")] = None,
     hd: Annotated[
-        int | None, _option(DATA, "TokenPacker-HD: cut large pictures into at most so many tiles (9, 16 or 25).")
+        int | None, _option(DATA, "TokenPacker-HD: cut large images into at most so many tiles (9, 16 or 25).")
     ] = None,
     style: Annotated[StyleName | None, _option(DATA, "How prompts look.")] = None,
     max_length: Annotated[int | None, _option(DATA, "Most tokens of a sample, with its visual tokens.")] = None,

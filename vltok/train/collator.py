@@ -146,6 +146,7 @@ class Collator:
         self._dropped = {"bad image": Value("q", 0), "too long": Value("q", 0)}  # shared with the loader's workers
         self._epoch = Value("q", 0)  # so is this
         self._draws = False
+        self._axes: dict[str, int] = {}  # see _axis
 
     @property
     def dropped(self) -> dict[str, int]:
@@ -200,7 +201,8 @@ class Collator:
             parts = [item.features[key] for item in encoded if key in item.features]
             if key in TOKEN_KEYS:
                 parts = [F.pad(part, (0, length - part.shape[1]), value=fill.get(key, 0)) for part in parts]
-            batch[key] = _concatenate(parts)
+            is_pixels = key.startswith("pixel_values") and len(parts) > 1
+            batch[key] = _concatenate(parts, self._axis(key, prompts, encoded) if is_pixels else 0)
         return batch
 
     def _open(self, sample: Sample) -> _Opened:
@@ -213,7 +215,7 @@ class Collator:
             if self.on_bad_image == "raise":
                 raise
             self._drop("bad image", str(error))
-            text = self.write.placeholders["image"]
+            text = self.write.wrapped["image"]
             return _Opened(PromptText(text), [self._grey_picture()], [], sample.name, is_good=False)
         if self.pad_to_square:
             images = [pad_square(image, self._background()) for image in images]
@@ -235,7 +237,7 @@ class Collator:
 
     def _shorten(self, opened: _Opened) -> _Opened:
         """Cut the text before the first image or video that ends beyond `max_length`."""
-        tokens = "|".join(map(re.escape, self.write.placeholders.values()))
+        tokens = "|".join(map(re.escape, (*self.write.wrapped.values(), *self.write.placeholders.values())))
         places = list(re.finditer(tokens, opened.prompt.text))
         while places and len(self._tokenise(self._before(opened, places[-1].end())).labels) > self.max_length:
             opened = self._before(opened, places.pop().start())
@@ -282,14 +284,34 @@ class Collator:
 
     def _append_picture(self, encoded: _Encoded) -> None:
         """Put a grey picture behind a text, of which nothing is learned."""
-        prompt = PromptText(self.write.placeholders["image"])
-        grey = self._tokenise(_Opened(prompt, [self._grey_picture()], [], "the grey picture"))
+        prompt = PromptText(self.write.wrapped["image"])
+        grey = self._tokenise(_Opened(prompt, [self._grey_picture()], [], "the grey image"))
         for key, value in grey.features.items():
             if key in TOKEN_KEYS:
                 own = encoded.features.get(key, value.new_zeros(1, len(encoded.labels)))
                 value = torch.cat([own, value], dim=1)
             encoded.features[key] = value
         encoded.labels = torch.cat([encoded.labels, grey.labels])
+
+    def _axis(self, key: str, prompts: list[_Opened], encoded: list[_Encoded]) -> int:
+        """Along which axis the processor puts the pixels of samples together: where two take twice the room of one.
+
+        Most have rows for them; some have one row, in which the patches of all follow one another.
+        """
+        if key not in self._axes:
+            opened, own = next(pair for pair in zip(prompts, encoded, strict=True) if key in pair[1].features)
+            one = own.features[key]
+            if not isinstance(one, torch.Tensor) or len(one) > 1:
+                return 0
+            media = {name: [given] * 2 for name in ("images", "videos") if (given := getattr(opened, name))}
+            text = [opened.prompt.text] * 2
+            try:
+                two = self.processor(text=text, return_tensors="pt", padding=True, **media)[key]
+                grown = [axis for axis in range(one.dim()) if two.shape[axis] == 2 * one.shape[axis]]
+            except (ValueError, TypeError):  # it takes no lists of lists, and has a row for each image
+                grown = []
+            self._axes[key] = grown[0] if grown else 0
+        return self._axes[key]
 
     def _grey_picture(self) -> Image.Image:
         return Image.new("RGB", GREY_SIZE, self._background())
@@ -310,10 +332,15 @@ def _draw(scales: Sequence[int], samples: Sequence[Sample], epoch: int) -> int:
     return scales[int.from_bytes(hashlib.sha256(words.encode()).digest()) % len(scales)]
 
 
-def _concatenate(parts: list[Any]) -> Any:
-    """Put the rows of all samples below each other, as wide as the widest: what has no crop or pixel there is 0."""
+def _concatenate(parts: list[Any], axis: int = 0) -> Any:
+    """Put the rows of all samples below each other, as wide as the widest: what has no crop or pixel there is 0.
+
+    Where samples stand one behind another in a single row, along another axis, they do so here.
+    """
     if not isinstance(parts[0], torch.Tensor):
         return [row for part in parts for row in part]
+    if axis:
+        return torch.cat(parts, dim=axis)
     widest = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
     padded = []
     for part in parts:

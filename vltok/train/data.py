@@ -158,7 +158,7 @@ def _source(item: Any, name: str, folder: Path | None) -> Picture:
     if isinstance(item, (bytes, Image.Image)):
         return item
     if not isinstance(item, (str, Path)):
-        raise SampleError(f"{name}: a picture must be a file or a PIL image, got {item!r}")
+        raise SampleError(f"{name}: an image must be a file or a PIL image, got {item!r}")
     return item if folder is None else folder / item
 
 
@@ -171,7 +171,7 @@ def _video(item: Any, name: str, folder: Path | None) -> Any:
     if getattr(item, "ndim", 0) == 4:
         return item
     raise SampleError(
-        f"{name}: a video must be a file, a list of pictures or an array (frames, height, width, 3), got {item!r}"
+        f"{name}: a video must be a file, a list of images or an array (frames, height, width, 3), got {item!r}"
     )
 
 
@@ -187,7 +187,7 @@ def open_image(source: Picture, name: str) -> Image.Image:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
     except _UNREADABLE as error:
-        file = "a picture given as bytes" if isinstance(source, bytes) else str(source)
+        file = "an image given as bytes" if isinstance(source, bytes) else str(source)
         raise BadImageError(f"{name}: can't open {file}: {error}") from error
 
 

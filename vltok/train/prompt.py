@@ -90,6 +90,7 @@ class PromptWriter:
         answers_by: What says where answers are: "template" if the chat template marks them by {% generation %}, "marks"
             if they are put into the text that the template or style writes.
         placeholders: What the processor replaces, by "image" and "video".
+        wrapped: The same with what the chat template writes around it, such as marks of where an image begins and ends.
 
     Raises:
         ValueError: If the style is unknown, or there is no template or token it needs.
@@ -124,6 +125,7 @@ class PromptWriter:
         special = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
         ends = [t for t in special if t not in (*self.placeholders.values(), self.tokenizer.bos_token)]
         self._end = re.compile(rf"\s*(?:{'|'.join(map(re.escape, sorted(ends, key=len, reverse=True)))})")
+        self.wrapped = {kind: self._wrapped(kind, token) for kind, token in self.placeholders.items()}
 
     def _find_placeholders(self) -> dict[str, str]:
         """What stands for an image and a video: the processor's token, or what the template writes instead of it."""
@@ -132,6 +134,19 @@ class PromptWriter:
             if token and MEDIA[kind] in self._template and token not in self._template:
                 found[kind] = MEDIA[kind]
         return {kind: token for kind, token in found.items() if token}
+
+    def _wrapped(self, kind: str, placeholder: str) -> str:
+        """The placeholder with all that stands between two words around it."""
+        if self.style != "chat":
+            return placeholder
+        before, behind = (_MARK.format(number) for number in range(2))
+        turn = Turn("user", before + MEDIA[kind] + behind)
+        try:
+            text = self._asked.apply_chat_template(self._messages([turn]), tokenize=False)
+        except (TemplateError, TypeError):
+            return placeholder
+        between = text.partition(before)[2].partition(behind)[0].strip()
+        return between if between.count(placeholder) == 1 else placeholder
 
     def __call__(self, sample: Sample) -> PromptText:
         """Write a conversation.

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from vltok.engine.guard import ATTENTION_GUARD
-from vltok.engine.tower_layout import Layout
+from vltok.engine.tower_layout import Layout, patch_grid
 from vltok.errors import UnsupportedModelError
 
 
@@ -47,8 +47,7 @@ class TowerFamily:
 
     def grid(self, tower: nn.Module) -> tuple[int, int]:
         """Patches of a picture of the size the tower was made for."""
-        size, patch = (_pair(getattr(tower.config, name)) for name in ("image_size", "patch_size"))
-        return size[0] // patch[0], size[1] // patch[1]
+        return patch_grid(tower.config)
 
     def dim(self, tower: nn.Module) -> int:
         """Width of the tokens."""
@@ -79,20 +78,12 @@ class TowerFamily:
     def check_replaceable(self, tower: nn.Module) -> None:
         """Raise UnsupportedModelError if attention among all tokens of a row can't stand in for that of this tower."""
         if self.is_masked:
-            raise UnsupportedModelError(
-                f"{type(tower).__name__} takes pictures of several sizes at once, padded or in one row, and tells them "
-                "apart by masks, so its attention can't be replaced; it can in towers whose pictures are all of one "
-                "size, such as CLIP, SigLIP and InternViT"
-            )
+            raise _needs_masks(tower, "its attention can't be replaced; it can", "CLIP, SigLIP and InternViT")
 
     def check_merging(self, tower: nn.Module) -> None:
         """Raise UnsupportedModelError if blocks, or what follows them, need all tokens of a picture."""
         if self.is_masked:
-            raise UnsupportedModelError(
-                f"{type(tower).__name__} takes pictures of several sizes at once, padded or in one row, and tells them "
-                "apart by masks, so tokens can't be merged in it; they can in towers whose pictures are all of one "
-                "size, such as CLIP, SigLIP and DINOv2"
-            )
+            raise _needs_masks(tower, "tokens can't be merged in it; they can", "CLIP, SigLIP and DINOv2")
 
     def check_scores(self, tower: nn.Module) -> None:
         """Raise UnsupportedModelError if queries and keys don't show what this tower attends to."""
@@ -104,5 +95,8 @@ class TowerFamily:
         return query, key
 
 
-def _pair(size: int | Sequence[int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
+def _needs_masks(tower: nn.Module, refused: str, others: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{type(tower).__name__} takes images of several sizes at once, padded or in one row, and tells them apart by "
+        f"masks, so {refused} in towers whose images are all of one size, such as {others}"
+    )

@@ -17,18 +17,26 @@ from vltok.errors import UnsupportedInputError, UnsupportedModelError
 from vltok.families.towers.base import TowerFamily
 
 
-class Siglip2(TowerFamily):
+class Masked(TowerFamily):
+    """A tower whose pictures are told apart by masks, and have no tokens but their patches."""
+
+    is_masked = True
+    methods = ("TAP", "ADL")
+
+    def patch_layer(self, tower: nn.Module) -> nn.Module:
+        return tower.embeddings
+
+    def num_prefix_tokens(self, tower: nn.Module) -> int:
+        return 0
+
+
+class Siglip2(Masked):
     """SigLIP 2 in its flexible form: patches come in rows, padded to the longest."""
 
     name = "siglip2"
     title = "SigLIP 2"
     model_classes = ("Siglip2VisionModel",)
     first_norm = "layer_norm1"
-    is_masked = True
-    methods = ("TAP", "ADL")
-
-    def patch_layer(self, tower: nn.Module) -> nn.Module:
-        return tower.embeddings
 
     def layout(self, part: nn.Module, args: tuple, kwargs: dict[str, Any], output: torch.Tensor) -> Layout:
         shapes = _argument(args, kwargs, 1, "spatial_shapes").tolist()
@@ -39,22 +47,14 @@ class Siglip2(TowerFamily):
         side = tower.embeddings.position_embedding_size
         return side, side
 
-    def num_prefix_tokens(self, tower: nn.Module) -> int:
-        return 0
 
-
-class Idefics(TowerFamily):
+class Idefics(Masked):
     """The tower of Idefics and its kin: pictures are padded to the largest, to the right and below."""
 
     first_norm = "layer_norm1"
-    is_masked = True
-    methods = ("TAP", "ADL")
 
     def __init__(self, name: str, title: str, model_class: str) -> None:
         self.name, self.title, self.model_classes = name, title, (model_class,)
-
-    def patch_layer(self, tower: nn.Module) -> nn.Module:
-        return tower.embeddings
 
     def layout(self, part: nn.Module, args: tuple, kwargs: dict[str, Any], output: torch.Tensor) -> Layout:
         mask = _argument(args, kwargs, 1, "patch_attention_mask")  # (B, H, W)
@@ -62,19 +62,14 @@ class Idefics(TowerFamily):
         places = [Place(row, 0, mask.shape[2], (height, width)) for row, (height, width) in enumerate(grids)]
         return layout_at(output.shape[:2], places)
 
-    def num_prefix_tokens(self, tower: nn.Module) -> int:
-        return 0
 
-
-class Pixtral(TowerFamily):
+class Pixtral(Masked):
     """Pixtral: all pictures stand in one row, and rotary positions say where their patches are."""
 
     name = "pixtral"
     title = "Pixtral"
     model_classes = ("PixtralVisionModel",)
     first_norm = "attention_norm"
-    is_masked = True
-    methods = ("TAP", "ADL")
 
     def patch_layer(self, tower: nn.Module) -> nn.Module:
         """What gets the places of all patches, right after these are made."""
@@ -93,20 +88,17 @@ class Pixtral(TowerFamily):
             grid = (rows[end - 1] + 1, width)
             if grid[0] * grid[1] != end - first:
                 raise UnsupportedInputError(
-                    f"a picture of {end - first} patches is wider than the {part.config.image_size} pixels that this "
+                    f"an image of {end - first} patches is wider than the {part.config.image_size} pixels that this "
                     "vision tower was made for, which this version of transformers confuses; make it smaller"
                 )
             pictures.append(Place(0, first, width, grid))
         return layout_at(tokens.shape[:2], pictures)
 
-    def num_prefix_tokens(self, tower: nn.Module) -> int:
-        return 0
-
     def check_replaceable(self, tower: nn.Module) -> None:
         raise UnsupportedModelError(
             f"{type(tower).__name__} tells its attention where tokens are by rotary positions, and which are of one "
-            "picture by a mask, so its attention can't be replaced; it can in ViTs with position embeddings and "
-            "pictures of one size, such as CLIP, SigLIP and InternViT"
+            "image by a mask, so its attention can't be replaced; it can in ViTs with position embeddings and "
+            "images of one size, such as CLIP, SigLIP and InternViT"
         )
 
     def turn(

@@ -85,13 +85,15 @@ class Dinov2(TowerFamily):
     model_classes = ("Dinov2Model", "Dinov2Backbone")
 
     def check_merging(self, tower: nn.Module) -> None:
-        _check_no_maps(tower)
+        if hasattr(tower, "out_features") and tower.config.reshape_hidden_states:
+            raise _lays_out_maps(tower, "load it with reshape_hidden_states=False")
 
     def guard(self, config: Any) -> dict[str, Any]:
-        return _guard_of_dinov2(config) or super().guard(config)
+        # With SwiGLU layers no activation is looked up by name; layers of negative width can't be built either.
+        return {"mlp_ratio": -1} if config.use_swiglu_ffn else super().guard(config)
 
 
-class Dinov2WithRegisters(TowerFamily):
+class Dinov2WithRegisters(Dinov2):
     """DINOv2 with registers: [CLS] and the registers before the patches."""
 
     name = "dinov2_with_registers"
@@ -100,23 +102,6 @@ class Dinov2WithRegisters(TowerFamily):
 
     def num_prefix_tokens(self, tower: nn.Module) -> int:
         return 1 + tower.config.num_register_tokens
-
-    def check_merging(self, tower: nn.Module) -> None:
-        _check_no_maps(tower)
-
-    def guard(self, config: Any) -> dict[str, Any]:
-        return _guard_of_dinov2(config) or super().guard(config)
-
-
-def _guard_of_dinov2(config: Any) -> dict[str, Any]:
-    """With SwiGLU layers no activation is looked up by name; layers of negative width can't be built either."""
-    return {"mlp_ratio": -1} if config.use_swiglu_ffn else {}
-
-
-def _check_no_maps(tower: nn.Module) -> None:
-    """Refuse to merge tokens in a backbone that lays them out as maps."""
-    if hasattr(tower, "out_features") and tower.config.reshape_hidden_states:
-        raise _lays_out_maps(tower, "load it with reshape_hidden_states=False")
 
 
 def _lays_out_maps(tower: nn.Module, remedy: str) -> UnsupportedModelError:

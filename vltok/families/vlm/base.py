@@ -18,8 +18,9 @@ from vltok.engine.features import KINDS, Encoding, pixel_keys
 from vltok.engine.parts import attention_of, live
 from vltok.engine.patches import Order, by_picture, token_values
 from vltok.engine.pictures import Picture
-from vltok.engine.projector import CoarserPatches, ProjectorChanges, patch_grid, swap_projector
+from vltok.engine.projector import CoarserPatches, ProjectorChanges, swap_projector
 from vltok.engine.tower_attention import can_be_read, unreadable_tower
+from vltok.engine.tower_layout import patch_grid
 from vltok.errors import UnsupportedModelError
 from vltok.method import Run
 from vltok.tokens import Grid3
@@ -330,7 +331,11 @@ class VlmFamily:
         before = swap_projector(edits, run, model, processor, projector, changes, scales)
         for name in self.patch_counters:
             edits.set_attribute(model, name, CoarserPatches(model, name, scales))
+        self.follow_projector(edits, model, levels)
         return before
+
+    def follow_projector(self, edits: Edits, model: nn.Module, levels: tuple[int, ...]) -> None:
+        """Change what else stands around a projector that was replaced by one that reads these levels."""
 
     def merging_changes(self, model: nn.Module, num_merged: int) -> ProjectorChanges:
         """What follows a vision tower that hands on `num_merged` tokens fewer than there are patches.

@@ -29,6 +29,9 @@ class Generic(VlmFamily):
         patches: How the tower has its patches, see `VlmFamily`.
         marks: The ids that stand for visual tokens, where these are not to be read from the config.
         facts: What people are told, see `VlmFamily`.
+
+    Raises:
+        TypeError: If there is no such fact.
     """
 
     def __init__(
@@ -42,6 +45,8 @@ class Generic(VlmFamily):
         marks: dict[str, int] | None = None,
         **facts: Any,
     ) -> None:
+        if unknown := [fact for fact in facts if not hasattr(VlmFamily, fact)]:
+            raise TypeError(f"VlmFamily has no {', '.join(unknown)}, which {title} is described by")
         vars(self).update(facts)
         self.name, self.title, self.model_classes = name, title, model_classes
         self.unit, self.gap, self.patches, self._marks = unit, gap, patches, marks or {}

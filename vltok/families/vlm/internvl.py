@@ -11,12 +11,12 @@ from torch import nn
 from vltok.edits import Edits, MethodWrapper
 from vltok.engine.features import Encoding
 from vltok.engine.pictures import Picture
-from vltok.engine.projector import ProjectorChanges, hidden_states_of, patch_grid
+from vltok.engine.projector import ProjectorChanges, hidden_states_of
+from vltok.engine.tower_layout import patch_grid
 from vltok.engine.weights import check_at_hand
 from vltok.errors import UnsupportedModelError
 from vltok.families.vlm.base import VlmFamily
-from vltok.method import Run
-from vltok.views import ProjectorSite, ScaleChoice
+from vltok.views import ProjectorSite
 
 
 class InternVL(VlmFamily):
@@ -69,22 +69,11 @@ class InternVL(VlmFamily):
             shared={"image_token_id": model.config.image_token_id},
         )
 
-    def swap_projector(
-        self,
-        edits: Edits,
-        run: Run,
-        model: nn.Module,
-        processor: Any,
-        projector: nn.Module,
-        levels: tuple[int, ...],
-        scales: ScaleChoice,
-    ) -> dict[str, dict[str, Any]]:
-        """Replace the projector, and what merges patches before it."""
-        before = super().swap_projector(edits, run, model, processor, projector, levels, scales)
+    def follow_projector(self, edits: Edits, model: nn.Module, levels: tuple[int, ...]) -> None:
+        """Let the tower give these levels, and what merges patches before the projector leave them as they are."""
         edits.set_attribute(model, "pixel_shuffle", _unmerged)
         edits.wrap_method(model, "get_image_features", _Levels(levels))
         edits.after(self.tower(model), _give_levels)
-        return before
 
 
 _LEVELS = "vltok_levels"  # keyword of the tower's call: the hidden states that stand in for the last one

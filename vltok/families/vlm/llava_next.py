@@ -14,9 +14,7 @@ from vltok.engine.pictures import Picture
 from vltok.errors import UnsupportedInputError
 from vltok.families.vlm.base import VlmFamily
 from vltok.families.vlm.llava import Llava
-from vltok.method import Run
 from vltok.tokens import Grid3
-from vltok.views import ScaleChoice
 
 
 class LlavaNext(Llava):
@@ -51,11 +49,13 @@ class LlavaNext(Llava):
 
     def _crops(self, model: nn.Module, encoding: Encoding) -> list[int]:
         """Rows of the tower that each picture has."""
-        config = model.config
-        return [
-            image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
-            for size in encoding.arguments["image_sizes"]
-        ]
+        if "crops" not in encoding.notes:
+            config = model.config
+            encoding.notes["crops"] = [
+                image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
+                for size in encoding.arguments["image_sizes"]
+            ]
+        return encoding.notes["crops"]
 
     def _numbers(self, model: nn.Module, encoding: Encoding) -> tuple[list[torch.Tensor], int]:
         """For each picture, which projected row each of its tokens is, -1 for newlines; and how many rows a crop has.
@@ -86,20 +86,9 @@ class LlavaNextVideo(LlavaNext):
     model_classes = ("LlavaNextVideoModel",)
     videos = "yes"
 
-    def swap_projector(
-        self,
-        edits: Edits,
-        run: Run,
-        model: nn.Module,
-        processor: Any,
-        projector: nn.Module,
-        levels: tuple[int, ...],
-        scales: ScaleChoice,
-    ) -> dict[str, dict[str, Any]]:
-        """Replace the projector for images, and refuse videos."""
-        before = super().swap_projector(edits, run, model, processor, projector, levels, scales)
+    def follow_projector(self, edits: Edits, model: nn.Module, levels: tuple[int, ...]) -> None:
+        """Refuse videos."""
         edits.before(model.vision_resampler, _refuse_videos)
-        return before
 
     def of_tokens(self, model: nn.Module, encoding: Encoding, name: str, fill: float) -> torch.Tensor:
         if encoding.kind == "video":

@@ -75,9 +75,6 @@ class AveragePoolProjector(RegionProjector):
         self.check_features(features, self.dim, f"{self.dim} channels")
         return self.mlp(average_regions(features, self.grid[1], scale))
 
-    def extra_repr(self) -> str:
-        return f"grid={self.grid}, scale_factor={self.scale_factor}"
-
 
 @register("average_pool")
 @dataclass(frozen=True)

@@ -73,9 +73,6 @@ class PixelShuffleProjector(RegionProjector):
         self.check_features(features, self.dim, f"{self.dim} channels")
         return self.mlp(stack_regions(features, self.grid[1], self.scale_factor))
 
-    def extra_repr(self) -> str:
-        return f"grid={self.grid}, scale_factor={self.scale_factor}"
-
 
 @register("pixel_shuffle")
 @dataclass(frozen=True)

@@ -85,3 +85,6 @@ class RegionProjector(nn.Module):
                 f"features must be (B, {patches}, {width}): the patches of a {self.grid[0]} x {self.grid[1]} grid "
                 f"without prefix tokens, {what}; got {tuple(features.shape)}"
             )
+
+    def extra_repr(self) -> str:
+        return f"grid={self.grid}, scale_factor={self.scale_factor}"

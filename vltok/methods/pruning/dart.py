@@ -19,9 +19,14 @@ from vltok.visual import Need, VisualTokens
 
 
 def choose_pivots(
-    keys: torch.Tensor, is_visual: torch.Tensor, is_text: torch.Tensor, num_visual: int = 4, num_text: int = 4
+    keys: torch.Tensor,
+    is_visual: torch.Tensor,
+    is_text: torch.Tensor,
+    num_visual: int = 4,
+    num_text: int = 4,
+    norm: int = 1,
 ) -> torch.Tensor:
-    """Choose the tokens of the largest L1 norms as pivots.
+    """Choose the tokens of the largest norms as pivots.
 
     Args:
         keys: Of all S tokens of a sample, (S, E): all heads side by side, or what stands in for them.
@@ -29,11 +34,17 @@ def choose_pivots(
         is_text: Which are text that may give pivots, (S,), bool.
         num_visual: Pivots among visual tokens; as many as there are, if fewer.
         num_text: Pivots among the text; as many as there are, if fewer.
+        norm: Order of the norm; the released code takes 1.
 
     Returns:
         The pivots, (P,), ascending, int64; equal norms go to the lowest index.
+
+    Raises:
+        ValueError: If a key of visual tokens or text is NaN or infinite.
     """
-    norms = keys.abs().sum(1, dtype=torch.float32)
+    norms = torch.linalg.vector_norm(keys, norm, dim=1, dtype=torch.float32)
+    if not norms[is_visual | is_text].isfinite().all():
+        raise ValueError("the keys of visual tokens or text hold NaN or infinite values; check the image's pixels")
     pivots = []
     for among, count in ((is_visual, num_visual), (is_text, num_text)):
         where = among.nonzero().squeeze(1)
@@ -71,7 +82,10 @@ def dart_order(state: torch.Tensor, pivots: torch.Tensor, is_visual: torch.Tenso
     x, at_pivots = state.detach()[places].float(), state.detach()[pivots].float()
     norms = torch.linalg.vector_norm(x, dim=1)
     if not (norms.isfinite().all() & torch.linalg.vector_norm(at_pivots, dim=1).isfinite().all()):
-        raise ValueError("the states of visual tokens or pivots hold NaN, infinite or overflowing values")
+        raise ValueError(
+            "the states of visual tokens or pivots hold NaN, infinite or overflowing values; check the image's pixels "
+            "and the model's dtype"
+        )
     taken = torch.isin(places, kept)
     order = [kept]
     product = x.new_empty(len(x), 1)
@@ -89,7 +103,7 @@ def dart_order(state: torch.Tensor, pivots: torch.Tensor, is_visual: torch.Tenso
 @register("dart")
 @dataclass(frozen=True)
 class DART(TextSelector):
-    """Keep visual tokens that duplicate a few pivots least, of the picture and of the question, where there is one.
+    """Keep visual tokens that duplicate a few pivots least, of the image and of the question, where there is one.
 
     Attributes:
         visual_pivots: Visual tokens with the largest L1 norms, that stay, at least 1.

@@ -14,27 +14,22 @@ from dataclasses import dataclass
 import torch
 
 from vltok.method import register
-from vltok.methods.pruning.fastervlm import select_top
-from vltok.methods.pruning.greedy import float32_products, times_row
+from vltok.methods.pruning.dart import choose_pivots, dart_order
 from vltok.methods.pruning.rule import RuleAtLayer
 from vltok.visual import DecoderState
+
+NUM_PIVOTS = 4  # among visual tokens, and as many among words
+NORM = 2  # order of the norm of keys
 
 
 @torch.no_grad()
 def select_unlike(
-    states: torch.Tensor,
-    keys: torch.Tensor,
-    visual: torch.Tensor,
-    text: torch.Tensor,
-    num_keep: int,
-    num_pivots: tuple[int, int] = (4, 4),
-    norm: int = 2,
-    pivot_order: torch.Tensor | None = None,
+    states: torch.Tensor, keys: torch.Tensor, visual: torch.Tensor, text: torch.Tensor, num_keep: int
 ) -> torch.Tensor:
     """Pick visual pivots, and for each pivot in turn the visual tokens left that are least like it.
 
-    Pivots are the tokens whose keys have the largest norm. What is left of the budget is shared equally among all of
-    them, the first ones taking one more where it doesn't divide. Similarity is the cosine in float32.
+    See `choose_pivots` and `dart_order`. What is left of the budget is shared equally among all pivots, the first ones
+    taking one more where it doesn't divide. Similarity is the cosine in float32.
 
     Args:
         states: Hidden states of a sample, (S, D).
@@ -42,50 +37,21 @@ def select_unlike(
         visual: The visual tokens of one image, (V,), int64, ascending.
         text: Words of the question, (M,), int64, ascending; may be none.
         num_keep: How many to keep, at least 1; all of fewer tokens are kept.
-        num_pivots: How many pivots at most among visual tokens, at least 1, and among words.
-        norm: Order of the norm; the released code takes 1.
-        pivot_order: All pivots in the order of their turns, (P,), int64; ascending if None.
 
     Returns:
         Which of the S tokens are kept, (min(num_keep, V),), ascending, int64. Ties went to the lowest index.
 
     Raises:
-        ValueError: If a budget is below 1, the order isn't one of the pivots, or a state or key is NaN or infinite.
+        ValueError: If `num_keep` is below 1, or a state or key is NaN or infinite.
     """
-    if num_keep < 1 or num_pivots[0] < 1:
-        raise ValueError(f"num_keep and visual pivots must be at least 1, got {num_keep} and {num_pivots[0]}")
+    if num_keep < 1:
+        raise ValueError(f"num_keep must be at least 1, got {num_keep}")
     if len(visual) <= num_keep:
         return visual
-    norms = torch.linalg.vector_norm(keys, norm, dim=1, dtype=torch.float32)
-    lengths = torch.linalg.vector_norm(states, dim=1, dtype=torch.float32)
-    every = torch.cat([visual, text])
-    if not (norms[every].isfinite() & lengths[every].isfinite()).all():
-        raise ValueError(
-            "the states or keys of the tokens hold NaN or infinity; check the image's pixels and the model's dtype"
-        )
-
-    own = select_top(norms[visual].unsqueeze(0), min(num_pivots[0], num_keep))[0]
-    pivots, words = visual[own], min(num_pivots[1], len(text))
-    if words:
-        pivots = torch.cat([pivots, text[select_top(norms[text].unsqueeze(0), words)[0]]])
-    pivots = pivots.sort().values
-    if pivot_order is not None:
-        if not torch.equal(pivot_order.sort().values, pivots):
-            raise ValueError(f"pivot_order must have the pivots {pivots.tolist()}, got {pivot_order.tolist()}")
-        pivots = pivot_order
-    share, more = divmod(num_keep - len(own), len(pivots))
-
-    x, inverse = states[visual].float(), lengths.clamp_min(1e-12).reciprocal()
-    is_left = torch.ones(len(visual), dtype=torch.bool, device=visual.device)
-    is_left[own] = False
-    product = x.new_empty(len(x), 1)
-    with float32_products(x), torch.autocast(x.device.type, enabled=False):
-        for turn, pivot in enumerate(pivots.tolist()):
-            times_row(x, states[pivot].float().unsqueeze(1), product)
-            cosine = product[:, 0] * inverse[visual] * inverse[pivot]
-            unlike = cosine.masked_fill(~is_left, torch.inf).argsort(stable=True)
-            is_left[unlike[: share + (turn < more)]] = False
-    return visual[~is_left]
+    nothing = torch.zeros(len(states), dtype=torch.bool, device=states.device)
+    is_visual, is_text = nothing.index_fill(0, visual, True), nothing.index_fill(0, text, True)
+    pivots = choose_pivots(keys, is_visual, is_text, min(NUM_PIVOTS, num_keep), NUM_PIVOTS, NORM)
+    return dart_order(states, pivots, is_visual, num_keep).sort().values
 
 
 @register("dart_decoder")

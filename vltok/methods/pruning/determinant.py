@@ -40,7 +40,10 @@ def max_determinant_order(
     if weights is None:
         weights = torch.ones(tokens.shape[:2], device=tokens.device)
     if weights.shape != tokens.shape[:2] or not weights.is_floating_point():
-        raise ValueError(f"the weights must be floats, one for each of {tuple(tokens.shape[:2])} tokens")
+        raise ValueError(
+            f"the weights must be floats, one for each of {tuple(tokens.shape[:2])} tokens, got {weights.dtype} of "
+            f"shape {tuple(weights.shape)}"
+        )
     weights = weights.detach().float()
 
     def follow(rows: CosineRows, part: slice) -> torch.Tensor:

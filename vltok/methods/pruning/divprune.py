@@ -14,10 +14,10 @@ import torch
 
 from vltok.checks import check_choice
 from vltok.method import register
-from vltok.methods.pruning.correction import Correction, centred
+from vltok.methods.pruning.correction import Correction, needed_by, pick_corrected
 from vltok.methods.pruning.greedy import greedy_order
 from vltok.methods.pruning.selector import Selector
-from vltok.visual import VisualTokens
+from vltok.visual import Need, VisualTokens
 
 
 def max_min_order(tokens: torch.Tensor, num_keep: int, weights: torch.Tensor | None = None) -> torch.Tensor:
@@ -51,7 +51,8 @@ class DivPrune(Selector):
     """Keep visual tokens that are far from each other (greedy max-min of the cosine distance).
 
     Attributes:
-        correction: "centred" measures distances without what all tokens of the image have in common, see
+        correction: "centred" measures distances without what all tokens of the image have in common, "standardised" by
+            features of the vision tower, each channel at mean 0 and variance 1, see
             `vltok.methods.pruning.correction`.
     """
 
@@ -61,8 +62,11 @@ class DivPrune(Selector):
         super().__post_init__()
         check_choice("correction", self.correction, (None, *get_args(Correction)))
 
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        return needed_by(self.correction)
+
     def select(self, visual: VisualTokens, num_keep: int) -> torch.Tensor:
-        tokens, weights = visual.embeddings, None
-        if self.correction == "centred":
-            tokens, weights = centred(tokens)
-        return select_max_min(tokens, num_keep, weights)
+        return pick_corrected(
+            visual, num_keep, self.correction, lambda _, tokens, weights: select_max_min(tokens, num_keep, weights)
+        )

@@ -56,6 +56,8 @@ class FrameSelector(Selector):
         super().__post_init__()
         if self.per != "image":
             raise ValueError(f'{type(self).__name__} compares the frames of a whole video; leave out per="{self.per}"')
+        if self.regions is not None:
+            raise ValueError(f"{type(self).__name__} compares whole frames of a video; leave out regions")
 
     def budget(self, num_tokens: int, grid: Grid3 | None, kind: Literal["image", "video"]) -> int:
         if kind == "image":

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
-from vltok.checks import check_integer
+from vltok.checks import check_regions
 from vltok.method import register
 from vltok.methods.pruning.ranking import keep_top, of_tokens
+from vltok.methods.pruning.regions import region_numbers
 from vltok.methods.pruning.rule import RuleAtLayer
 from vltok.tokens import Grid, Grid3
 from vltok.visual import DecoderState
@@ -43,9 +44,7 @@ def regions_of(
             "doesn't show them for all images; leave out window"
         )
     height, width = (of_tokens([[grid[axis] for grid in row] for row in grids], images).clamp(min=1) for axis in (1, 2))
-    _, row, column = coordinates.unbind(-1)
-    region = row * window[0] // height * window[1] + column * window[1] // width
-    return torch.where(row < 0, window[0] * window[1] - 1, region)
+    return region_numbers(coordinates, height, width, window)
 
 
 @register("fastv")
@@ -63,11 +62,7 @@ class FastV(RuleAtLayer):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.window is not None:
-            if not isinstance(self.window, list | tuple) or len(self.window) != 2:
-                raise TypeError(f"window must be two numbers of regions, (rows, columns), or None, got {self.window!r}")
-            for number in self.window:
-                check_integer("each number of window", number, least=1)
-            object.__setattr__(self, "window", tuple(self.window))
+            object.__setattr__(self, "window", check_regions("window", self.window))
 
     def keep(self, state: DecoderState) -> torch.Tensor:
         scores = state.attention(state.last.unsqueeze(1)).squeeze(1)

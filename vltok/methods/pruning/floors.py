@@ -1,6 +1,6 @@
 """The floors that every selector has to beat: random tokens, and tokens at even distances. Both are training-free.
 
-Random picks depend on the picture, the seed and nothing else: not on the batch, the device or any generator.
+Random picks depend on the image, the seed and nothing else: not on the batch, the device or any generator.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def select_random(image_keys: torch.Tensor, num_tokens: int, num_keep: int, seed
 @register("random")
 @dataclass(frozen=True)
 class RandomTokens(Selector):
-    """Keep random visual tokens, the same ones whenever the same picture comes.
+    """Keep random visual tokens, the same ones whenever the same image comes.
 
     Attributes:
         seed: Another seed keeps other tokens.
@@ -112,7 +112,7 @@ def select_stride(num_tokens: int, num_keep: int, device: torch.device | str | N
 @register("stride")
 @dataclass(frozen=True)
 class StrideTokens(Selector):
-    """Keep visual tokens at even distances in the sequence, the same positions for every picture."""
+    """Keep visual tokens at even distances in the sequence, the same positions for every image."""
 
     def select(self, visual: VisualTokens, num_keep: int) -> torch.Tensor:
         batch, length, _ = visual.embeddings.shape

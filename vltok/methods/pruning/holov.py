@@ -1,8 +1,8 @@
-"""HoloV: give each part of a picture a share of the budget, and keep the most attended tokens of each part.
+"""HoloV: give each part of an image a share of the budget, and keep the most attended tokens of each part.
 
 Paper: https://arxiv.org/abs/2510.02912. Training-free. Follows the released code, in which the variance of the features
 cancels out of the shares: a share is that of the mean attention, and the features don't matter. Parts are runs of the
-raster sequence, strips of a picture. Differs from it: what a part has no room for goes to the others (there it is lost,
+raster sequence, strips of an image. Differs from it: what a part has no room for goes to the others (there it is lost,
 and zero vectors stand for it), a part of one token counts like any other, and tokens stay in raster order.
 """
 
@@ -33,8 +33,13 @@ def share_budget(scores: Sequence[float], num_keep: int, sizes: Sequence[int] | 
 
     Returns:
         The share of each part; together they are `num_keep`. Equal scores go to the lowest index.
+
+    Raises:
+        ValueError: If the parts have fewer tokens than are to be kept.
     """
     sizes = [num_keep] * len(scores) if sizes is None else sizes
+    if sum(sizes) < num_keep:
+        raise ValueError(f"parts of {list(sizes)} tokens have no room for num_keep={num_keep}; keep fewer")
     quota = [0] * len(scores)
     while missing := num_keep - sum(quota):
         room = [part for part, size in enumerate(sizes) if quota[part] < size]
@@ -49,12 +54,12 @@ def share_budget(scores: Sequence[float], num_keep: int, sizes: Sequence[int] | 
 
 
 def select_by_strips(attention: torch.Tensor, num_keep: int, num_strips: int) -> torch.Tensor:
-    """Pick the most attended tokens of each strip of a picture, as many as its share of the attention pays for.
+    """Pick the most attended tokens of each strip of an image, as many as its share of the attention pays for.
 
     Args:
         attention: (B, N), -inf where a token stands for no patch.
         num_keep: How many to keep, in 1..N.
-        num_strips: Runs into which a picture's patches are cut, at least 1; the first ones are one longer where this
+        num_strips: Runs into which an image's patches are cut, at least 1; the first ones are one longer where this
             doesn't divide them. No more than it has patches.
 
     Returns:
@@ -79,10 +84,10 @@ def select_by_strips(attention: torch.Tensor, num_keep: int, num_strips: int) ->
 @register("holov")
 @dataclass(frozen=True)
 class HoloV(TowerSelector):
-    """Keep the most attended visual tokens of every strip of a picture.
+    """Keep the most attended visual tokens of every strip of an image.
 
     Attributes:
-        crops: Strips of a picture, at least 1. None takes one for every four kept tokens, 16 at most, which are the 16
+        crops: Strips of an image, at least 1. None takes one for every four kept tokens, 16 at most, which are the 16
             that the released code has at 64 tokens.
     """
 

@@ -1,4 +1,4 @@
-"""MMTok: keep visual tokens that cover the question's words and the whole picture.
+"""MMTok: keep visual tokens that cover the question's words and the whole image.
 
 Paper: https://arxiv.org/abs/2508.18264. Training-free. Differs from the released code: every word of the question
 counts, where the released code leaves out stop words before LLaVA.
@@ -13,6 +13,7 @@ import torch
 
 from vltok.checks import is_number
 from vltok.method import register
+from vltok.methods.pruning.covering import cover_greedily
 from vltok.methods.pruning.greedy import check_usable, float32_products, write_gram
 from vltok.methods.pruning.question import TextSelector, question_words
 from vltok.visual import Need, VisualTokens
@@ -35,7 +36,7 @@ def coverage(
         tokens: Visual tokens, (N, D).
         features: The vision tower's, (N, C).
         words: Of the question, (M, D).
-        alpha: What the picture counts beside the question.
+        alpha: What the image counts beside the question.
         word_temperature: Of the words' softmax.
         image_temperature: Of the tokens' softmax.
 
@@ -71,9 +72,6 @@ def _products(x: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
 def cover_order(covers: torch.Tensor, num_keep: int, excluded: torch.Tensor | None = None) -> torch.Tensor:
     """Pick again and again what adds most to the sum of the best covers so far (greedy maximum coverage).
 
-    What a candidate adds shrinks as others are picked, so what it added once bounds what it adds now, and only those of
-    high bounds are looked at again. The picks are those of looking at all.
-
     Args:
         covers: How well each of N candidates covers each of R things, at least 0, (N, R), float32.
         num_keep: How many to pick, at least 1.
@@ -85,45 +83,25 @@ def cover_order(covers: torch.Tensor, num_keep: int, excluded: torch.Tensor | No
     Raises:
         ValueError: If there are not so many candidates.
     """
-    gone = torch.zeros(len(covers), dtype=torch.bool, device=covers.device) if excluded is None else excluded.clone()
-    allowed = len(covers) - int(gone.sum())
+    allowed = len(covers) - (0 if excluded is None else int(excluded.sum()))
     if not 1 <= num_keep <= allowed:
         raise ValueError(f"num_keep must be in 1..{allowed} (the visual tokens), got {num_keep}")
-    covered = covers.new_zeros(covers.shape[1])
-    bounds = covers.sum(1)
-    fresh = torch.ones_like(gone)
-    picks: list[int] = []
-    while len(picks) < num_keep:
-        best = _best(covers, covered, bounds.masked_fill_(gone, -math.inf), fresh)
-        picks.append(best)
-        covered = torch.maximum(covered, covers[best])
-        gone[best] = True
-        fresh.fill_(False)
-    return torch.tensor(picks, device=covers.device)
-
-
-def _best(covers: torch.Tensor, covered: torch.Tensor, bounds: torch.Tensor, fresh: torch.Tensor) -> int:
-    """The candidate that adds most; brings bounds up to date, and marks as fresh, as far as that takes."""
-    block = 32
-    while not fresh[best := int(bounds.argmax())]:  # argmax is documented to give the first of equal values
-        looked_at = bounds.masked_fill(fresh, -math.inf).topk(min(block, len(bounds))).indices
-        adds = (covers[looked_at] - covered).clamp_min_(0).sum(1)  # in the same order of additions whatever the block
-        bounds[looked_at] = torch.minimum(bounds[looked_at], adds)  # those that are gone stay so
-        fresh[looked_at] = True
-        block *= 2
-    return best
+    weights = covers.new_ones(len(covers))
+    if excluded is not None:
+        weights = weights.masked_fill(excluded, -math.inf)
+    return cover_greedily(covers.unsqueeze(0), num_keep, weights.unsqueeze(0))[0]
 
 
 @register("mmtok")
 @dataclass(frozen=True)
 class MMTok(TextSelector):
-    """Keep visual tokens that cover the question's words and the whole picture (greedy maximum coverage).
+    """Keep visual tokens that cover the question's words and the whole image (greedy maximum coverage).
 
     Attributes:
-        alpha: What covering the picture counts beside covering the question, at least 0.
+        alpha: What covering the image counts beside covering the question, at least 0.
         word_temperature: How sharply words choose the tokens that cover them: of a softmax, above 0. 0.02 in the
             released code for LLaVA, 0.01 for Qwen.
-        image_temperature: The same for tokens of the picture.
+        image_temperature: The same for tokens of the image.
     """
 
     alpha: float = 0.5

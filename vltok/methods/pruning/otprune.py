@@ -1,7 +1,7 @@
 """OTPrune: keep visual tokens whose distribution stays close to that of all tokens (optimal transport).
 
 Paper: https://arxiv.org/abs/2602.20205. Training-free. As in the released code, channels and not tokens are brought to
-unit length. Differs from it: kept tokens stay in the order of the picture.
+unit length. Differs from it: kept tokens stay in the order of the image.
 """
 
 from __future__ import annotations

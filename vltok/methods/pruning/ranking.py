@@ -1,10 +1,33 @@
-"""Keeps the best-ranked visual tokens of every image of a row, where images stand among words and have own budgets."""
+"""Keeps the best-ranked tokens: of images alone, or of every image of a row, among words and with own budgets."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
+
+
+def select_top(scores: torch.Tensor, num_keep: int) -> torch.Tensor:
+    """Pick the tokens of the highest scores.
+
+    Args:
+        scores: (B, N); -inf goes last.
+        num_keep: How many to keep, in 1..N.
+
+    Returns:
+        Kept positions, (B, num_keep), ascending, int64; equal scores go to the lowest index.
+
+    Raises:
+        ValueError: If `num_keep` is outside 1..N, or a score is NaN.
+    """
+    if not 1 <= num_keep <= scores.shape[1]:
+        raise ValueError(f"num_keep must be in 1..{scores.shape[1]} (the visual tokens), got {num_keep}")
+    if scores.isnan().any():
+        raise ValueError(
+            "the attention that ranks visual tokens holds NaN; check the image's pixels and the vision tower's dtype"
+        )
+    order = scores.argsort(dim=1, descending=True, stable=True)  # unlike topk, the same for ties on every device
+    return order[:, :num_keep].sort(dim=1).values
 
 
 def keep_top(

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from vltok.errors import UnsupportedInputError
-from vltok.tokens import Grid3
+from vltok.tokens import Grid, Grid3
 from vltok.visual import VisualTokens
 
 # What `VisualTokens` has for each token, (B, N, ...).
@@ -23,7 +23,7 @@ def check_grid(grid: Grid3 | None) -> None:
         )
 
 
-def region_places(visual: VisualTokens, regions: tuple[int, int]) -> list[torch.Tensor]:
+def region_places(visual: VisualTokens, regions: Grid) -> list[torch.Tensor]:
     """Say which tokens are in each region, (n,) each, ascending; tokens behind the grid are in the last one.
 
     Args:
@@ -36,10 +36,28 @@ def region_places(visual: VisualTokens, regions: tuple[int, int]) -> list[torch.
     check_grid(visual.grid)
     _, height, width = visual.grid
     down, across = min(regions[0], height), min(regions[1], width)
-    _, row, column = visual.coordinates[0].unbind(-1)
-    number = (row * down // height) * across + column * across // width
-    number = torch.where(row < 0, down * across - 1, number)
-    return [(number == each).nonzero().squeeze(1) for each in range(down * across)]
+    numbers = region_numbers(visual.coordinates[0], height, width, (down, across))
+    return [(numbers == each).nonzero().squeeze(1) for each in range(down * across)]
+
+
+def region_numbers(
+    coordinates: torch.Tensor, height: int | torch.Tensor, width: int | torch.Tensor, regions: Grid
+) -> torch.Tensor:
+    """Cut grids into regions as equal as they can be, and say which one each token is in.
+
+    Args:
+        coordinates: Frame, row and column of each token, (..., 3), int64; -1 behind the grid.
+        height: Rows of the grid, one number or one for each token, (...).
+        width: Columns of the grid, in the same way.
+        regions: Regions along height and width.
+
+    Returns:
+        (...), int64, row by row of the regions, the same for all frames. Tokens behind the grid are in the last one.
+    """
+    down, across = regions
+    _, row, column = coordinates.unbind(-1)
+    number = row * down // height * across + column * across // width
+    return torch.where(row < 0, down * across - 1, number)
 
 
 def region_quotas(sizes: list[int], num_keep: int) -> list[int]:

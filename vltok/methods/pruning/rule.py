@@ -5,7 +5,6 @@ One budget after one layer is `RuleAtLayer`; budgets that shrink layer by layer 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar
@@ -15,16 +14,14 @@ import torch
 from vltok.checks import check_integer, check_one_budget, is_number
 from vltok.edits import Edits
 from vltok.method import Method, Run
-from vltok.tokens import keep_count
+from vltok.tokens import keep_count, share_of
 from vltok.views import LanguageView
 from vltok.visual import DecoderState
-
-_ROUNDING = 1e-6  # a share times a whole number that should be whole may come out a little below
 
 
 def layer_at(depth: float, num_layers: int) -> int:
     """Which layer a share of a decoder is: depth * L, rounded down, within 1..L - 1."""
-    return max(1, min(num_layers - 1, math.floor(depth * num_layers + _ROUNDING)))
+    return max(1, min(num_layers - 1, share_of(num_layers, depth)))
 
 
 @dataclass(frozen=True)
@@ -76,6 +73,11 @@ class RuleAtLayer(DecoderRule):
         check_integer("layer", self.layer, least=1)
 
     def layers(self, num_layers: int) -> tuple[int, ...]:
+        """Where to look: after `layer`.
+
+        Raises:
+            ValueError: If no layer would be left behind it.
+        """
         if self.layer >= num_layers:
             raise ValueError(
                 f"layer={self.layer} leaves no layer of this decoder to run without the tokens that leave; it has "
@@ -121,6 +123,7 @@ class RuleInStages(DecoderRule):
             raise ValueError(f"depths must be ascending shares of the layers in (0, 1), got {self.depths}")
 
     def layers(self, num_layers: int) -> tuple[int, ...]:
+        """Where to look: at each of `depths`, ascending, each layer once; nowhere in a decoder of one layer."""
         layers = {layer_at(depth, num_layers) for depth in self.depths}
         return tuple(sorted(layers)) if num_layers > 1 else ()
 
@@ -128,4 +131,4 @@ class RuleInStages(DecoderRule):
         """How many visual tokens of each image of each sample go on."""
         reached = sum(layer_at(depth, state.num_layers) <= state.layer for depth in self.depths)
         ratio = self.ratios[max(1, reached) - 1]  # a decoder may attend in none but earlier layers
-        return [[max(1, math.floor(ratio * n + _ROUNDING)) for n in own] for own in state.image_lengths]
+        return [[max(1, share_of(n, ratio)) for n in own] for own in state.image_lengths]

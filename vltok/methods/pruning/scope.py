@@ -16,19 +16,15 @@ import torch
 from vltok.checks import is_number
 from vltok.method import register
 from vltok.methods.pruning import greedy
+from vltok.methods.pruning.covering import cover_greedily
 from vltok.methods.pruning.tower import TowerSelector
 from vltok.visual import Need, VisualTokens
-
-_AT_A_TIME = 32  # gains computed anew in one go
 
 
 def cover_order(tokens: torch.Tensor, num_keep: int, weights: torch.Tensor) -> torch.Tensor:
     """Pick again and again the token that adds most to how well all are covered, times its weight.
 
     A token is covered by its largest cosine with a picked one, at least 0; what a pick adds is summed over all tokens.
-
-    Gains only shrink as more is covered, so a gain computed earlier is an upper bound: only those are computed anew
-    that might still be the largest. The picks are those of computing all of them each time.
 
     Args:
         tokens: (B, N, D), any float dtype; the cosine is in float32.
@@ -49,38 +45,10 @@ def cover_order(tokens: torch.Tensor, num_keep: int, weights: torch.Tensor) -> t
     greedy.check_usable(tokens)
     group = max(1, greedy.GRAM_ENTRIES // length**2)
     picks = [
-        _lazy_greedy(greedy.cosine_matrix(part), num_keep, weight)
+        cover_greedily(greedy.cosine_matrix(part), num_keep, weight)
         for part, weight in zip(tokens.split(group), weights.detach().float().split(group), strict=True)
     ]
     return torch.cat(picks)
-
-
-def _lazy_greedy(cosine: torch.Tensor, num_keep: int, weights: torch.Tensor) -> torch.Tensor:
-    batch, length = weights.shape
-    count = min(_AT_A_TIME, length)
-    images = torch.arange(batch, device=weights.device)
-    rows = cosine.view(-1, length)
-    offsets = (images * length).unsqueeze(1)  # of an image's rows among all
-    scale = weights.clamp_min(0)
-    cover = torch.zeros_like(weights)
-    bound = (cosine.clamp_min(0).sum(2) * scale).masked_fill_(weights < 0, -1.0)  # of the gains
-    known = torch.ones_like(weights, dtype=torch.bool)  # where the bound is the gain
-    picks = []
-    for _ in range(num_keep):
-        best = bound.argmax(1)  # documented to return the first of equal values
-        while not known[images, best].all():
-            doubtful = bound.masked_fill(known, -math.inf).topk(count, dim=1).indices
-            more = rows.index_select(0, (doubtful + offsets).flatten()).view(batch, count, length)
-            gains = more.sub_(cover.unsqueeze(1)).clamp_min_(0).sum(2) * scale.gather(1, doubtful)
-            # Picked tokens, at -inf, stay there.
-            bound.scatter_(1, doubtful, torch.minimum(gains, bound.gather(1, doubtful)))
-            known.scatter_(1, doubtful, True)
-            best = bound.argmax(1)
-        picks.append(best)
-        cover = torch.maximum(cover, cosine[images, best])
-        bound[images, best] = -math.inf
-        known = bound <= 0  # these can't shrink
-    return torch.stack(picks, 1)
 
 
 @register("scope")

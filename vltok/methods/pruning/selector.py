@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from vltok.checks import check_choice, check_integer, check_one_budget
+from vltok.checks import check_choice, check_one_budget, check_regions
 from vltok.edits import Edits
 from vltok.method import Method, Run
 from vltok.methods.pruning.merging import merge_into_kept
@@ -51,11 +51,7 @@ class Selector(Method):
         check_choice("per", self.per, ("image", "tile", "frame"))
         check_choice("merge", self.merge, (None, "nearest"))
         if self.regions is not None:
-            if not isinstance(self.regions, tuple | list) or len(self.regions) != 2:
-                raise ValueError(f"regions must be (down, across), such as (2, 2), or None, got {self.regions!r}")
-            for count in self.regions:
-                check_integer("regions", count, 1)
-            object.__setattr__(self, "regions", tuple(self.regions))
+            object.__setattr__(self, "regions", check_regions("regions", self.regions))
 
     @property
     def needs(self) -> tuple[Need, ...]:
@@ -64,7 +60,10 @@ class Selector(Method):
 
     @property
     def merges(self) -> bool:
-        """Whether kept tokens are changed; then `select` runs with gradients. By default if `merge` says so."""
+        """Whether kept tokens are changed; then `select` runs with gradients. By default if `merge` says so.
+
+        It must be True where `select` returns embeddings or features.
+        """
         return self.merge is not None
 
     def attention_request(self, has_cls: bool) -> AttentionRequest | None:
@@ -101,7 +100,19 @@ class Selector(Method):
         raise NotImplementedError(f"{type(self).__name__} must define select()")
 
     def pick(self, visual: VisualTokens, num_keep: int) -> Selection:
-        """Ask `select`, about each region where there are some, and merge what is dropped if that is wanted."""
+        """Do what the engine asks of a selector: `select`, in each region if there are some, then `merge` if wanted.
+
+        Args:
+            visual: The visual tokens of B images of N tokens each.
+            num_keep: How many to keep, in 1..N.
+
+        Returns:
+            Kept positions, (B, num_keep), ascending, and what stands there, if that is something else.
+
+        Raises:
+            UnsupportedInputError: If there are regions, and the tokens form no grid.
+            ValueError: If dropped tokens are to be merged by a selector that merges them by itself.
+        """
         selection = self._select(visual, num_keep) if self.regions is None else self._by_regions(visual, num_keep)
         if self.merge is None:
             return selection
@@ -123,11 +134,17 @@ class Selector(Method):
         ]
         indices, order = torch.cat([where[part.indices] for where, part in parts], 1).sort(1)
         content = {
-            name: gather_tokens(torch.cat([getattr(part, name) for _, part in parts], 1), order)
+            name: gather_tokens(torch.cat([_content(visual, name, *part) for part in parts], 1), order)
             for name in ("embeddings", "features")
-            if getattr(parts[0][1], name) is not None
+            if any(getattr(part, name) is not None for _, part in parts)
         }
         return Selection(indices, **content)
 
     def attach(self, view: LanguageView, edits: Edits, run: Run) -> None:
         view.on_visual_tokens(edits, run, self)
+
+
+def _content(visual: VisualTokens, name: str, where: torch.Tensor, part: Selection) -> torch.Tensor:
+    """What stands in the place of the tokens kept of a region, (B, K, ...): they themselves if the part doesn't say."""
+    given = getattr(part, name)
+    return gather_tokens(getattr(visual, name)[:, where], part.indices) if given is None else given

@@ -16,13 +16,13 @@ import torch
 from vltok.checks import check_choice, check_integer, is_number
 from vltok.edits import Edits
 from vltok.method import Run, register
-from vltok.methods.pruning.correction import Correction, centred
+from vltok.methods.pruning.correction import Correction, needed_by, pick_corrected
 from vltok.methods.pruning.floors import position_hash
 from vltok.methods.pruning.greedy import float32_products, greedy_order, times_row
 from vltok.methods.pruning.rule import layer_at
 from vltok.methods.pruning.selector import Selector
 from vltok.views import LanguageView
-from vltok.visual import AttentionRequest, DecoderState, VisualTokens
+from vltok.visual import AttentionRequest, DecoderState, Need, VisualTokens
 
 Strategy = Literal["max_sum", "k_center"]
 Pivot = Literal["auto", "cls", "center", "farthest", "random"]
@@ -187,7 +187,8 @@ class ToDRE(Selector):
         tau: Stage 2 drops the visual tokens of a sample if both attention ratios are below this, in 0..1.
         stages: Which stages run: (1,), (2,) or (1, 2). Left out, it follows `relevance`.
         seed: For `pivot="random"`.
-        correction: "centred" measures similarity without what all tokens of the image have in common, see
+        correction: "centred" measures similarity without what all tokens of the image have in common, "standardised" by
+            features of the vision tower, each channel at mean 0 and variance 1, see
             `vltok.methods.pruning.correction`. The pivot is chosen as without it.
     """
 
@@ -248,19 +249,23 @@ class ToDRE(Selector):
         wanted = self.pivot == "cls" or (self.pivot == "auto" and has_cls)
         return AttentionRequest("cls", layer=-1) if wanted else None
 
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        return needed_by(self.correction)
+
     def select(self, visual: VisualTokens, num_keep: int) -> torch.Tensor:
-        pivot = choose_pivot(
-            visual.embeddings,
-            self.pivot,
-            attention=visual.attention,
-            image_keys=visual.image_keys,
-            is_overview=visual.is_overview,
-            seed=self.seed,
-        )
-        tokens, weights = visual.embeddings, None
-        if self.correction == "centred":
-            tokens, weights = centred(tokens)
-        return select_diverse(tokens, num_keep, pivot, self.strategy, weights)
+        def pick(visual: VisualTokens, tokens: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+            pivot = choose_pivot(
+                visual.embeddings,
+                self.pivot,
+                attention=visual.attention,
+                image_keys=visual.image_keys,
+                is_overview=visual.is_overview,
+                seed=self.seed,
+            )
+            return select_diverse(tokens, num_keep, pivot, self.strategy, weights)
+
+        return pick_corrected(visual, num_keep, self.correction, pick)
 
     def layers(self, num_layers: int) -> tuple[int, ...]:
         """After how many of L decoder layers the visual tokens may leave: depth * L, rounded down, within 1..L - 1.

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from vltok.methods.pruning.fastervlm import select_top
 from vltok.methods.pruning.greedy import float32_products
+from vltok.methods.pruning.ranking import select_top
 from vltok.methods.pruning.selector import Selector
 from vltok.visual import AttentionRequest, Need, Selection, VisualTokens
 
@@ -36,6 +36,11 @@ class TowerSelector(Selector):
 @dataclass(frozen=True)
 class TowerMerger(TowerSelector):
     """A selector by that attention which merges tokens by their keys."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.merge is not None:
+            raise ValueError(f"{type(self).__name__} merges tokens by itself; leave out merge={self.merge!r}")
 
     @property
     def needs(self) -> tuple[Need, ...]:

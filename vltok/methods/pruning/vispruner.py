@@ -15,6 +15,7 @@ from vltok.checks import check_share
 from vltok.method import register
 from vltok.methods.pruning.greedy import check_usable, cosine_matrix
 from vltok.methods.pruning.tower import TowerSelector, pick_patches
+from vltok.tokens import share_of
 from vltok.visual import Need, VisualTokens
 
 _DROPPED_A_ROUND = 8
@@ -63,7 +64,6 @@ def select_without_duplicates(
     """
     if not 0 <= num_important <= num_keep:
         raise ValueError(f"num_important must be in 0..{num_keep} (the kept tokens), got {num_important}")
-
     check_usable(features)
 
     def pick(image: int, patches: torch.Tensor) -> torch.Tensor:
@@ -96,4 +96,4 @@ class VisPruner(TowerSelector):
 
     def select(self, visual: VisualTokens, num_keep: int) -> torch.Tensor:
         attention, features = self.given(visual, "attention", "features")
-        return select_without_duplicates(features, attention, num_keep, max(1, int(num_keep * self.important)))
+        return select_without_duplicates(features, attention, num_keep, max(1, share_of(num_keep, self.important)))

@@ -27,7 +27,7 @@ CHILD = "dilation_predictor"  # in a block, as released
 class TAP(Method):
     """Pool tokens before the attention of a vision tower, each at a scale of its own. Not training-free: fine-tune it.
 
-    While it trains, pictures of one size are normalised by their own statistics, where several sizes come together.
+    While it trains, images of one size are normalised by their own statistics, where several sizes come together.
 
     Attributes:
         num_scales: Scales to choose from: the token itself, and means over 3 x 3 patches that are 1, 2, ... patches

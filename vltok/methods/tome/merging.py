@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from vltok.autograd import autocast_off
 from vltok.methods.pruning.greedy import float32_products
+from vltok.tokens import patches_left
 
 
 @torch.no_grad()
@@ -94,12 +95,6 @@ def merge_schedule(num_patches: int, num_blocks: int, num_keep: int) -> tuple[in
     if rest:
         raise ValueError(
             f"{num_blocks} blocks can't merge {num_patches} patches into {num_keep}, as each merges at most half of "
-            f"them; keep at least {_fewest(num_patches, num_blocks)}"
+            f"them; keep at least {patches_left(num_patches, [num_patches] * num_blocks)}"
         )
     return tuple(reversed(merges))
-
-
-def _fewest(num_patches: int, num_blocks: int) -> int:
-    for _ in range(num_blocks):
-        num_patches -= num_patches // 2
-    return num_patches

@@ -34,7 +34,7 @@ class ToMe(Method):
     Attributes:
         r: Patches to merge away in every block, or a tuple with a number for each block of the tower; a block merges at
             most half of the patches that enter it, as released.
-        keep_ratio: Share of the patches that the tower is to hand on, in (0, 1], of a picture of the size that it was
+        keep_ratio: Share of the patches that the tower is to hand on, in (0, 1], of an image of the size that it was
             made for. It is reached exactly, by merging about as many in every block.
         proportional: Whether attention counts a token as often as it stands for; False for towers that were trained
             without labels, such as MAE.

@@ -176,7 +176,7 @@ def expand_placeholders(
     pictures = list(pictures)
     placeholders = sum(token == image_token_id for token in ids)
     if placeholders != len(pictures):
-        raise ValueError(f"the prompt has {placeholders} placeholders, but {len(pictures)} pictures came")
+        raise ValueError(f"the prompt has {placeholders} placeholders, but {len(pictures)} images came")
     queue = iter(pictures)
     parts = [next(queue) if token == image_token_id else (token,) for token in ids]
     source = [position for position, part in enumerate(parts) for _ in part]
