@@ -14,9 +14,8 @@ LOADED = "import json, sys; print(json.dumps(sorted(sys.modules)))"
 # Everything of vLLM that the plugin may use is loaded before it runs.
 VLLM = "import vllm, vllm.config.model, vllm.model_executor.models.config; from vllm import ModelRegistry"
 PLUGIN = "from vllm.plugins import load_general_plugins; load_general_plugins()"
-IS_KNOWN = (
-    "from vltok.serving.architectures import BY_NAME; assert {*BY_NAME} <= {*ModelRegistry.get_supported_archs()}"
-)
+NAMES = "from vltok.serving.architectures import BY_NAME"
+ARE_KNOWN = "assert {*BY_NAME} <= {*ModelRegistry.get_supported_archs()}"
 
 
 def loaded_after(*statements: str) -> set[str]:
