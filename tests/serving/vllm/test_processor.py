@@ -118,3 +118,18 @@ def test_positions_that_the_decoder_does_not_reach_are_refused_before_the_engine
         processed(own, name, two)
     free = processor(name, f"{method},positions=reindex", **short, **limit)
     assert len(processed(free, name, two)["prompt_token_ids"]) > 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_prompt_may_end_with_an_image_where_positions_have_one_axis(name):
+    own = processor(name, "divprune,num_keep=2")
+    config, asked = own.info.get_hf_config(), request(name, golden(name)["long"][-1])
+    mark = getattr(config, "image_token_id", None) or config.image_token_index
+    ids = own.info.get_tokenizer().encode(asked["prompt"])
+    ids = ids[: len(ids) - ids[::-1].index(mark)]
+    inputs = ProcessorInputs(ids, own.info.parse_mm_data(asked["multi_modal_data"]))
+    if ARCHITECTURES[golden(name)["kind"]].has_axes:
+        with pytest.raises(ValueError, match="ends with an image or video; put a word or a mark behind it"):
+            own.apply(inputs, TimingContext(enabled=False))
+    else:
+        assert own.apply(inputs, TimingContext(enabled=False))["prompt_token_ids"][-1] == mark

@@ -67,6 +67,7 @@ class PrunedProcessor:
         if self.pruning is not None:
             most = {key: getattr(self.pruning.largest, name) for key, name in REQUEST.items()}
             inputs.hf_processor_mm_kwargs = {**inputs.hf_processor_mm_kwargs, **most}
+            inputs.prompt = [*inputs.prompt, 0]  # a word behind the images, as `apply` wants it
         return inputs
 
     def _get_mm_hashes(self, inputs: ProcessorInputs) -> dict[str, list[str]]:
