@@ -14,7 +14,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "vltok").rglob("*.py"))
 
-# A part of the package is a file or a folder right under vltok/; these are the parts it may import besides itself.
+# A part of the package is a file or a folder right under vltok/, or one of a server; these are the parts it may import
+# besides itself.
 MAY_IMPORT = {
     "__init__": {
         "api",
@@ -52,8 +53,9 @@ MAY_IMPORT = {
     },
     "convert": {"api", "checks", "errors", "files", "methods", "serialization"},
     "train": {"api", "engine", "errors", "files", "method", "processing", "serialization"},
-    "processing": {"errors", "files", "methods", "version"},
     "serving": {"engine", "errors", "files", "method", "methods", "tokens", "version", "visual"},
+    "serving/vllm": {"engine", "errors", "method", "methods", "serving", "tokens", "version", "visual"},
+    "processing": {"errors", "files", "methods", "version"},
     "models": {"checks", "errors", "methods", "recompute", "tokens"},
     "nn": {"methods", "tokens"},
     "views": {"edits", "method", "visual"},
@@ -84,7 +86,8 @@ LIBRARIES = {
     "convert": {"torch", "safetensors", "tqdm", "transformers", "typer"},
     "train": {"torch", "transformers", "PIL", "datasets", "jinja2", "peft", "typer"},
     "processing": {"torch", "transformers"},
-    "serving": {"torch", "transformers", "typer", "vllm"},
+    "serving": {"torch", "typer"},
+    "serving/vllm": {"torch", "transformers", "vllm"},
     "kernels": {"torch", "triton"},
     "methods": {"torch", "einops"},
     "models": {"torch", "timm"},
@@ -93,7 +96,8 @@ LIBRARIES = {
 
 def part_of(file: Path) -> str:
     """The part of the package that a file belongs to."""
-    return file.relative_to(ROOT / "vltok").parts[0].removesuffix(".py")
+    first, *rest = file.relative_to(ROOT / "vltok").parts
+    return f"{first}/{rest[0]}" if first == "serving" and len(rest) > 1 else first.removesuffix(".py")
 
 
 def imports(source: str) -> Iterator[str]:
@@ -149,6 +153,12 @@ def test_imports_follow_the_dependency_direction(file):
         ("models", "from vltok.families import FAMILIES"),
         ("models", "import transformers"),
         ("__init__", "from vltok import models"),
+        ("serving", "import vllm"),
+        ("serving", "from transformers import AutoConfig"),
+        ("serving", "from vltok.engine.features import pixel_keys"),
+        ("serving/vllm", "from vltok.families.vlm.base import VlmFamily"),
+        ("engine", "import vllm.config"),
+        ("api", "from vltok.serving.options import Pruning"),
     ],
 )
 def test_a_forbidden_import_is_seen(part, source):
@@ -170,3 +180,8 @@ def test_importing_vltok_loads_torch_and_nothing_else():
     assert not {"transformers", "timm", "PIL", "safetensors", "triton", "matplotlib"} & loaded
     lazy = ("vltok.families.vlm.", "vltok.families.towers.", "vltok.engine.attention", "vltok.engine.pruning")
     assert not any(name.startswith(lazy) for name in loaded)
+
+
+def test_what_is_said_of_serving_loads_no_server():
+    loaded = loaded_after("import vltok.serving.architectures, vltok.serving.options, vltok.serving.positions")
+    assert not any(name.startswith(("vllm", "transformers", "vltok.serving.vllm")) for name in loaded)

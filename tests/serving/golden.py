@@ -3,15 +3,14 @@
     python tests/serving/golden.py FOLDER [NAME ...]
 
 FOLDER gets a folder for each model: the model and its processor as a server reads them, the images, and `golden.json`:
-the requests, and for each method what is generated, with log-probabilities and the tokens that were kept.
+the requests, and for each method what is generated, with log-probabilities and the tokens that were kept; and the same
+for longer prompts and several budgets, which a server is asked for in one batch.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,11 @@ from typing import Any
 import torch
 from matrix import FAMILIES
 from PIL import Image
+from serving.noting import noting
 from tiny import TinyFamily, clip, picture, sharpen
 from torch import nn
 
 import vltok
-from vltok.methods import Selector
 
 NEW_TOKENS = 6
 SIZES = [(56, 56), (40, 72), (72, 40), (64, 48), (56, 28), (28, 56)]
@@ -42,6 +41,8 @@ METHODS = (
 )
 # Those that need a grid, which there is none of where an image has several crops or tiles.
 GRID = ("stride,keep_ratio=0.25,regions=(2,2)", "pool,keep_ratio=0.25")
+RATIOS = (0.1, 0.25, 0.6, 1.0)
+BUDGET = "divprune,keep_ratio={}"  # of the requests with budgets of their own
 ONE_AXIS = ("divprune,keep_ratio=0.25,positions=reindex", "random,keep_ratio=0.3,positions=stretch")
 NO_GRID = (*(each for each in METHODS + ONE_AXIS if each not in GRID), "stride,keep_ratio=0.25")
 VIDEO = ("evs,keep_ratio=0.4", "divprune,keep_ratio=0.25,per=frame", "vidcom2,keep_ratio=0.3")
@@ -96,24 +97,6 @@ def timed(family: TinyFamily) -> TinyFamily:
     return replace(family, processor=processor)
 
 
-@contextmanager
-def noting(picked: dict[str, list[int]]) -> Iterator[None]:
-    """Note what selectors pick, by the key of the image."""
-    pick = Selector.pick
-
-    def noted(self: Selector, visual: Any, num_keep: int) -> Any:
-        selection = pick(self, visual, num_keep)
-        for key, row in zip(visual.image_keys.tolist(), selection.indices.tolist(), strict=True):
-            picked[str(key)] = row
-        return selection
-
-    Selector.pick = noted
-    try:
-        yield
-    finally:
-        Selector.pick = pick
-
-
 def requests(served: Served, folder: Path) -> list[dict[str, Any]]:
     """Prompts with one image or two, some side by side; the images lie in the folder."""
     family, made = served.family, []
@@ -140,9 +123,18 @@ def frames_of(number: int) -> torch.Tensor:
     return clip(number, SIZES[number % len(SIZES)], frames=4 + 2 * (number % 2))
 
 
+def long_requests() -> list[dict[str, Any]]:
+    """Prompts of which several blocks of a KV cache are alike; the last ones end with an image."""
+    head = " ".join(f"w{number}" for number in range(30))
+    tail = " ".join(f"w{number}" for number in range(20))
+    made = [{"text": f"{head} <image> {tail}", "images": [number]} for number in range(5)]
+    made += [{"text": f"{head} <image> <image> {tail}", "images": [number, number + 1]} for number in range(3)]
+    return [*made, *({"text": f"{head} <image>", "images": [number]} for number in range(3))]
+
+
 @torch.no_grad()
 def answers(model: nn.Module, family: TinyFamily, processor: Any, asked: list[dict[str, Any]], folder: Path) -> list:
-    """What is generated greedily for each request alone: ids and their log-probabilities."""
+    """What is generated greedily for each request alone: ids, their log-probabilities, and how long the prompt was."""
     rows = []
     for request in asked:
         images = [Image.open(folder / f"{number}.png") for number in request["images"]]
@@ -156,9 +148,10 @@ def answers(model: nn.Module, family: TinyFamily, processor: Any, asked: list[di
             return_dict_in_generate=True,
             output_logits=True,
         )
-        ids = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+        length = inputs["input_ids"].shape[1]
+        ids = output.sequences[0, length:].tolist()
         scores = [row.log_softmax(-1)[0, own].item() for row, own in zip(output.logits, ids, strict=True)]
-        rows.append({"ids": ids, "scores": scores})
+        rows.append({"ids": ids, "scores": scores, "prompt": length})
     return rows
 
 
@@ -170,15 +163,20 @@ def write(name: str, served: Served, root: Path) -> None:
     model, processor = widened(family), family.processor()
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    asked = requests(served, folder)
-    for request in asked:
+    asked, long = requests(served, folder), long_requests()
+    for request in (*asked, *long):
         request["prompt"] = request["text"].replace("<image>", family.image).replace("<video>", family.video)
     results = {"": {"rows": answers(model, family, processor, asked, folder), "picked": {}}}
     for method in served.methods:
         picked: dict[str, list[int]] = {}
         with noting(picked), vltok.apply(model, method):
             results[method] = {"rows": answers(model, family, processor, asked, folder), "picked": picked}
-    (folder / "golden.json").write_text(json.dumps({"requests": asked, "results": results}))
+    ratios = {}
+    for ratio in RATIOS:
+        with vltok.apply(model, BUDGET.format(ratio)):
+            ratios[ratio] = answers(model, family, processor, long, folder)
+    found = {"requests": asked, "results": results, "unlike": served.unlike, "long": long, "ratios": ratios}
+    (folder / "golden.json").write_text(json.dumps(found))
 
 
 PINPOINTS = [[56, 112], [112, 56], [112, 112], [224, 224]]  # the last one is more than nine crops, which are shrunk

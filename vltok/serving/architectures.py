@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+TESTED = ("0.32.0",)  # the versions of vLLM that the tests ran with
+
 
 @dataclass(frozen=True)
 class Architecture:

@@ -73,7 +73,12 @@ class Pruning:
                 f"0.25}}, got {field!r}"
             )
         selector = check_servable(method)
-        return Pruning(selector, _with_budget(selector, most) if most else selector)
+        largest = _with_budget(selector, most) if most else selector
+        for name in most:
+            own = getattr(selector, name)
+            if own is not None and own > most[name]:
+                raise ValueError(f"max_{name}={most[name]} is below the server's own {name}={own}; make it as large")
+        return Pruning(selector, largest)
 
     @staticmethod
     def of_config(config: Any) -> Pruning | None:
@@ -138,6 +143,18 @@ class Pruning:
             )
         return count
 
+    def most(self, num_tokens: int, kind: str) -> int:
+        """The most visual tokens of an image or video that a request may ask for: all where that hangs on its grid.
+
+        Args:
+            num_tokens: Visual tokens of the largest image or video, N.
+            kind: "image" or "video".
+        """
+        largest = self.largest
+        if type(largest).budget is not Selector.budget or (kind == "video" and largest.per == "frame"):
+            return num_tokens
+        return largest.budget(num_tokens, None, kind)
+
 
 def _count(selector: Selector, length: int, grid: Grid3 | None, kind: str) -> int:
     """How many tokens are kept of some that share a budget."""
@@ -190,6 +207,13 @@ def reads_of_tower(selector: Selector) -> set[str]:
 def identity(selector: Selector) -> str:
     """What tells cached images apart that were pruned in different ways."""
     return json.dumps({"vltok": __version__, **selector.to_dict()}, sort_keys=True)
+
+
+def check_unasked(options: Mapping[str, Any]) -> None:
+    """Raise ValueError if a request asks a server that prunes nothing for a budget."""
+    asked = sorted({*REQUEST} & {*options})
+    if asked:
+        raise ValueError(f"the request gives {', '.join(asked)}, and this server prunes nothing; start it with {FIELD}")
 
 
 def without_budget(options: Mapping[str, Any]) -> dict[str, Any]:

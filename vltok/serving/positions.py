@@ -106,6 +106,9 @@ def split_offsets(embeddings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
 def fill_in(positions: torch.Tensor, slots: torch.Tensor, numbers: torch.Tensor) -> tuple[torch.Tensor, int]:
     """Give placeholders the positions of the tokens that stand there now.
 
+    A server asks again with every token that it generates, and then knows no numbers. So if the last token of a prompt
+    is one of an image, its further axes say where the image ends. This suits models that read the first axis alone.
+
     Args:
         positions: As `prompt_positions` left them, (3, T); places that were filled in before stay, so it does no harm
             to begin anew.
@@ -120,7 +123,5 @@ def fill_in(positions: torch.Tensor, slots: torch.Tensor, numbers: torch.Tensor)
     filled = positions.index_copy(1, slots, torch.where(before < 0, -1 - before + numbers[:AXES], before))
     length = positions.shape[1]
     if len(slots) and int(slots[-1]) == length - 1:
-        last = int((filled[:, -1] - numbers[:AXES, -1]).max() + numbers[AXES, -1]) - 1
-    else:
-        last = int(filled[:, -1].max())
-    return filled, last + 1 - length
+        filled[1:, -1] = filled[0, -1] - numbers[0, -1] + numbers[AXES, -1] - 1
+    return filled, int(filled[:, -1].max()) + 1 - length

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+
+import vllm
 from vllm.config import VllmConfig
 from vllm.config.model import ModelConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from vltok.errors import UnsupportedInputError, UnsupportedModelError
-from vltok.serving.architectures import BY_NAME
+from vltok.methods import Selector
+from vltok.serving.architectures import BY_NAME, TESTED
 from vltok.serving.options import FIELD, REQUEST, Pruning, check_positions, reads_of_tower
 
 REACH = 4  # how many times its length a decoder's positions may reach, as vLLM has it for those on several axes
+ROPES = ("default", "linear", "llama3")  # those that rotate by the same angles when they are told to reach further
 SECTIONS = "mrope_section"  # where vLLM reads that a model has positions on several axes
 
 
@@ -24,6 +29,7 @@ class PrunedConfig(VerifyAndUpdateConfig):
         if pruning is None:
             return
         own = BY_NAME[model_config.architecture]
+        _warn_of_version()
         check_positions(pruning.selector, own.has_axes)
         _check_options(model_config)
         if pruning.selector.positions != "reindex" and not own.has_axes:
@@ -31,6 +37,12 @@ class PrunedConfig(VerifyAndUpdateConfig):
                 raise UnsupportedInputError(
                     f'positions="{pruning.selector.positions}" counts sliding windows in tokens of the whole prompt, '
                     'and vLLM counts them in those that are left; use positions="reindex"'
+                )
+            rope = (getattr(model_config.hf_text_config, "rope_parameters", None) or {}).get("rope_type", "default")
+            if rope not in ROPES:
+                raise UnsupportedInputError(
+                    f'positions="{pruning.selector.positions}" needs more positions than the decoder has, and with '
+                    f'rope_type="{rope}" the angles of all depend on how many there are; use positions="reindex"'
                 )
             # All axes agree. The decoder gets one of them: its rotary embedding stays what it is, but reaches further,
             # as positions count what was dropped.
@@ -46,6 +58,43 @@ class PrunedConfig(VerifyAndUpdateConfig):
                 f"{pruning.selector.name} reads attention in the vision tower, whose heads are spread over {ranks} "
                 "ranks here; serve with one, or choose a method that needs none, such as divprune"
             )
+
+
+def has_axes(model_config: ModelConfig) -> bool:
+    """Whether visual tokens of a model have positions on several axes."""
+    return BY_NAME[model_config.architecture].has_axes
+
+
+def check_reach(model_config: ModelConfig, selector: Selector, ahead: int) -> None:
+    """Raise ValueError if a prompt has positions that the decoder doesn't reach: in the model that ends the server.
+
+    Args:
+        model_config: That of the model, as `PrunedConfig` left it.
+        selector: What prunes.
+        ahead: By how much positions are ahead of places behind all images of the prompt.
+    """
+    if selector.positions == "reindex":
+        return
+    most = model_config.max_model_len
+    reach = model_config.hf_text_config.max_position_embeddings
+    if has_axes(model_config):
+        reach *= REACH
+    if most + ahead > reach:
+        raise ValueError(
+            f"the images of this prompt move positions by {ahead}, and with its answer it may have {most} tokens, but "
+            f"the decoder has positions for {reach}; ask about fewer images, start the server with a smaller "
+            'max_model_len, or with positions="reindex" where the model takes it'
+        )
+
+
+def _warn_of_version() -> None:
+    if vllm.__version__ not in TESTED:
+        logging.getLogger(__name__).warning(
+            "vltok was tested with vLLM %s and this is %s, whose insides may differ: compare some answers with "
+            "those of vltok on transformers",
+            ", ".join(TESTED),
+            vllm.__version__,
+        )
 
 
 def _check_options(model_config: ModelConfig) -> None:

@@ -4,19 +4,45 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from vllm.multimodal.inputs import MultiModalBatchedField, MultiModalFieldElem, MultiModalKwargsItem
 from vllm.multimodal.processing.inputs import ProcessorInputs
-from vllm.multimodal.processing.processor import PromptReplacement, PromptUpdate, PromptUpdateDetails
+from vllm.multimodal.processing.processor import (
+    MultiModalProcessingResult,
+    PromptReplacement,
+    PromptUpdate,
+    PromptUpdateDetails,
+)
 
 from vltok.methods import Selector
-from vltok.serving.options import FIELD, REQUEST, Pruning, identity, reads_of_tower, to_numbers, without_budget
-from vltok.tokens import Grid3, keep_count
+from vltok.serving.options import (
+    FIELD,
+    REQUEST,
+    Pruning,
+    check_unasked,
+    identity,
+    reads_of_tower,
+    to_numbers,
+    without_budget,
+)
+from vltok.serving.vllm.config import check_reach, has_axes
+from vltok.tokens import Grid3
 
 BUDGET = "vltok_budget"  # travels with an image: (visual tokens, keep_ratio or NaN, num_keep or NaN), float64
+
+
+@dataclass
+class PrunedDetails(PromptUpdateDetails):
+    """What stands in a prompt for an image, also when the image itself is found in a cache.
+
+    Attributes:
+        ahead: By how much more than its tokens it moves the positions of what stands behind it.
+    """
+
+    ahead: int = 0
 
 
 class PrunedInfo:
@@ -43,10 +69,7 @@ class PrunedInfo:
         pruning = Pruning.of_config(self.get_hf_config())
         if most is None or pruning is None:
             return most
-        largest = pruning.largest
-        if type(largest).budget is not Selector.budget or largest.per == "frame":
-            return most  # how many are kept hangs on the grid, and may be all
-        return {kind: keep_count(count, largest.keep_ratio, largest.num_keep) for kind, count in most.items()}
+        return {kind: pruning.most(count, kind) for kind, count in most.items()}
 
 
 class PrunedProcessor:
@@ -68,21 +91,44 @@ class PrunedProcessor:
         """What stands in a prompt for an image or video, of which the first placeholders are left."""
         return details
 
+    def span_of(self, item: MultiModalKwargsItem, kind: str, num_tokens: int) -> int:
+        """How many positions an image or video takes, or more."""
+        return num_tokens
+
     def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> ProcessorInputs:
         """What vLLM measures memory with: as many tokens as a request may ask for."""
         inputs = super().get_dummy_inputs(*args, **kwargs)
         if self.pruning is not None:
             most = {key: getattr(self.pruning.largest, name) for key, name in REQUEST.items()}
             inputs.hf_processor_mm_kwargs = {**inputs.hf_processor_mm_kwargs, **most}
+            inputs.prompt = [*inputs.prompt, 0]  # a word behind the images, as `apply` wants it
         return inputs
 
     def _get_mm_hashes(self, inputs: ProcessorInputs) -> dict[str, list[str]]:
         hashes = super()._get_mm_hashes(inputs)
         if self.pruning is None:
+            check_unasked(inputs.hf_processor_mm_kwargs)
             return hashes
         own = identity(self.pruning.of_request(inputs.hf_processor_mm_kwargs))
         own = hashlib.sha256(own.encode()).hexdigest()[:16]
         return {kind: [f"{each}-{own}" for each in values] for kind, values in hashes.items()}
+
+    def apply(self, inputs: ProcessorInputs, timing_ctx: Any) -> Any:
+        result = super().apply(inputs, timing_ctx)
+        if self.pruning is not None and has_axes(self.info.ctx.model_config):
+            length = len(result["prompt_token_ids"])
+            places = [place for kind in result["mm_placeholders"].values() for place in kind]
+            if any(place.offset + place.length == length for place in places):
+                raise ValueError("the prompt ends with an image or video; put a word or a mark behind it")
+        return result
+
+    def _cached_apply_hf_processor(self, inputs: ProcessorInputs, timing_ctx: Any) -> MultiModalProcessingResult:
+        result = super()._cached_apply_hf_processor(inputs, timing_ctx)
+        if self.pruning is not None:
+            updates = [update for kind in result.prompt_updates.values() for item in kind for update in item]
+            ahead = sum(getattr(update.content, "ahead", 0) for update in updates)
+            check_reach(self.info.ctx.model_config, self.pruning.selector, ahead)
+        return result
 
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> Any:
         return super()._apply_hf_processor_main(mm_items, without_budget(hf_kwargs))
@@ -118,7 +164,8 @@ class PrunedProcessor:
             item[BUDGET] = MultiModalFieldElem(data=data, field=MultiModalBatchedField(keep_on_cpu=True))
             stays = ~is_embed | (is_embed.cumsum(0) <= kept)
             ids = torch.tensor(details.full)[stays].tolist()
-            return self.written(replace(details, full=ids), kind)
+            details = self.written(replace(details, full=ids), kind)
+            return PrunedDetails(details.full, details.is_embed, max(0, self.span_of(item, kind, count) - kept))
 
         return PromptReplacement(modality=kind, target=update.target, replacement=replacement)
 

@@ -43,11 +43,22 @@ def merged(grid: Any, merge: int) -> Grid3:
     return frames, rows // merge, columns // merge
 
 
+def positions_of_frame(config: Any, seconds: torch.Tensor | None) -> float:
+    """How many positions lie between two frames that are so many seconds apart; 1 where positions don't tell time."""
+    return getattr(config.vision_config, "tokens_per_second", 1.0) * (1.0 if seconds is None else float(seconds))
+
+
 class QwenProcessor(PrunedProcessor):
     """Stands before a processor whose images and videos come with their grids."""
 
     def grid_of(self, item: Any, kind: str, num_tokens: int) -> Grid3:
         return merged(item[GRIDS[kind]].data, self.info.get_hf_config().vision_config.spatial_merge_size)
+
+    def span_of(self, item: Any, kind: str, num_tokens: int) -> int:
+        frames, rows, columns = self.grid_of(item, kind, num_tokens)
+        seconds = item.get("second_per_grid_ts")
+        factor = positions_of_frame(self.info.get_hf_config(), None if seconds is None else seconds.data)
+        return max(int((frames - 1) * factor) + 1, rows, columns)
 
 
 class PrunedQwen(PrunedModel):
@@ -108,15 +119,10 @@ class PrunedQwen(PrunedModel):
     def _offsets(self, grid: Grid3, seconds: torch.Tensor | None) -> tuple[torch.Tensor, int]:
         """Positions of the tokens of a grid whose frames are so far apart."""
         offsets = torch.cartesian_prod(*(torch.arange(side) for side in grid)).view(-1, 3).T
-        factor = self.seconds_to_positions * (1.0 if seconds is None else float(seconds))
+        factor = positions_of_frame(self.config, seconds)
         if factor != 1.0:
             offsets = torch.stack([(offsets[0] * factor).long(), *offsets[1:]])
         return offsets, int(offsets.max()) + 1
-
-    @property
-    def seconds_to_positions(self) -> float:
-        """Positions of a second of a video."""
-        return getattr(self.config.vision_config, "tokens_per_second", 1.0)
 
 
 class Qwen2_5Processor(QwenProcessor, Qwen2_5_VLMultiModalProcessor):  # noqa: N801
