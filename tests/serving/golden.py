@@ -37,6 +37,7 @@ METHODS = (
     "scope,keep_ratio=0.25",
     "holov,num_keep=6",
     "divprune,keep_ratio=0.25,merge=nearest",
+    "dart,keep_ratio=0.25,text_pivots=0",
     "pool,keep_ratio=0.25",
 )
 # Those that need a grid, which there is none of where an image has several crops or tiles.
