@@ -1,7 +1,7 @@
 """Makes torchvision load beside a CPU build of torch, in the environment that runs this.
 
 PyPI's torchvision is built for CUDA, and so are torchaudio and torchcodec. Their libraries don't load beside a torch
-built for CPUs, and what torchvision then says of its operators fails: "operator torchvision::nms does not exist". Whoever
+built for CPUs, and what torchvision says of its operators fails: "operator torchvision::nms does not exist". Whoever
 serves on a CPU takes torchvision from PyTorch's own index for CPUs, which CI may not reach. Here the two operators are
 declared, which nothing calls, and the other two libraries are taken away, as vLLM and transformers do without.
 

@@ -8,6 +8,7 @@ import pytest
 from serving.vllm.serving import NAMES, arguments, golden, request
 from vllm.engine.arg_utils import EngineArgs
 from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.cache import LruKeyReplicatedSenderCache
 from vllm.multimodal.encoder_budget import get_mm_max_toks_per_item
 from vllm.multimodal.processing.context import TimingContext
 from vllm.multimodal.processing.inputs import ProcessorInputs
@@ -25,12 +26,13 @@ def processor(name: str, method: Any, **options: Any) -> Any:
     return MULTIMODAL_REGISTRY.create_processor(EngineArgs(model=given.pop("model"), **given).create_model_config())
 
 
-def processed(own: Any, name: str, asked: dict[str, Any], **options: Any) -> dict[str, Any]:
-    """What a processor makes of a request."""
+def processed(own: Any, name: str, asked: dict[str, Any], cache: Any = None, **options: Any) -> dict[str, Any]:
+    """What a processor makes of a request, with a cache of images or none."""
     given = request(name, asked)
     ids = own.info.get_tokenizer().encode(given["prompt"])
     items = own.info.parse_mm_data(given["multi_modal_data"])
-    return own.apply(ProcessorInputs(ids, items, hf_processor_mm_kwargs=options), TimingContext(enabled=False))
+    inputs = ProcessorInputs(ids, items, hf_processor_mm_kwargs=options, cache=cache)
+    return own.apply(inputs, TimingContext(enabled=False))
 
 
 def hashes(name: str, method: Any, **options: Any) -> list[str]:
@@ -114,8 +116,10 @@ def test_positions_that_the_decoder_does_not_reach_are_refused_before_the_engine
     short = {"hf_overrides": {"text_config": {"max_position_embeddings": reach}}}
     own = processor(name, method, **short, **limit)
     assert len(processed(own, name, one)["prompt_token_ids"]) > 0
-    with pytest.raises(ValueError, match=rf"positions for {4 * reach}; ask about fewer images"):
-        processed(own, name, two)
+    cache = LruKeyReplicatedSenderCache(own.info.ctx.model_config)
+    for _ in range(2):  # the second time all images are in the cache
+        with pytest.raises(ValueError, match=rf"positions for {4 * reach}; ask about fewer images"):
+            processed(own, name, two, cache)
     free = processor(name, f"{method},positions=reindex", **short, **limit)
     assert len(processed(free, name, two)["prompt_token_ids"]) > 0
 
