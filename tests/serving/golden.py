@@ -27,25 +27,29 @@ import vltok
 NEW_TOKENS = 6
 SIZES = [(56, 56), (40, 72), (72, 40), (64, 48), (56, 28), (28, 56)]
 # By name of the row; where nothing else is said, positions are kept.
-METHODS = (
+EACH = (
     "divprune,keep_ratio=0.25",
-    "todre,keep_ratio=0.3,relevance=False,pivot=center",
     "random,keep_ratio=0.5",
     "stride,keep_ratio=0.25,regions=(2,2)",
     "fastervlm,keep_ratio=0.25",
     "visionzip,keep_ratio=0.3",
     "scope,keep_ratio=0.25",
+    "pool,keep_ratio=0.25",
+)
+# What looks at no more than one of these does, on a model of one axis and one of several.
+METHODS = (
+    *EACH,
+    "todre,keep_ratio=0.3,relevance=False,pivot=center",
     "holov,num_keep=6",
     "divprune,keep_ratio=0.25,merge=nearest",
     "dart,keep_ratio=0.25,text_pivots=0",
-    "pool,keep_ratio=0.25",
 )
 # Those that need a grid, which there is none of where an image has several crops or tiles.
 GRID = ("stride,keep_ratio=0.25,regions=(2,2)", "pool,keep_ratio=0.25")
 RATIOS = (0.1, 0.25, 0.6, 1.0)
 BUDGET = "divprune,keep_ratio={}"  # of the requests with budgets of their own
 ONE_AXIS = ("divprune,keep_ratio=0.25,positions=reindex", "random,keep_ratio=0.3,positions=stretch")
-NO_GRID = (*(each for each in METHODS + ONE_AXIS if each not in GRID), "stride,keep_ratio=0.25")
+NO_GRID = (*(each for each in EACH + ONE_AXIS if each not in GRID), "stride,keep_ratio=0.25")
 VIDEO = ("evs,keep_ratio=0.4", "divprune,keep_ratio=0.25,per=frame", "vidcom2,keep_ratio=0.3")
 
 
@@ -200,7 +204,7 @@ def onevision_processor() -> Any:
 
 SERVED = {
     "llava": Served(FAMILIES["llava-cls"], METHODS + ONE_AXIS),
-    "llava_siglip": Served(FAMILIES["llava-no-cls"], METHODS + ONE_AXIS),
+    "llava_siglip": Served(FAMILIES["llava-no-cls"], EACH + ONE_AXIS),
     "llava_next": Served(FAMILIES["llava_next-cls"], NO_GRID, sizes=(*SIZES, (84, 50))),
     "llava_onevision": Served(
         replace(FAMILIES["llava_onevision-no-cls"], build=onevision, processor=onevision_processor),
@@ -211,8 +215,8 @@ SERVED = {
     ),
     "internvl": Served(FAMILIES["internvl-cls"], (*NO_GRID, "divprune,keep_ratio=0.25,per=tile")),
     "qwen2_5_vl": Served(FAMILIES["qwen2_5_vl-no-cls"], METHODS + VIDEO, videos=True),
-    "qwen2_vl": Served(FAMILIES["qwen2_vl-no-cls"], METHODS + VIDEO, videos=True),
-    "qwen3_vl": Served(timed(FAMILIES["qwen3_vl-no-cls"]), METHODS + VIDEO, videos=True),
+    "qwen2_vl": Served(FAMILIES["qwen2_vl-no-cls"], EACH + VIDEO, videos=True),
+    "qwen3_vl": Served(timed(FAMILIES["qwen3_vl-no-cls"]), EACH + VIDEO, videos=True),
 }
 
 if __name__ == "__main__":

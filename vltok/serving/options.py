@@ -232,7 +232,10 @@ def check_servable(method: Method) -> Selector:
         reason = _INSIDE if isinstance(method, DecoderRule) else _SWAPS
         raise UnsupportedModelError(f"{name} can't be served: {reason}; choose a selector, such as divprune")
     if {"text", "clip"} & {*method.needs}:
-        raise UnsupportedModelError(f"{name} reads the question and can't be served: {_INSIDE}; choose another method")
+        raise UnsupportedModelError(
+            f"{name} reads the question and can't be served: {_INSIDE}; leave the question out where the method has a "
+            "setting for that, or choose another method"
+        )
     if _drops_inside(method):
         raise UnsupportedModelError(
             f"{name} drops tokens inside the decoder and can't be served so: {_INSIDE}; give relevance=False"

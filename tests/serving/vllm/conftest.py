@@ -30,3 +30,11 @@ if not collect_ignore_glob:
         "VLLM_NO_USAGE_STATS": "1",
     }.items():
         os.environ.setdefault(name, value)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Have tests that share an engine run in one process, and each model's answers in any, with `--dist loadgroup`."""
+    for item in items:
+        call = getattr(item, "callspec", None)
+        name = call.params.get("name") if call is not None and item.path.name == "test_answers.py" else None
+        item.add_marker(pytest.mark.xdist_group(name or item.path.name))
