@@ -229,11 +229,12 @@ class PrunedModel:
     def _by_image(
         self, arguments: dict[str, Any], read: dict[str, list[torch.Tensor]], count: int
     ) -> dict[str, list[torch.Tensor]]:
+        """What was read in the tower, by name and image."""
         rows = [self.tower_rows(arguments, number) for number in range(count)] if read else []
         parts = {}
         for name, runs in read.items():
-            values = torch.cat(runs) if len({len(run) for run in runs}) == 1 else torch.cat([*runs])
-            values = values[0] if len(values) == 1 and sum(rows) != 1 else values
+            values = torch.cat(runs)
+            values = values[0] if len(values) == 1 and sum(rows) != 1 else values  # patches of all images in one row
             parts[name] = list(values.split(rows))
         return parts
 
@@ -304,7 +305,7 @@ def _let_positions_through(vllm_config: VllmConfig) -> None:
     if vllm_config.device_config.device_type == "cpu":
         from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-        # On a CPU, vLLM 0.32 and 0.33 don't look at it.
+        # On a CPU, vLLM 0.32 doesn't look at it.
         CPUModelRunner.is_multimodal_pruning_enabled = property(_asks_for_positions, lambda runner, value: None)
 
 
