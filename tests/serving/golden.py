@@ -3,7 +3,8 @@
     python tests/serving/golden.py FOLDER [NAME ...]
 
 FOLDER gets a folder for each model: the model and its processor as a server reads them, the images, and `golden.json`:
-the requests, and for each method what is generated, with log-probabilities and the tokens that were kept.
+the requests, and for each method what is generated, with log-probabilities and the tokens that were kept. Where
+condensers are served, too, each is saved in a folder, and `condensed.json` has what is generated with it.
 """
 
 from __future__ import annotations
@@ -44,6 +45,13 @@ METHODS = (
 GRID = ("stride,keep_ratio=0.25,regions=(2,2)", "pool,keep_ratio=0.25")
 ONE_AXIS = ("divprune,keep_ratio=0.25,positions=reindex", "random,keep_ratio=0.3,positions=stretch")
 NO_GRID = (*(each for each in METHODS + ONE_AXIS if each not in GRID), "stride,keep_ratio=0.25")
+CONDENSERS = (
+    "average_pool",
+    "pixel_shuffle",
+    "tokenpacker",
+    "tokenpacker,init=pool,scale_factor=4",
+    "tokenpacker,levels=(0,2,3)",
+)
 VIDEO = ("evs,keep_ratio=0.4", "divprune,keep_ratio=0.25,per=frame", "vidcom2,keep_ratio=0.3")
 
 
@@ -57,6 +65,7 @@ class Served:
         videos: Whether requests have videos, too.
         sizes: Sizes of the images, (width, height), in turn; () for those of all rows.
         unlike: Requests that transformers and a server answer differently without any method, with the reason.
+        condensers: What takes the place of its projector, as text; each is saved in a folder of that name.
     """
 
     family: TinyFamily
@@ -64,6 +73,7 @@ class Served:
     videos: bool = False
     sizes: tuple[tuple[int, int], ...] = ()
     unlike: dict[int, str] = field(default_factory=dict)
+    condensers: tuple[str, ...] = ()
 
 
 def widened(family: TinyFamily) -> nn.Module:
@@ -142,7 +152,7 @@ def frames_of(number: int) -> torch.Tensor:
 
 @torch.no_grad()
 def answers(model: nn.Module, family: TinyFamily, processor: Any, asked: list[dict[str, Any]], folder: Path) -> list:
-    """What is generated greedily for each request alone: ids and their log-probabilities."""
+    """What is generated greedily for each request alone: ids, their log-probabilities, and how long the prompt was."""
     rows = []
     for request in asked:
         images = [Image.open(folder / f"{number}.png") for number in request["images"]]
@@ -156,10 +166,23 @@ def answers(model: nn.Module, family: TinyFamily, processor: Any, asked: list[di
             return_dict_in_generate=True,
             output_logits=True,
         )
-        ids = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+        length = inputs["input_ids"].shape[1]
+        ids = output.sequences[0, length:].tolist()
         scores = [row.log_softmax(-1)[0, own].item() for row, own in zip(output.logits, ids, strict=True)]
-        rows.append({"ids": ids, "scores": scores})
+        rows.append({"ids": ids, "scores": scores, "prompt": length})
     return rows
+
+
+def condensed(model: nn.Module, served: Served, processor: Any, asked: list[dict[str, Any]], folder: Path) -> None:
+    """Save each condenser in the folder, and write what is generated with it: `condensed.json`."""
+    rows = {}
+    for text in served.condensers:
+        with vltok.apply(model, text, processor=processor) as handle:
+            for module in handle.added_modules:
+                sharpen(module)  # as if it had been trained
+            vltok.save(handle, folder / text)
+            rows[text] = answers(model, served.family, processor, asked, folder)
+    (folder / "condensed.json").write_text(json.dumps(rows))
 
 
 def write(name: str, served: Served, root: Path) -> None:
@@ -179,6 +202,8 @@ def write(name: str, served: Served, root: Path) -> None:
         with noting(picked), vltok.apply(model, method):
             results[method] = {"rows": answers(model, family, processor, asked, folder), "picked": picked}
     (folder / "golden.json").write_text(json.dumps({"requests": asked, "results": results}))
+    if served.condensers:
+        condensed(model, served, processor, asked, folder)
 
 
 PINPOINTS = [[56, 112], [112, 56], [112, 112], [224, 224]]  # the last one is more than nine crops, which are shrunk
@@ -200,8 +225,8 @@ def onevision_processor() -> Any:
 
 
 SERVED = {
-    "llava": Served(FAMILIES["llava-cls"], METHODS + ONE_AXIS),
-    "llava_siglip": Served(FAMILIES["llava-no-cls"], METHODS + ONE_AXIS),
+    "llava": Served(FAMILIES["llava-cls"], METHODS + ONE_AXIS, condensers=CONDENSERS),
+    "llava_siglip": Served(FAMILIES["llava-no-cls"], METHODS + ONE_AXIS, condensers=CONDENSERS),
     "llava_next": Served(FAMILIES["llava_next-cls"], NO_GRID, sizes=(*SIZES, (84, 50))),
     "llava_onevision": Served(
         replace(FAMILIES["llava_onevision-no-cls"], build=onevision, processor=onevision_processor),

@@ -8,6 +8,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from vltok.errors import UnsupportedInputError, UnsupportedModelError
 from vltok.serving.architectures import BY_NAME
+from vltok.serving.condenser import CONDENSER, make_projector
 from vltok.serving.options import FIELD, REQUEST, Pruning, check_positions, reads_of_tower
 
 REACH = 4  # how many times its length a decoder's positions may reach, as vLLM has it for those on several axes
@@ -20,10 +21,15 @@ class PrunedConfig(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_model_config(model_config: ModelConfig) -> None:
         config = model_config.hf_config
+        own = BY_NAME[model_config.architecture]
+        if getattr(config, CONDENSER, None) is not None:
+            raise UnsupportedModelError(
+                f"{own.name} prunes, and knows no {CONDENSER}; let vltok.serving.vllm_overrides(model, folder) "
+                "write both"
+            )
         pruning = Pruning.of_config(config)
         if pruning is None:
             return
-        own = BY_NAME[model_config.architecture]
         check_positions(pruning.selector, own.has_axes)
         _check_options(model_config)
         if pruning.selector.positions != "reindex" and not own.has_axes:
@@ -46,6 +52,14 @@ class PrunedConfig(VerifyAndUpdateConfig):
                 f"{pruning.selector.name} reads attention in the vision tower, whose heads are spread over {ranks} "
                 "ranks here; serve with one, or choose a method that needs none, such as divprune"
             )
+
+
+class CondensedConfig(VerifyAndUpdateConfig):
+    """vLLM asks this about a model that has a condenser."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: ModelConfig) -> None:
+        make_projector(model_config.hf_config)  # refuses what it can't be made for
 
 
 def _check_options(model_config: ModelConfig) -> None:
