@@ -13,6 +13,7 @@ from typing import Any
 from vltok.errors import CheckpointError, UnsupportedModelError
 from vltok.files import read_json
 from vltok.method import Method
+from vltok.serialization import CONFIG_FILE
 from vltok.serving.architectures import ARCHITECTURES, CONDENSED
 from vltok.serving.condenser import CONDENSER, SavedCondenser
 from vltok.serving.options import FIELD, SAVED, Pruning, check_positions
@@ -42,13 +43,14 @@ def vllm_overrides(
         Plain data, as JSON has it: for `vllm.LLM(hf_overrides=...)`, or dumped for `--hf-overrides`.
 
     Raises:
-        CheckpointError: If the method or a setting is unknown, or the model was saved with a method on it.
+        CheckpointError: If the method or a setting is unknown, the model was saved with a method on it, or the folder
+            of a condenser is damaged.
         UnsupportedInputError: If the model doesn't take the method's positions.
         UnsupportedModelError: If the model or the method can't be served.
         ValueError: If a setting is out of range.
     """
     config = _config_of(model)
-    if isinstance(method, Path) or (isinstance(method, str) and Path(method).is_dir()):
+    if isinstance(method, Path) or (isinstance(method, str) and (Path(method) / CONFIG_FILE).is_file()):
         if max_keep_ratio is not None or max_num_keep is not None:
             raise ValueError(
                 "a condenser has as many tokens for every image; leave max_keep_ratio and max_num_keep out"

@@ -37,6 +37,14 @@ def test_answers_are_those_of_transformers(name, text):
     assert all(row["prompt"] < own for row, own in zip(rows, whole, strict=True))
 
 
+def test_requests_have_no_budgets():
+    asked = golden(NAME)["requests"][:1]
+    with engine(NAME, hf_overrides=overrides(NAME, TEXT)) as llm:
+        with pytest.raises(ValueError, match="visual_keep_ratio is for pruning"):
+            generate(llm, [request(NAME, asked[0], visual_keep_ratio=0.5)])
+        check_agrees(generate(llm, [request(NAME, asked[0])]), SAVED[NAME][TEXT][:1], "after a refusal")
+
+
 def test_a_server_without_images_has_no_projector():
     text = {"prompt": "w1 w2 w3"}
     with engine(NAME, hf_overrides=overrides(NAME, TEXT), limit_mm_per_prompt={"image": 0}) as llm:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -16,9 +16,10 @@ from vllm.model_executor.models.llava import (
 )
 from vllm.model_executor.models.utils import StageMissingLayer
 from vllm.multimodal import MULTIMODAL_REGISTRY
-from vllm.multimodal.processing import ProcessorInputs
+from vllm.multimodal.processing import ProcessorInputs, PromptUpdate
 
 from vltok.serving.condenser import PROJECTOR, SavedCondenser, make_projector
+from vltok.serving.options import REQUEST
 from vltok.serving.vllm.llava import NAMES
 
 
@@ -42,6 +43,13 @@ class CondensedInfo(LlavaProcessingInfo):
 
 class CondensedProcessor(LlavaMultiModalProcessor):
     """Prompts of LLaVA-1.5 with a condenser."""
+
+    def _get_prompt_updates(
+        self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, object], out_mm_kwargs: Any
+    ) -> Sequence[PromptUpdate]:
+        if given := sorted({*REQUEST} & {*hf_processor_mm_kwargs}):
+            raise ValueError(f"{', '.join(given)} is for pruning; a condenser makes as many tokens of every image")
+        return super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
 
     def _get_mm_hashes(self, inputs: ProcessorInputs) -> dict[str, list[str]]:
         hashes = super()._get_mm_hashes(inputs)
