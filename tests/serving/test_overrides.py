@@ -93,13 +93,16 @@ def test_the_folder_is_found_from_everywhere(saving, monkeypatch):
     assert vllm_overrides("llava", condenser.name)[CONDENSER] == str(condenser)
 
 
+NEXT = FAMILIES["llava_next-cls"]
+
+
 def test_condensers_that_can_not_be_served_are_refused(saving, tmp_path):
     plain = saving(vltok.AveragePool(2))
     for given, says in [
         (saving(vltok.AveragePool((2, 1))), "leave one of them in its scale_factor"),
         (saving(vltok.AveragePool(2), vltok.DivPrune(keep_ratio=0.5)), "one condenser alone"),
         (saving(vltok.SOFT(ratio=2)), "one condenser alone"),
-        (saving(vltok.AveragePool(2), family=FAMILIES["llava_next-cls"]), "served on 'llava' alone"),
+        (saving(vltok.AveragePool(NEXT.packer_scale), family=NEXT), "served on 'llava' alone"),
         (tmp_path, "has no vltok_config.json"),
     ]:
         with pytest.raises((UnsupportedModelError, CheckpointError), match=says):
