@@ -53,7 +53,7 @@ MAY_IMPORT = {
     "convert": {"api", "checks", "errors", "files", "methods", "serialization"},
     "train": {"api", "engine", "errors", "files", "method", "processing", "serialization"},
     "processing": {"errors", "files", "methods", "version"},
-    "serving": {"engine", "errors", "files", "method", "methods", "tokens", "version", "visual"},
+    "serving": {"engine", "errors", "files", "method", "methods", "serialization", "tokens", "version", "visual"},
     "models": {"checks", "errors", "methods", "recompute", "tokens"},
     "nn": {"methods", "tokens"},
     "views": {"edits", "method", "visual"},

@@ -11,20 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from vltok.errors import CheckpointError, UnsupportedModelError
 from vltok.files import copy_weights, read_json, read_weights
 from vltok.methods.condensing.condenser import Condenser
-from vltok.methods.condensing.regions import RegionProjector
 from vltok.serialization import CONFIG_FILE, WEIGHTS_FILE, read_methods
 from vltok.serving.options import FIELD, SAVED
 
 CONDENSER = "vltok_condenser"  # of a model's config
 FAMILY = "llava"  # whose condensers are served
 PROJECTOR = "multi_modal_projector"
-TOWERS = ("clip_vision_model", "siglip_vision_model")  # whose images are all of one size
 
 
 @dataclass(frozen=True)
@@ -118,30 +115,3 @@ class SavedCondenser:
         expected = {f"{PROJECTOR}.{name}": tensor for name, tensor in projector.state_dict().items()}
         copy_weights(expected, read_weights([file]), file)
         return {*expected}
-
-
-def make_projector(config: Any) -> tuple[RegionProjector, tuple[int, ...]]:
-    """Make the projector that a config asks for, without weights, and say which hidden states of the tower it reads.
-
-    Raises:
-        CheckpointError: As `SavedCondenser.of_config`; or if the settings don't fit the model.
-        UnsupportedModelError: If the model or the condenser can't be served.
-    """
-    from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
-
-    from vltok.engine.projector import projector_site
-
-    saved = SavedCondenser.of_config(config)
-    kind = config.vision_config.model_type
-    if kind not in TOWERS:
-        raise UnsupportedModelError(f"condensers are served on the vision towers {', '.join(TOWERS)}, this is {kind!r}")
-    model = nn.Module()
-    model.config = config
-    with torch.device("cpu"):
-        model.multi_modal_projector = LlavaMultiModalProjector(config)
-    site = projector_site(model, config.vision_feature_select_strategy)
-    try:
-        with torch.device("meta"):
-            return saved.method.projector(site)
-    except ValueError as error:
-        raise CheckpointError(f"{saved.folder} doesn't fit this model: {error}") from error

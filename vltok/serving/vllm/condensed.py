@@ -18,9 +18,10 @@ from vllm.model_executor.models.utils import StageMissingLayer
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.processing import ProcessorInputs, PromptUpdate
 
-from vltok.serving.condenser import PROJECTOR, SavedCondenser, make_projector
+from vltok.serving.condenser import PROJECTOR, SavedCondenser
 from vltok.serving.options import REQUEST
 from vltok.serving.vllm.llava import NAMES
+from vltok.serving.vllm.projector import make_projector
 
 
 class CondensedInfo(LlavaProcessingInfo):
@@ -48,7 +49,9 @@ class CondensedProcessor(LlavaMultiModalProcessor):
         self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, object], out_mm_kwargs: Any
     ) -> Sequence[PromptUpdate]:
         if given := sorted({*REQUEST} & {*hf_processor_mm_kwargs}):
-            raise ValueError(f"{', '.join(given)} is for pruning; a condenser makes as many tokens of every image")
+            raise ValueError(
+                f"{', '.join(given)} is for pruning; a condenser makes the same number of tokens of every image"
+            )
         return super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
 
     def _get_mm_hashes(self, inputs: ProcessorInputs) -> dict[str, list[str]]:

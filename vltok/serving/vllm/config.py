@@ -8,8 +8,9 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from vltok.errors import UnsupportedInputError, UnsupportedModelError
 from vltok.serving.architectures import BY_NAME
-from vltok.serving.condenser import CONDENSER, make_projector
+from vltok.serving.condenser import CONDENSER
 from vltok.serving.options import FIELD, REQUEST, Pruning, check_positions, reads_of_tower
+from vltok.serving.vllm.projector import make_projector
 
 REACH = 4  # how many times its length a decoder's positions may reach, as vLLM has it for those on several axes
 SECTIONS = "mrope_section"  # where vLLM reads that a model has positions on several axes
