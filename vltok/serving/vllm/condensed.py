@@ -50,7 +50,7 @@ class CondensedProcessor(LlavaMultiModalProcessor):
     ) -> Sequence[PromptUpdate]:
         if given := sorted({*REQUEST} & {*hf_processor_mm_kwargs}):
             raise ValueError(
-                f"{', '.join(given)} is for pruning; a condenser makes the same number of tokens of every image"
+                f"{', '.join(given)} is for pruning; a condenser makes the same number of tokens each time"
             )
         return super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
 
