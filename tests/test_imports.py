@@ -53,7 +53,7 @@ MAY_IMPORT = {
     },
     "convert": {"api", "checks", "errors", "files", "methods", "serialization"},
     "train": {"api", "engine", "errors", "files", "method", "processing", "serialization"},
-    "serving": {"errors", "files", "method", "methods", "tokens", "version", "visual"},
+    "serving": {"errors", "files", "method", "methods", "serialization", "tokens", "version", "visual"},
     "serving/vllm": {"engine", "errors", "method", "methods", "serving", "tokens", "version", "visual"},
     "processing": {"errors", "files", "methods", "version"},
     "models": {"checks", "errors", "methods", "recompute", "tokens"},

@@ -123,7 +123,7 @@ def from_pretrained(
     place = f"{path} (field {CONFIG_FIELD!r})"
     check_settings(getattr(marked, CONFIG_FIELD), place)
     settings, before = read_note(marked, place)
-    _methods(settings, place)
+    read_methods(settings, place)
     delattr(marked, CONFIG_FIELD)
     restore_fields(marked, before.get("config", {}), place)
     if hasattr(marked, "vision_config"):
@@ -151,7 +151,7 @@ def _apply_saved(
     model: nn.Module, content: Any, processor: Any, text_tower: Any, place: str, files: list[Path]
 ) -> Handle:
     """Apply the methods that `content` describes, as it was found at `place`, and give them their weights."""
-    methods = _methods(content, place)
+    methods = read_methods(content, place)
     generic = {"family": "generic", **{name: content[name] for name in _IDS if name in content}}
     try:
         family = generic if content["family"] == "generic" else {}
@@ -216,7 +216,7 @@ def _running(host: nn.Module, name: str) -> tuple[str, nn.Module]:
     return ".".join(plain), module
 
 
-def _methods(content: Any, place: str) -> list[Method]:
+def read_methods(content: Any, place: str) -> list[Method]:
     """Read the methods of a settings file.
 
     Raises:

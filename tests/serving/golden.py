@@ -4,7 +4,8 @@
 
 FOLDER gets a folder for each model: the model and its processor as a server reads them, the images, and `golden.json`:
 the requests, and for each method what is generated, with log-probabilities and the tokens that were kept; and the same
-for longer prompts and several budgets, which a server is asked for in one batch.
+for longer prompts and several budgets, which a server is asked for in one batch. Where condensers are served, too, each
+is saved in a folder, and `condensed.json` has what is generated with it.
 """
 
 from __future__ import annotations
@@ -50,6 +51,13 @@ RATIOS = (0.1, 0.25, 0.6, 1.0)
 BUDGET = "divprune,keep_ratio={}"  # of the requests with budgets of their own
 ONE_AXIS = ("divprune,keep_ratio=0.25,positions=reindex", "random,keep_ratio=0.3,positions=stretch")
 NO_GRID = (*(each for each in EACH + ONE_AXIS if each not in GRID), "stride,keep_ratio=0.25")
+CONDENSERS = (
+    "average_pool",
+    "pixel_shuffle",
+    "tokenpacker",
+    "tokenpacker,init=pool,scale_factor=4",
+    "tokenpacker,levels=(0,2,3)",
+)
 VIDEO = ("evs,keep_ratio=0.4", "divprune,keep_ratio=0.25,per=frame", "vidcom2,keep_ratio=0.3")
 
 
@@ -63,6 +71,7 @@ class Served:
         videos: Whether requests have videos, too.
         sizes: Sizes of the images, (width, height), in turn; () for those of all rows.
         unlike: Requests that transformers and a server answer differently without any method, with the reason.
+        condensers: What takes the place of its projector, as text; each is saved in a folder of that name.
     """
 
     family: TinyFamily
@@ -70,6 +79,7 @@ class Served:
     videos: bool = False
     sizes: tuple[tuple[int, int], ...] = ()
     unlike: dict[int, str] = field(default_factory=dict)
+    condensers: tuple[str, ...] = ()
 
 
 def widened(family: TinyFamily) -> nn.Module:
@@ -160,6 +170,18 @@ def answers(model: nn.Module, family: TinyFamily, processor: Any, asked: list[di
     return rows
 
 
+def condensed(model: nn.Module, served: Served, processor: Any, asked: list[dict[str, Any]], folder: Path) -> None:
+    """Save each condenser in the folder, and write what is generated with it: `condensed.json`."""
+    rows = {}
+    for text in served.condensers:
+        with vltok.apply(model, text, processor=processor) as handle:
+            for module in handle.added_modules:
+                sharpen(module)  # as if it had been trained
+            vltok.save(handle, folder / text)
+            rows[text] = answers(model, served.family, processor, asked, folder)
+    (folder / "condensed.json").write_text(json.dumps(rows))
+
+
 def write(name: str, served: Served, root: Path) -> None:
     """Write the folder of a model."""
     folder = root / name
@@ -182,6 +204,8 @@ def write(name: str, served: Served, root: Path) -> None:
             ratios[ratio] = answers(model, family, processor, long, folder)
     found = {"requests": asked, "results": results, "unlike": served.unlike, "long": long, "ratios": ratios}
     (folder / "golden.json").write_text(json.dumps(found))
+    if served.condensers:
+        condensed(model, served, processor, asked, folder)
 
 
 PINPOINTS = [[56, 112], [112, 56], [112, 112], [224, 224]]  # the last one is more than nine crops, which are shrunk
@@ -203,8 +227,8 @@ def onevision_processor() -> Any:
 
 
 SERVED = {
-    "llava": Served(FAMILIES["llava-cls"], METHODS + ONE_AXIS),
-    "llava_siglip": Served(FAMILIES["llava-no-cls"], EACH + ONE_AXIS),
+    "llava": Served(FAMILIES["llava-cls"], METHODS + ONE_AXIS, condensers=CONDENSERS),
+    "llava_siglip": Served(FAMILIES["llava-no-cls"], EACH + ONE_AXIS, condensers=CONDENSERS[::2]),
     "llava_next": Served(FAMILIES["llava_next-cls"], NO_GRID, sizes=(*SIZES, (84, 50))),
     "llava_onevision": Served(
         replace(FAMILIES["llava_onevision-no-cls"], build=onevision, processor=onevision_processor),

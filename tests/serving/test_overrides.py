@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+from matrix import FAMILIES
 from tiny import LLAVA
 from typer.testing import CliRunner
 
@@ -16,7 +19,8 @@ from vltok.cli import app
 from vltok.errors import CheckpointError, UnsupportedInputError, UnsupportedModelError
 from vltok.serving import vllm_overrides
 from vltok.serving.__main__ import app as printing
-from vltok.serving.architectures import ARCHITECTURES, BY_NAME
+from vltok.serving.architectures import ARCHITECTURES, BY_NAME, CONDENSED
+from vltok.serving.condenser import CONDENSER, SavedCondenser
 from vltok.serving.options import FIELD, Pruning
 
 
@@ -61,6 +65,68 @@ def test_the_largest_count_is_handed_on():
     assert Pruning.of_field(field).largest.num_keep == 300
 
 
+@pytest.fixture(scope="module")
+def saving(tmp_path_factory):
+    """Saves methods of a tiny model in a folder."""
+
+    def saved(*methods, family=LLAVA):
+        folder = tmp_path_factory.mktemp("condensed")
+        with vltok.apply(family.model(), list(methods), processor=family.processor()) as handle:
+            vltok.save(handle, folder)
+        return folder
+
+    return saved
+
+
+def test_a_folder_of_a_condenser_gets_an_architecture_of_its_own(saving, folder):
+    condenser = saving(vltok.TokenPacker(2))
+    overrides = vllm_overrides(folder, condenser)
+    assert overrides == vllm_overrides("llava", str(condenser)) == json.loads(json.dumps(overrides))
+    (name,) = overrides["architectures"]
+    assert name == CONDENSED["llava"].name and name not in BY_NAME
+    assert SavedCondenser.of_config(SimpleNamespace(**overrides)).method.scales == (2,)
+
+
+def test_the_folder_is_found_from_everywhere(saving, monkeypatch):
+    condenser = saving(vltok.AveragePool(2))
+    monkeypatch.chdir(condenser.parent)
+    assert vllm_overrides("llava", condenser.name)[CONDENSER] == str(condenser)
+
+
+NEXT = FAMILIES["llava_next-cls"]
+
+
+def test_condensers_that_can_not_be_served_are_refused(saving, tmp_path):
+    plain = saving(vltok.AveragePool(2))
+    for given, says in [
+        (saving(vltok.AveragePool((2, 1))), "leave one of them in its scale_factor"),
+        (saving(vltok.AveragePool(2), vltok.DivPrune(keep_ratio=0.5)), "one condenser alone"),
+        (saving(vltok.SOFT(ratio=2)), "one condenser alone"),
+        (saving(vltok.AveragePool(NEXT.packer_scale), family=NEXT), "served on 'llava' alone"),
+        (tmp_path, "has no vltok_config.json"),
+    ]:
+        with pytest.raises((UnsupportedModelError, CheckpointError), match=says):
+            vllm_overrides("llava", given)
+    with pytest.raises(UnsupportedModelError, match="can't be served with a condenser; these can: llava"):
+        vllm_overrides(AXES, plain)
+    with pytest.raises(ValueError, match="leave max_keep_ratio"):
+        vllm_overrides("llava", plain, max_keep_ratio=0.5)
+    config = SimpleNamespace(model_type="llava", vltok={})
+    with pytest.raises(CheckpointError, match="serve the model that it was made from"):
+        vllm_overrides(config, plain)
+    (plain / "vltok.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"has no vltok\.safetensors"):
+        vllm_overrides("llava", plain)
+
+
+def test_what_tells_cached_images_apart_is_what_the_folder_holds(saving):
+    first, other = saving(vltok.AveragePool(2)), saving(vltok.AveragePool(2))
+    before = SavedCondenser.of_folder(first).identity()
+    assert SavedCondenser.of_folder(other).identity() == before
+    shutil.copy(saving(vltok.PixelShuffle(2)) / "vltok.safetensors", other)
+    assert SavedCondenser.of_folder(other).identity() != before
+
+
 AXES = next(kind for kind, own in ARCHITECTURES.items() if own.has_axes)
 
 
@@ -70,7 +136,7 @@ AXES = next(kind for kind, own in ARCHITECTURES.items() if own.has_axes)
         ("llava", "todre,keep_ratio=0.25", UnsupportedModelError, "give relevance=False"),
         ("llava", "cdpruner,keep_ratio=0.25", UnsupportedModelError, "reads the question"),
         ("llava", "fastv,keep_ratio=0.25", UnsupportedModelError, "inside the decoder; .* choose a selector"),
-        ("llava", "tokenpacker", UnsupportedModelError, "modules of its own .* choose a selector"),
+        ("llava", "tokenpacker", UnsupportedModelError, "modules of its own .* or give the folder"),
         ("llava", "divprun,keep_ratio=0.25", CheckpointError, "did you mean 'divprune'"),
         ("llava", "divprune,keep_rate=0.25", CheckpointError, "did you mean 'keep_ratio'"),
         ("llava", "divprune,keep_ratio=1.5", ValueError, "keep_ratio"),

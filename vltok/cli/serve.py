@@ -14,7 +14,10 @@ from vltok.serving.overrides import vllm_command, vllm_overrides
 def serve(
     context: typer.Context,
     model: Annotated[Path, typer.Argument(help="Folder of the model.")],
-    method: Annotated[str, typer.Argument(help='A selector as text, such as "divprune,keep_ratio=0.25".')],
+    method: Annotated[
+        str,
+        typer.Argument(help='A selector as text, such as "divprune,keep_ratio=0.25", or the folder of a condenser.'),
+    ],
     max_keep_ratio: Annotated[float | None, typer.Option(help="The largest share that a request may ask for.")] = None,
     max_num_keep: Annotated[int | None, typer.Option(help="The largest count that a request may ask for.")] = None,
     own_budgets: Annotated[

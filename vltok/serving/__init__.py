@@ -1,4 +1,4 @@
-"""Serving: visual-token pruning where requests are batched by a server."""
+"""Serving: visual tokens pruned or condensed where requests are batched by a server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m vltok.serving`: what vLLM's `--hf-overrides` takes, to serve a model pruned."""
+"""`python -m vltok.serving`: what vLLM's `--hf-overrides` takes, to serve a model pruned or condensed."""
 
 from __future__ import annotations
 
@@ -19,11 +19,14 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def main(
     model: Annotated[str, typer.Argument(help="Folder of the model, or its model type, such as llava.")],
-    method: Annotated[str, typer.Argument(help='A selector as text, such as "divprune,keep_ratio=0.25".')],
+    method: Annotated[
+        str,
+        typer.Argument(help='A selector as text, such as "divprune,keep_ratio=0.25", or the folder of a condenser.'),
+    ],
     max_keep_ratio: Annotated[float | None, typer.Option(help="The largest share that a request may ask for.")] = None,
     max_num_keep: Annotated[int | None, typer.Option(help="The largest count that a request may ask for.")] = None,
 ) -> None:
-    """Print what vLLM's --hf-overrides takes, to serve a model pruned."""
+    """Print what vLLM's --hf-overrides takes, to serve a model pruned or condensed."""
     try:
         typer.echo(json.dumps(vllm_overrides(model, method, max_keep_ratio, max_num_keep)))
     except (VltokError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Which models can be served pruned, and what a server calls them."""
+"""Which models can be served pruned or condensed, and what a server calls them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ TESTED = ("0.32.0",)  # the versions of vLLM that the tests ran with
 
 @dataclass(frozen=True)
 class Architecture:
-    """A kind of model that vLLM serves pruned.
+    """A kind of model that vLLM serves pruned, or condensed.
 
     Attributes:
         name: What vLLM knows it by.
@@ -44,4 +44,6 @@ ARCHITECTURES = {
         "VltokQwen3VLForConditionalGeneration", "qwen3", "PrunedQwen3VL", has_axes=True, videos=True
     ),
 }
+# Those with a condenser in the place of their projector.
+CONDENSED = {"llava": Architecture("VltokCondensedLlavaForConditionalGeneration", "condensed", "CondensedLlava")}
 BY_NAME = {architecture.name: architecture for architecture in ARCHITECTURES.values()}

@@ -18,6 +18,7 @@ from typing import Any
 from vltok.errors import CheckpointError, UnsupportedInputError, UnsupportedModelError
 from vltok.method import Method
 from vltok.methods import DecoderRule, Selector
+from vltok.methods.condensing.condenser import Condenser
 from vltok.methods.pruning.regions import check_grid
 from vltok.tokens import Grid3
 from vltok.version import __version__
@@ -230,7 +231,8 @@ def check_servable(method: Method) -> Selector:
     name = method.name or type(method).__name__
     if not isinstance(method, Selector):
         reason = _INSIDE if isinstance(method, DecoderRule) else _SWAPS
-        raise UnsupportedModelError(f"{name} can't be served: {reason}; choose a selector, such as divprune")
+        saved = ", or give the folder that vltok.save() wrote of it" if isinstance(method, Condenser) else ""
+        raise UnsupportedModelError(f"{name} can't be served: {reason}; choose a selector, such as divprune{saved}")
     if {"text", "clip"} & {*method.needs}:
         raise UnsupportedModelError(
             f"{name} reads the question and can't be served: {_INSIDE}; leave the question out where the method has a "

@@ -13,25 +13,29 @@ from typing import Any
 from vltok.errors import CheckpointError, UnsupportedModelError
 from vltok.files import read_json
 from vltok.method import Method
-from vltok.serving.architectures import ARCHITECTURES
+from vltok.serialization import CONFIG_FILE
+from vltok.serving.architectures import ARCHITECTURES, CONDENSED
+from vltok.serving.condenser import CONDENSER, SavedCondenser
 from vltok.serving.options import FIELD, SAVED, Pruning, check_positions
 
 
 def vllm_overrides(
     model: Any,
-    method: str | Method,
+    method: str | Path | Method,
     max_keep_ratio: float | None = None,
     max_num_keep: int | None = None,
 ) -> dict[str, Any]:
-    """Return the `hf_overrides` with which vLLM serves a model pruned.
+    """Return the `hf_overrides` with which vLLM serves a model pruned, or with a condenser.
 
         llm = vllm.LLM(folder, hf_overrides=vltok.serving.vllm_overrides(folder, "divprune,keep_ratio=0.25"))
+        llm = vllm.LLM(folder, hf_overrides=vltok.serving.vllm_overrides(folder, "condensed"))
 
     Nothing is loaded or downloaded, and vLLM need not be installed.
 
     Args:
         model: The model's folder, its config, or its `model_type`.
-        method: A selector, or its text, such as "divprune,keep_ratio=0.25".
+        method: A selector, or its text, such as "divprune,keep_ratio=0.25"; or the folder that `vltok.save` wrote of a
+            condenser.
         max_keep_ratio: The largest share of the visual tokens that a request may ask for; by default the method's.
         max_num_keep: The largest count instead.
 
@@ -39,12 +43,19 @@ def vllm_overrides(
         Plain data, as JSON has it: for `vllm.LLM(hf_overrides=...)`, or dumped for `--hf-overrides`.
 
     Raises:
-        CheckpointError: If the method or a setting is unknown, or the model was saved with a method on it.
+        CheckpointError: If the method or a setting is unknown, the model was saved with a method on it, or the folder
+            of a condenser is damaged.
         UnsupportedInputError: If the model doesn't take the method's positions.
         UnsupportedModelError: If the model or the method can't be served.
         ValueError: If a setting is out of range.
     """
     config = _config_of(model)
+    if isinstance(method, Path) or (isinstance(method, str) and (Path(method) / CONFIG_FILE).is_file()):
+        if max_keep_ratio is not None or max_num_keep is not None:
+            raise ValueError(
+                "a condenser has as many tokens for every image; leave max_keep_ratio and max_num_keep out"
+            )
+        return _condensing(config, Path(method))
     own = ARCHITECTURES.get(config.model_type)
     if own is None:
         raise UnsupportedModelError(
@@ -70,6 +81,18 @@ def vllm_command(model: Path, overrides: dict[str, Any], arguments: Sequence[str
         arguments: What follows.
     """
     return shlex.join(["vllm", "serve", str(model), "--hf-overrides", json.dumps(overrides), *arguments])
+
+
+def _condensing(config: Any, folder: Path) -> dict[str, Any]:
+    """The overrides for a condenser that was saved in a folder."""
+    own = CONDENSED.get(config.model_type)
+    if own is None:
+        raise UnsupportedModelError(
+            f"a model of type {config.model_type!r} can't be served with a condenser; these can: {', '.join(CONDENSED)}"
+        )
+    field = str(folder.resolve())
+    SavedCondenser.of_config(SimpleNamespace(**{CONDENSER: field, SAVED: getattr(config, SAVED, None)}))
+    return {"architectures": [own.name], CONDENSER: field}
 
 
 def _config_of(model: Any) -> Any:

@@ -12,7 +12,9 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vltok.errors import UnsupportedInputError, UnsupportedModelError
 from vltok.methods import Selector
 from vltok.serving.architectures import BY_NAME, TESTED
+from vltok.serving.condenser import CONDENSER
 from vltok.serving.options import FIELD, REQUEST, Pruning, check_positions, reads_of_tower
+from vltok.serving.vllm.projector import make_projector
 
 REACH = 4  # how many times its length a decoder's positions may reach, as vLLM has it for those on several axes
 ROPES = ("default", "linear", "llama3")  # those that rotate by the same angles when they are told to reach further
@@ -25,10 +27,15 @@ class PrunedConfig(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_model_config(model_config: ModelConfig) -> None:
         config = model_config.hf_config
+        own = BY_NAME[model_config.architecture]
+        if getattr(config, CONDENSER, None) is not None:
+            raise UnsupportedModelError(
+                f"{own.name} prunes, and knows no {CONDENSER}; let vltok.serving.vllm_overrides(model, folder) "
+                "write both"
+            )
         pruning = Pruning.of_config(config)
         if pruning is None:
             return
-        own = BY_NAME[model_config.architecture]
         _warn_of_version()
         check_positions(pruning.selector, own.has_axes)
         _check_options(model_config)
@@ -95,6 +102,15 @@ def _warn_of_version() -> None:
             ", ".join(TESTED),
             vllm.__version__,
         )
+
+
+class CondensedConfig(VerifyAndUpdateConfig):
+    """vLLM asks this about a model that has a condenser."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: ModelConfig) -> None:
+        _warn_of_version()
+        make_projector(model_config.hf_config)  # refuses what it can't be made for
 
 
 def _check_options(model_config: ModelConfig) -> None:
