@@ -20,8 +20,8 @@ from vltok.errors import CheckpointError, UnsupportedInputError, UnsupportedMode
 from vltok.serving import vllm_overrides
 from vltok.serving.__main__ import app as printing
 from vltok.serving.architectures import ARCHITECTURES, BY_NAME, CONDENSED
-from vltok.serving.condenser import CONDENSER, SavedCondenser
-from vltok.serving.options import FIELD, Pruning
+from vltok.serving.condenser import SavedCondenser
+from vltok.serving.options import CONDENSER, FIELD, Pruning
 
 
 @pytest.fixture

@@ -17,9 +17,8 @@ from vltok.errors import CheckpointError, UnsupportedModelError
 from vltok.files import copy_weights, read_json, read_weights
 from vltok.methods.condensing.condenser import Condenser
 from vltok.serialization import CONFIG_FILE, WEIGHTS_FILE, read_methods
-from vltok.serving.options import FIELD, SAVED
+from vltok.serving.options import CONDENSER, FIELD, SAVED
 
-CONDENSER = "vltok_condenser"  # of a model's config
 FAMILY = "llava"  # whose condensers are served
 PROJECTOR = "multi_modal_projector"
 

@@ -26,6 +26,7 @@ from vltok.visual import DecoderState
 
 FIELD = "vltok_pruning"  # of a model's config; `vltok` is the note of a checkpoint that vltok saved
 SAVED = "vltok"
+CONDENSER = "vltok_condenser"  # the folder of a condenser, see `vltok.serving.condenser`
 LARGEST = {"max_keep_ratio": "keep_ratio", "max_num_keep": "num_keep"}
 # What a request may give the processor (`mm_processor_kwargs`).
 REQUEST = {"visual_keep_ratio": "keep_ratio", "visual_num_keep": "num_keep"}

@@ -15,8 +15,8 @@ from vltok.files import read_json
 from vltok.method import Method
 from vltok.serialization import CONFIG_FILE
 from vltok.serving.architectures import ARCHITECTURES, CONDENSED
-from vltok.serving.condenser import CONDENSER, SavedCondenser
-from vltok.serving.options import FIELD, SAVED, Pruning, check_positions
+from vltok.serving.condenser import SavedCondenser
+from vltok.serving.options import CONDENSER, FIELD, SAVED, Pruning, check_positions
 
 
 def vllm_overrides(

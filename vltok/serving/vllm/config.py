@@ -12,9 +12,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vltok.errors import UnsupportedInputError, UnsupportedModelError
 from vltok.methods import Selector
 from vltok.serving.architectures import BY_NAME, TESTED
-from vltok.serving.condenser import CONDENSER
-from vltok.serving.options import FIELD, REQUEST, Pruning, check_positions, reads_of_tower
-from vltok.serving.vllm.projector import make_projector
+from vltok.serving.options import CONDENSER, FIELD, REQUEST, Pruning, check_positions, reads_of_tower
 
 REACH = 4  # how many times its length a decoder's positions may reach, as vLLM has it for those on several axes
 ROPES = ("default", "linear", "llama3")  # those that rotate by the same angles when they are told to reach further
@@ -110,6 +108,8 @@ class CondensedConfig(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_model_config(model_config: ModelConfig) -> None:
         _warn_of_version()
+        from vltok.serving.vllm.projector import make_projector  # loads more than a plugin should
+
         make_projector(model_config.hf_config)  # refuses what it can't be made for
 
 
