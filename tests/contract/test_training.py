@@ -62,6 +62,7 @@ def learners(pair, model) -> set[str]:
     decoder = {id(p) for p in decoder_of(untouched, pair.family).parameters()}
     tokens = {id(p) for p in untouched.model.parameters(recurse=False)}
     names -= {name for name, p in untouched.named_parameters() if id(p) in tokens}
+    names -= {name for name in names if name.rpartition(".")[2].startswith("image_")}  # in a tower
     first = {name for name in names if "patch_embed" in name}
     own = {name for name, p in untouched.named_parameters() if id(p) in decoder}
     return names if pair.prunes else names & (own | first)
