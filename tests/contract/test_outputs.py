@@ -51,6 +51,15 @@ def hidden_states_have_the_length_of_the_prompt(pair, model):
     assert all(state.shape[:2] == inputs["input_ids"].shape for state in states)
 
 
+@only_pruning
+def test_hidden_states_have_the_shapes_they_have_unpruned(pair, model):
+    """With gradients, too, where the last one may be what the decoder returns, or something before it."""
+    inputs = batch(pair)
+    expected = [state.shape for state in model(**inputs, output_hidden_states=True).hidden_states]
+    with pair.apply(model):
+        assert [state.shape for state in model(**inputs, output_hidden_states=True).hidden_states] == expected
+
+
 HELD = ("keys", "values", "idx_keys")  # what layers of a cache keep of tokens
 
 

@@ -142,7 +142,8 @@ def embeddings_are_pruned_alike(pair, model):
 def test_words_follow_images_merged_into_the_embeddings(pair, model):
     if pair.axes:
         pytest.skip("positions on several axes come from the words")
-    if "merged embeddings" in pair.family.unable:
+    unable = pair.family.unable
+    if "merged embeddings" in unable and "words behind embeddings" not in unable:  # its words may be right by chance
         pytest.skip("the unpruned model can't: merged embeddings")
     promise("words behind embeddings", words_follow_embeddings, pair, model)
 
