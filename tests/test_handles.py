@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import subprocess
 import sys
 import threading
 import time
@@ -568,3 +569,33 @@ def test_stacks_of_all_threads_are_read_whole():
         done.set()
         for thread in threads:
             thread.join()
+
+
+STACKS_AMID_GARBAGE = """
+import faulthandler, gc, threading
+from vltok import calls
+
+calls._DEEPEST = 5
+faulthandler.dump_traceback_later(60, exit=True)
+
+
+class Knot:
+    def __init__(self):
+        self.me, self.local = self, threading.local()
+        self.local.value = 1
+
+
+for allocations in range(1, 300):  # one of these collects amid the call, were it not kept from it
+    gc.set_threshold(100_000, 100_000, 100_000)
+    knots = [Knot() for _ in range(2)]
+    knots.clear()
+    gc.set_threshold(allocations, 100_000, 100_000)
+    calls._stacks()
+assert gc.isenabled()
+"""
+
+
+def test_stacks_are_read_while_garbage_waits():
+    """Else `sys._current_frames` of Python 3.11 may collect what was local to threads, and wait for itself."""
+    result = subprocess.run([sys.executable, "-c", STACKS_AMID_GARBAGE], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

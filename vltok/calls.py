@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import threading
 import time
@@ -22,6 +23,7 @@ _PAUSE = 0.002
 _DEEPEST = 500  # frames of a stack that are looked at
 _CALL = "_call_impl"  # nn.Module's, around forward and hooks
 _GENERATE = "generate"
+_READING = threading.Lock()  # one thread reads stacks at a time
 
 
 class Calls:
@@ -149,7 +151,9 @@ def _stacks() -> list[tuple[int, list[FrameType]]]:
     """The frames of every thread, from the innermost to the outermost, no deeper than `_DEEPEST`.
 
     All threads hold still meanwhile: nothing here but builtins runs, in one call, so none gets its turn. In Python 3.11
-    what a frame says was before it means nothing once a generator that it runs has been left.
+    what a frame says was before it means nothing once a generator that it runs has been left. No garbage is collected
+    either: its finalizers would run, and in Python before 3.12 one that needs the interpreter's lock on its threads, as
+    `threading.local` does, would wait for ever, since `sys._current_frames` holds it.
     """
     threads = chain.from_iterable(map(methodcaller("items"), map(call, [sys._current_frames])))
     numbers, level = tee(threads)
@@ -159,7 +163,15 @@ def _stacks() -> list[tuple[int, list[FrameType]]]:
         own, level = tee(level)
         levels.append(own)
         level = map(getattr, level, repeat("f_back"), repeat(None))
-    found = list(zip(map(itemgetter(0), numbers), zip(*levels, strict=False), strict=False))
+    pairs = zip(map(itemgetter(0), numbers), zip(*levels, strict=False), strict=False)
+    with _READING:
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            found = list(pairs)
+        finally:
+            if collects:
+                gc.enable()
     return [(number, [frame for frame in frames if frame is not None]) for number, frames in found]
 
 

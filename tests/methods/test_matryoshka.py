@@ -161,14 +161,14 @@ def test_threads_run_at_different_scales_at_once(method):
         for scale in scales:
             with handle.using(scale_factor=scale):
                 expected[scale] = answers(model, LLAVA, processor)
-        barrier = threading.Barrier(len(scales))
+        barrier, tokenizer = threading.Barrier(len(scales), timeout=60), threading.Lock()
 
         def run(scale: int) -> list[bool]:
             same = []
             for _ in range(rounds):
                 with handle.using(scale_factor=scale):
-                    barrier.wait()
-                    given = inputs(LLAVA, processor)
+                    with tokenizer:  # one thread at a time may use one
+                        given = inputs(LLAVA, processor)
                     barrier.wait()
                     with torch.no_grad():
                         same.append(torch.equal(model(**given).logits, expected[scale]))
