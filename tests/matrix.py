@@ -28,7 +28,7 @@ PRUNING: dict[str, Callable[[], vltok.Method]] = {
     "random": lambda: vltok.RandomTokens(keep_ratio=0.3, seed=7),
     "stride": lambda: vltok.StrideTokens(num_keep=4),
 }
-# The reference set: on the first family, and in the full matrix on those of REFERENCED.
+# The reference set: on those of REFERENCED, the zoo for the most part; in the quick lane only those of SAMPLED.
 REFERENCE: dict[str, Callable[[], vltok.Method]] = {
     "visionzip": lambda: vltok.VisionZip(num_keep=5, contextual=0.4),
     "prumerge_plus": lambda: vltok.PruMergePlus(keep_ratio=0.4),
@@ -47,6 +47,8 @@ REFERENCE: dict[str, Callable[[], vltok.Method]] = {
     "sparsevlm": lambda: vltok.SparseVLM(),
     "dart_decoder": lambda: vltok.DARTDecoder(num_keep=5),
 }
+# One that merges and reads the tower's attention, one that reads the question, one that drops inside the decoder.
+SAMPLED = ("visionzip", "cdpruner", "fastv")
 # These bring weights. Each gets the family, as not every setting fits every patch grid.
 TRAINED: dict[str, Callable[[tiny.TinyFamily], vltok.Method]] = {
     "tokenpacker": lambda family: vltok.TokenPacker(scale_factor=family.packer_scale),
@@ -67,7 +69,7 @@ WINDOWED = ("todre", "stride")
 FURTHER_NAMES = ("stride",)
 
 OWN = [*tiny.ALL, *tiny.WINDOWED]
-# Families whose rows of the reference set are in the full matrix.
+# Families with rows of the reference set.
 REFERENCED = [*tiny.ALL, qwen.QWEN3_VL, gemma.SMOLVLM, gemma.GEMMA3_ROW]
 # Of these, those whose first decoder layers add features of the tower, so that rules may drop behind them alone.
 DEEP = [qwen.QWEN3_VL]
@@ -91,6 +93,7 @@ class Pair:
         prunes: Whether it leaves out visual tokens that the projector has made.
         works: Whether the family has a place for it.
         is_reference: Whether the method is of the reference set.
+        is_extra: Whether the quick lane leaves it to others of the reference set.
     """
 
     family: tiny.TinyFamily
@@ -98,6 +101,7 @@ class Pair:
     prunes: bool
     works: bool
     is_reference: bool = False
+    is_extra: bool = False
 
     @property
     def axes(self) -> tuple[int, ...]:
@@ -175,7 +179,8 @@ def _pairs() -> dict[str, Pair]:
         if family in REFERENCED:
             methods = {name: _late(make()) if family in DEEP else make() for name, make in REFERENCE.items()}
             pairs |= {
-                f"{key}-{name}": Pair(family, each, True, _works(family, each), True) for name, each in methods.items()
+                f"{key}-{name}": Pair(family, each, True, _works(family, each), True, name not in SAMPLED)
+                for name, each in methods.items()
             }
         if family in tiny.ALL:
             trained = (*family.tower, *_projectors(family))
@@ -214,4 +219,4 @@ def parameters(pairs: dict[str, Pair]) -> list[Any]:
 def _marks(pair: Pair) -> list[Any]:
     if pair.is_reference and pair.family is not tiny.ALL[0]:
         return [pytest.mark.full, pytest.mark.zoo]
-    return [pytest.mark.full] if pair.family in FURTHER else []
+    return [pytest.mark.full] if pair.family in FURTHER or pair.is_extra else []

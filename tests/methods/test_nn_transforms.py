@@ -157,6 +157,7 @@ def test_vmap_is_one_call_after_another(row):
     close(*jacobians)
 
 
+@pytest.mark.full  # compiling takes long
 @pytest.mark.parametrize("training", [False, True])
 @EVERY
 def test_a_compiled_module_takes_any_batch_and_grid_and_trains(row, training):

@@ -59,6 +59,7 @@ def check_steps(attention: SoftmaxFreeAttention, backend: str, sizes, bound: flo
 SIZES = ((2, (8, 8)), (3, (8, 8)), (5, (7, 5)), (2, (6, 9)))  # grids that a ratio of 2 divides, or not
 
 
+@pytest.mark.full  # compiling takes long
 @pytest.mark.parametrize(("normalize", "parity"), [(True, False), (False, False), (True, True)])
 def test_a_compiled_training_step_takes_other_batches_and_grids(normalize, parity):
     check_steps(make(normalize=normalize, parity=parity, num_prefix_tokens=1), "aot_eager", SIZES)

@@ -353,6 +353,7 @@ def test_layers_are_ordered_by_depth_for_learning_rates():
     assert "head.weight" not in free
 
 
+@pytest.mark.full  # compiling takes long
 @pytest.mark.parametrize(("name", "parity"), [("soft_norm_tiny", True), ("soft_tiny", False)])
 def test_it_compiles_as_one_graph_and_takes_other_batches_and_pictures(name, parity):
     model = make(name, parity=parity, depths=(1, 1, 1, 1))

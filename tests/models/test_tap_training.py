@@ -172,6 +172,7 @@ def test_weight_decay_leaves_embeddings_alone(name, free, decayed):
 SIZES = [(2, 64, 80), (3, 48, 96)]  # batch, height, width
 
 
+@pytest.mark.full  # compiling takes long
 @pytest.mark.parametrize("mode", ["evaluation", "training", "checkpointing"])
 @pytest.mark.parametrize("name", NAMES)
 def test_it_compiles_as_one_graph_for_any_batch_and_size(name, mode):
