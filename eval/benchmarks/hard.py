@@ -8,7 +8,7 @@ that is resized to the same number of visual tokens.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from eval.benchmarks.plan import SMALL, Row
+from eval.benchmarks.plan import Row
 from eval.benchmarks.results import Cell, Cells
 
 RIGHT = 0.5  # a sample worth so much is right: scores of some tasks are shares of people who agree
@@ -54,8 +54,3 @@ def hard_records(rows: Mapping[Row, Cells], columns: Mapping[str, Sequence[str]]
                 }
             )
     return records
-
-
-def has_small(rows: Sequence[Row]) -> bool:
-    """Whether smaller images are among the rows."""
-    return any(row.name == SMALL for row in rows)

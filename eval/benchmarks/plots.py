@@ -1,6 +1,8 @@
 """A picture for each task: the score over the tokens that a decoder layer works on, for all methods."""
 
+import re
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib
@@ -12,7 +14,8 @@ from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator, ScalarFo
 from eval.benchmarks.plan import FLOORS, SMALL, UNPRUNED
 from eval.benchmarks.results import MEAN, Record
 
-GREYS = ("#222222", "#666666", "#999999", "#bbbbbb")
+GREYS = ("#222222", "#666666", "#999999", "#bbbbbb")  # for the floors
+COLOURS = [f"C{number}" for number in range(10) if number != 7]  # C7 is grey
 MARKERS = "osDPXvphd*<>^"
 
 
@@ -22,7 +25,7 @@ def plot_tasks(records: Sequence[Record], folder: Path) -> list[Path]:
     for task in dict.fromkeys(record["task"] for record in records):
         own = [record for record in records if record["task"] == task]
         if any(record["share"] is not None for record in own):
-            paths.append(_plot(own, task, folder / f"{task}.png"))
+            paths.append(_plot(own, task, folder / f"{re.sub('[^A-Za-z0-9._-]+', '-', task)}.png"))
     return paths
 
 
@@ -33,7 +36,7 @@ def _plot(records: Sequence[Record], task: str, path: Path) -> Path:
     names = list(dict.fromkeys(record["method"] for record in pruned))
     figure, axis = plt.subplots(figsize=(9, 0.22 * max(18, len(names) + 3)), layout="constrained")
     axis.axhline(unit, color="black", linestyle="--", linewidth=1, label=UNPRUNED)
-    greys = iter(GREYS)
+    greys, colours = iter(GREYS), cycle(COLOURS)
     for number, name in enumerate(names):
         points = [record for record in pruned if record["method"] == name and record["share"] is not None]
         points.sort(key=lambda record: record["tokens_per_layer"])
@@ -41,13 +44,14 @@ def _plot(records: Sequence[Record], task: str, path: Path) -> Path:
         below = [0 if p["low"] is None else unit * max(0, p["share"] - p["low"]) for p in points]
         above = [0 if p["high"] is None else unit * max(0, p["high"] - p["share"]) for p in points]
         is_floor = name in (SMALL, *FLOORS)
+        beside = 1.006 ** (number - (len(names) - 1) / 2)  # methods of equal cost stand side by side
         axis.errorbar(
-            [point["tokens_per_layer"] for point in points],
+            [point["tokens_per_layer"] * beside for point in points],
             [unit * share for share in shares],
             yerr=[below, above],
             label=name,
-            color=next(greys) if is_floor else f"C{number % 10}",
-            linestyle=":" if is_floor else ("-", "--", "-.")[number // 10 % 3],
+            color=next(greys) if is_floor else next(colours),
+            linestyle=":" if is_floor else ("-", "--", "-.")[number // len(COLOURS) % 3],
             marker=MARKERS[number % len(MARKERS)],
             markersize=5,
             linewidth=1.4,
