@@ -19,7 +19,7 @@ from eval.benchmarks import compare, hard, plots, table
 from eval.benchmarks.plan import FLOORS, Row, fingerprint, plan_rows
 from eval.benchmarks.results import summarise
 from eval.benchmarks.runner import CellError, run
-from eval.benchmarks.tasks import TASK_SETS, parse_tasks
+from eval.benchmarks.scores import TASK_SETS, parse_tasks
 from eval.store import Store
 from vltok.errors import VltokError
 

@@ -23,7 +23,7 @@ from vltok.integrations.lmms_eval import MODELS
 import vltok
 from eval.benchmarks.plan import Row
 from eval.benchmarks.results import COSTS, Cell
-from eval.benchmarks.tasks import choose_metric, sample_values
+from eval.benchmarks.scores import choose_metric, sample_values
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import vltok
-from eval.benchmarks import bootstrap, compare, hard, plots, table, tasks
+from eval.benchmarks import bootstrap, compare, hard, plots, scores, table
 from eval.benchmarks.plan import FLOORS, Row, fingerprint, plan_rows
 from eval.benchmarks.results import COSTS, MEAN, Cell, is_mean, summarise
 from eval.store import Store
@@ -84,9 +84,9 @@ def test_a_wrong_method_or_budget_is_refused_by_name(methods, keep, said):
 
 
 def test_sets_stand_for_their_tasks_and_each_task_is_taken_once():
-    assert tasks.parse_tasks("hallucination, gqa,pope") == ["pope", "coco_cap_chair", "gqa"]
+    assert scores.parse_tasks("hallucination, gqa,pope") == ["pope", "coco_cap_chair", "gqa"]
     with pytest.raises(ValueError, match="core, text"):
-        tasks.parse_tasks(" ,")
+        scores.parse_tasks(" ,")
 
 
 # --- resuming
@@ -132,14 +132,14 @@ def test_a_model_that_is_no_folder_and_not_in_the_cache_is_refused():
 
 
 def test_the_score_is_the_tasks_first_figure_that_is_a_number_but_for_known_ones():
-    assert tasks.choose_metric(["submission", "exact"], {"submission,none": None, "exact,none": 0.5}) == (
+    assert scores.choose_metric(["submission", "exact"], {"submission,none": None, "exact,none": 0.5}) == (
         "exact",
         "none",
     )
     figures = ["refcoco_IoU", "refcoco_ACC@0.5"]
-    assert tasks.choose_metric(figures, {f"{name},none": 0.1 for name in figures}) == ("refcoco_ACC@0.5", "none")
+    assert scores.choose_metric(figures, {f"{name},none": 0.1 for name in figures}) == ("refcoco_ACC@0.5", "none")
     with pytest.raises(ValueError, match="none of the figures"):
-        tasks.choose_metric(["exact"], {"exact,none": float("nan")})
+        scores.choose_metric(["exact"], {"exact,none": float("nan")})
 
 
 def test_worth_is_a_number_or_the_score_in_a_record_or_what_one_sample_alone_gives():
@@ -147,22 +147,22 @@ def test_worth_is_a_number_or_the_score_in_a_record_or_what_one_sample_alone_giv
         raise RuntimeError("this figure's function must not be called")
 
     numbers = [{"doc_id": 3, "exact": 0.3}, {"doc_id": 1, "exact": True}, {"doc_id": 2, "other": 1}]
-    assert tasks.sample_values(numbers, "exact", never) == {"3": 0.3, "1": 1.0}
+    assert scores.sample_values(numbers, "exact", never) == {"3": 0.3, "1": 1.0}
     scored = [{"doc_id": 0, "anls": {"score": 0.25}}]
-    assert tasks.sample_values(scored, "anls", never) == {"0": 0.25}
+    assert scores.sample_values(scored, "anls", never) == {"0": 0.25}
     pairs = [{"doc_id": k, "seed_all": {"pred": "A", "answer": each}} for k, each in enumerate("AB")]
-    one = tasks.sample_values(
+    one = scores.sample_values(
         pairs, "seed_all", lambda items: sum(i["pred"] == i["answer"] for i in items) / len(items)
     )
     assert one == {"0": 1.0, "1": 0.0}
     percents = [{"doc_id": k, "coco_cap_chair_s": {}} for k in range(2)]
-    assert tasks.sample_values(percents, "coco_cap_chair_s", lambda items: 100.0) == {"0": 1.0, "1": 1.0}
-    assert tasks.sample_values([{"doc_id": 0, "words": {"text": "a"}}], "words", never) is None
+    assert scores.sample_values(percents, "coco_cap_chair_s", lambda items: 100.0) == {"0": 1.0, "1": 1.0}
+    assert scores.sample_values([{"doc_id": 0, "words": {"text": "a"}}], "words", never) is None
 
 
 def test_a_sample_that_came_through_two_filters_counts_with_the_first():
     twice = [{"doc_id": 0, "exact": 1.0}, {"doc_id": 1, "exact": 0.0}, {"doc_id": 0, "exact": 0.0}]
-    assert tasks.sample_values(twice, "exact", sum) == {"0": 1.0, "1": 0.0}
+    assert scores.sample_values(twice, "exact", sum) == {"0": 1.0, "1": 0.0}
 
 
 def test_a_score_is_a_mean_only_if_it_is_the_same_multiple_of_the_mean_worth_everywhere():
