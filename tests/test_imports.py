@@ -87,7 +87,7 @@ LIBRARIES = {
     "convert": {"torch", "safetensors", "tqdm", "transformers", "typer"},
     "train": {"torch", "transformers", "PIL", "datasets", "jinja2", "peft", "typer"},
     "processing": {"torch", "transformers"},
-    "integrations": {"torch", "transformers", "accelerate", "lmms_eval", "loguru", "numpy", "PIL", "tqdm"},
+    "integrations": {"torch", "transformers", "accelerate", "av", "lmms_eval", "loguru", "numpy", "PIL", "tqdm"},
     "serving": {"torch", "typer"},
     "serving/vllm": {"torch", "transformers", "vllm"},
     "kernels": {"torch", "triton"},

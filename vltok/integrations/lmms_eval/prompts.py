@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from lmms_eval.protocol import ChatMessages
 from PIL import Image
-from transformers.video_utils import load_video
 
 from vltok.errors import UnsupportedInputError
 from vltok.integrations.lmms_eval.settings import Settings
+from vltok.integrations.lmms_eval.videos import read
 
 
 @dataclass
@@ -127,17 +127,7 @@ class Prompter:
         if isinstance(source, dict):  # as tasks give a part of a video
             content = {**source, "video": source.get("url") or source.get("path") or source.get("video")}
         span = content.get("video_start"), content.get("video_end")
-        return load_video(str(content["video"]), sample_indices_fn=lambda metadata, **_: self._picked(metadata, *span))
-
-    def _picked(self, metadata: Any, start: float | None, end: float | None) -> np.ndarray:
-        """Which frames are taken of a video, ascending, (T,)."""
-        last = metadata.total_num_frames - 1
-        first = 0 if start is None else min(int(start * metadata.fps), last)
-        last = last if end is None else max(first, min(int(end * metadata.fps), last))
-        count = min(self.settings.max_num_frames, last - first + 1)
-        if self.settings.fps is not None:
-            count = min(count, max(1, round((last - first + 1) / metadata.fps * self.settings.fps)))
-        return np.linspace(first, last, count).round().astype(int)
+        return read(str(content["video"]), self.settings.max_num_frames, self.settings.fps, *span)
 
 
 def _template(processor: Any, given: str | None) -> str | None:
