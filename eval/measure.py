@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,19 @@ def cpu_allocations(run: Callable[[], Any]) -> list[tuple[int, int]]:
     return [(int(event["args"]["Addr"]), int(event["args"]["Bytes"])) for event in memory]
 
 
+def peak_allocated(run: Callable[[], Any], device: str) -> int:
+    """Largest number of bytes above what is there already that are live at once while it runs, its result included."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        result = run()
+        torch.cuda.synchronize(device)
+        del result
+        return torch.cuda.max_memory_allocated(device) - before
+    return max(accumulate((size for _, size in cpu_allocations(run)), initial=0))
+
+
 def peak_bytes(run: Callable[[], Any], module: nn.Module, device: str, accumulating: bool) -> int:
     """Largest number of bytes above weights, inputs and their gradients that are live at once.
 
@@ -57,24 +71,16 @@ def peak_bytes(run: Callable[[], Any], module: nn.Module, device: str, accumulat
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter) if accumulating or on_gpu else None
     if on_gpu:
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        result = run()
-        torch.cuda.synchronize(device)
-        del result
+        peak = peak_allocated(run, device)
         module.zero_grad()
-        return torch.cuda.max_memory_allocated(device) - before
+        return peak
     born = cpu_allocations(run)
     # a gradient that the run made is the last thing that was allocated where it lies
     lies = {p.grad.untyped_storage().data_ptr() for p in parameters if p.grad is not None and not accumulating}
     made = {address: number for number, (address, size) in enumerate(born) if size > 0 and address in lies}
     module.zero_grad()
-    live = peak = 0
-    for number, (address, size) in enumerate(born):
-        live += 0 if made.get(address) == number else size
-        peak = max(peak, live)
-    return peak
+    kept = [0 if made.get(address) == number else size for number, (address, size) in enumerate(born)]
+    return max(accumulate(kept, initial=0))
 
 
 def clock_of(device: str) -> Callable[[], float]:

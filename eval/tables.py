@@ -75,6 +75,17 @@ def sentence(facts: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}: {value}" for name, value in facts.items())
 
 
+def show(
+    shown: Sequence[Table | str], machine: Mapping[str, Any], path: Path | None, content: Mapping[str, Any]
+) -> None:
+    """Print tables and sentences, then the machine; write it and the content to a JSON file, if there is a path."""
+    for each in shown:
+        print(each.text() if isinstance(each, Table) else each)
+    print(sentence(machine))
+    if path is not None:
+        write_json(path, {"machine": machine, **content})
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file in one go: a crash leaves the old one, or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
