@@ -16,7 +16,7 @@ from accelerate import PartialState
 
 from eval import options
 from eval.benchmarks import compare, hard, plots, table
-from eval.benchmarks.plan import FLOORS, Row, fingerprint, plan_rows
+from eval.benchmarks.plan import Row, fingerprint, plan_rows
 from eval.benchmarks.results import summarise
 from eval.benchmarks.runner import CellError, run
 from eval.benchmarks.scores import TASK_SETS, parse_tasks
@@ -67,18 +67,18 @@ def _run(given: options.argparse.Namespace) -> None:
             f'{error}; benchmarks are run by lmms-eval: pip install "vltok[lmms,eval]"'
         ) from error
     setup = Setup(given.model, given.backend, given.model_args, given.limit, given.batch_size, given.device)
-    tasks = Tasks(given.backend, given.include_path)
-    columns = tasks.expand(names)
+    tasks = Tasks(names, given.backend, given.include_path)
+    columns = tasks.columns
     bench = Bench(setup, tasks, given.out)
     rows, notes = _possible(bench, rows)
     if given.hard_subset and not any(row.shrinks for row in rows):
-        raise ValueError(f"--hard-subset compares with resized images, which this model can't have: {notes[0]}")
+        raise ValueError(f"--hard-subset compares with resized images. {notes[0]}")
     leaves = dict.fromkeys(leaf for own in columns.values() for leaf in own)
     settings = setup.settings(fingerprint(given.model))
     store = Store(given.out / "cells")
-    cells = run(bench, rows, {leaf: tasks.settings(leaf) for leaf in leaves}, settings, store)
+    cells, refused = run(bench, rows, {leaf: tasks.settings(leaf) for leaf in leaves}, settings, store)
     if PartialState().is_main_process:
-        _report(given, rows, cells, columns, settings | {"dtype": bench.dtype}, notes)
+        _report(given, cells, columns, settings | {"dtype": bench.dtype}, notes + refused)
 
 
 def _possible(bench: Any, rows: list[Row]) -> tuple[list[Row], list[str]]:
@@ -88,7 +88,7 @@ def _possible(bench: Any, rows: list[Row]) -> tuple[list[Row], list[str]]:
         ValueError: If it can't have one of the methods that were asked for.
     """
     refusals = {row: bench.refusal(row) for row in rows}
-    asked = [f"{row.label}: {why}" for row, why in refusals.items() if why and not (row.shrinks or row.name in FLOORS)]
+    asked = [f"{row.label}: {why}" for row, why in refusals.items() if why and not row.is_floor]
     if asked:
         raise ValueError("; ".join(asked))
     notes = dict.fromkeys(f"No row for {row.name}: {why}" for row, why in refusals.items() if why)
@@ -97,7 +97,6 @@ def _possible(bench: Any, rows: list[Row]) -> tuple[list[Row], list[str]]:
 
 def _report(
     given: options.argparse.Namespace,
-    rows: list[Row],
     cells: dict[Row, Any],
     columns: dict[str, list[str]],
     settings: dict[str, Any],
@@ -113,7 +112,7 @@ def _report(
         content["hard"] = hard.hard_records(cells, columns)
         tables.append(table.render_hard(content["hard"]))
     facts = {"model": given.published_as or given.model, "dtype": settings["dtype"], "limit": given.limit}
-    content["published"] = compare.compare(compare.read_published(), rows, records, facts)
+    content["published"] = compare.compare(compare.read_published(), list(cells), records, facts)
     if content["published"]:
         tables.append(compare.render(content["published"]))
     table.write(given.out, "results", content, records, tables)

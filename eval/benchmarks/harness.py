@@ -18,12 +18,12 @@ from accelerate.utils import gather_object
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.tasks import TaskManager
 from lmms_eval.utils import load_yaml_config, simple_parse_args_string
-from vltok.integrations.lmms_eval import MODELS
 
 import vltok
 from eval.benchmarks.plan import Row
 from eval.benchmarks.results import COSTS, Cell
 from eval.benchmarks.scores import choose_metric, sample_values
+from vltok.integrations.lmms_eval import MODELS
 
 
 @dataclass(frozen=True)
@@ -58,18 +58,23 @@ class Setup:
 
 
 class Tasks:
-    """lmms-eval's tasks, and those of a folder."""
+    """Tasks of lmms-eval, and those of a folder.
 
-    def __init__(self, backend: str, include_path: Path | None) -> None:
-        self.manager = TaskManager("ERROR", include_path and str(include_path), model_name=backend)
+    Attributes:
+        columns: The names that were asked for, each with its single tasks: those of a group, or itself.
+    """
 
-    def expand(self, names: Sequence[str]) -> dict[str, list[str]]:
-        """The single tasks behind each name: those of a group, or the name itself.
+    def __init__(self, names: Sequence[str], backend: str, include_path: Path | None) -> None:
+        """Look the tasks up.
 
         Raises:
             ValueError: If lmms-eval knows no such task, or a group has tasks without names of their own.
         """
-        return {name: self._leaves(name) for name in names}
+        folder = None if include_path is None else str(include_path)
+        self.manager = TaskManager("ERROR", folder, include_defaults=False, model_name=backend)
+        if not set(names) <= set(self.manager.all_subtasks):  # reading the thousands that are shipped takes a while
+            self.manager = TaskManager("ERROR", folder, model_name=backend)
+        self.columns = {name: self._leaves(name) for name in names}
 
     def _leaves(self, name: str) -> list[str]:
         known = self.manager.task_index
@@ -108,6 +113,8 @@ class Bench:
         """Load the model; whatever tasks write of their own goes to a folder in `out`."""
         self.setup, self.tasks, self.out = setup, tasks, out
         given = {"batch_size": setup.batch_size} | ({"device": setup.device} if setup.device else {})
+        if setup.backend not in MODELS:
+            raise ValueError(f"--backend must be one of {', '.join(MODELS)}, got {setup.backend!r}")
         cls = getattr(import_module("vltok.integrations.lmms_eval.model"), MODELS[setup.backend])
         self.lm = _lasting(cls)(pretrained=setup.model, **given, **simple_parse_args_string(setup.model_args))
 

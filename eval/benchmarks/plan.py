@@ -9,7 +9,8 @@ from typing import Any
 
 from vltok import Method
 
-FLOORS = ("pool", "random", "stride")  # always there, as are the unpruned model and smaller images
+# Always there, as are the unpruned model and smaller images. Each tile is pooled by itself: it has a grid of its own.
+FLOORS = {"pool": "pool,per=tile", "random": "random", "stride": "stride"}
 SMALL = "resize"
 UNPRUNED = "unpruned"
 
@@ -32,6 +33,11 @@ class Row:
     def shrinks(self) -> bool:
         """Whether images are made smaller, by `vltok.resize`."""
         return self.name == SMALL
+
+    @property
+    def is_floor(self) -> bool:
+        """Whether it is there to be beaten; left out where the model can't have it."""
+        return self.shrinks or self.name in FLOORS
 
     @property
     def label(self) -> str:
@@ -68,8 +74,8 @@ def plan_rows(methods: str, keep_ratios: Sequence[float]) -> list[Row]:
     for ratio in sorted(set(keep_ratios), reverse=True):
         rows.append(Row(SMALL, ratio))
         for word in others:
-            text = f"{word};keep_ratio={ratio!r}".replace(";", ",")
-            rows.append(Row(word, ratio, Method.from_text(text)))
+            text = FLOORS.get(word, word).replace(";", ",")
+            rows.append(Row(word, ratio, Method.from_text(f"{text},keep_ratio={ratio!r}")))
     return rows + [Row(word, None, method) for word, method in own]
 
 
