@@ -144,7 +144,7 @@ class Bench:
         try:
             with self.put_on(row):
                 return None
-        except vltok.errors.UnsupportedModelError as error:
+        except (vltok.errors.VltokError, ValueError) as error:
             return str(error)
 
     def run(self, task: str) -> Cell | None:

@@ -6,16 +6,18 @@ import csv
 import json
 import random
 import statistics
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import vltok
-from eval.benchmarks import bootstrap, compare, hard, plots, scores, table
+from eval.benchmarks import bootstrap, compare, hard, plots, runner, scores, table
 from eval.benchmarks.plan import FLOORS, Row, fingerprint, plan_rows
 from eval.benchmarks.results import COSTS, MEAN, Cell, is_mean, summarise
 from eval.store import Store
+from vltok.errors import UnsupportedInputError
 
 pytestmark = pytest.mark.quick
 
@@ -126,6 +128,64 @@ def test_a_fingerprint_sees_one_changed_byte_and_a_renamed_file(tmp_path):
 def test_a_model_that_is_no_folder_and_not_in_the_cache_is_refused():
     with pytest.raises(ValueError, match="no folder"):
         fingerprint("nobody/nothing")
+
+
+class FakeBench:
+    """Answers without a model; `broken` are (row, task) and what they raise."""
+
+    def __init__(self, broken=None):
+        self.broken, self.asked, self.on = broken or {}, [], None
+
+    @contextmanager
+    def put_on(self, row):
+        self.on = row.label
+        yield
+        self.on = None
+
+    def run(self, task):
+        self.asked.append((self.on, task))
+        if (self.on, task) in self.broken:
+            raise RuntimeError(f"no answer to document 3 of task {task}") from self.broken[self.on, task]
+        return cell(coins(len(self.on), 0.5))
+
+
+def finish(bench, store, setup=None):
+    tasks = {task: {"task": task} for task in ("a", "b")}
+    return runner.run(bench, plan_rows("divprune", [0.2]), tasks, setup or {"model": "m"}, store)
+
+
+def test_a_later_run_asks_only_for_what_is_missing(tmp_path):
+    first = FakeBench({("stride 20 %", "b"): ValueError("broken picture")})
+    with pytest.raises(runner.CellError, match=r"stride 20 %, b: no answer to document 3 of task b"):
+        finish(first, Store(tmp_path))
+    second = FakeBench()
+    cells, notes = finish(second, Store(tmp_path))
+    assert second.asked == [("stride 20 %", "b"), ("divprune 20 %", "a"), ("divprune 20 %", "b")]
+    assert notes == []
+    assert [row.name for row in cells] == ["unpruned", "resize", *FLOORS, "divprune"]
+    assert all(own == {task: cell(coins(len(row.label), 0.5)) for task in "ab"} for row, own in cells.items())
+    third = FakeBench()
+    assert finish(third, Store(tmp_path)) == (cells, [])
+    assert third.asked == []
+    other = FakeBench()
+    finish(other, Store(tmp_path), {"model": "another"})
+    assert len(other.asked) == 12
+
+
+def test_a_floor_that_an_image_cannot_have_is_left_out_with_its_reason_and_not_tried_again(tmp_path):
+    bench = FakeBench({("pool 20 %", "a"): UnsupportedInputError("no grid")})
+    cells, notes = finish(bench, Store(tmp_path))
+    assert [row.name for row in cells] == ["unpruned", "resize", "random", "stride", "divprune"]
+    assert notes == ["No row for pool 20 %, a: no answer to document 3 of task a"]
+    again = FakeBench()
+    assert finish(again, Store(tmp_path)) == (cells, notes)
+    assert again.asked == []
+
+
+def test_a_method_that_an_image_cannot_have_fails(tmp_path):
+    bench = FakeBench({("divprune 20 %", "b"): UnsupportedInputError("no grid")})
+    with pytest.raises(runner.CellError, match="divprune 20 %, b"):
+        finish(bench, Store(tmp_path))
 
 
 # --- what samples are worth
