@@ -222,7 +222,8 @@ def _processor(settings: Settings, hub: dict[str, Any]) -> Any:
     sizes = {name: getattr(settings, name) for name in names if getattr(settings, name) is not None}
     processor = AutoProcessor.from_pretrained(settings.pretrained, **hub, **sizes)
     images = processor.image_processor
-    own = {"min_pixels": images.size.get("shortest_edge"), "max_pixels": images.size.get("longest_edge")}
+    edges = getattr(images, "size", None) or {}
+    own = {"min_pixels": edges.get("shortest_edge"), "max_pixels": edges.get("longest_edge")}
     own["max_patches"] = getattr(images, "max_patches", None)
     for name, value in sizes.items():
         if own[name] != value:
