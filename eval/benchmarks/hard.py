@@ -1,8 +1,7 @@
 """The VTC filter: samples that need the image's detail, as smaller images of equal cost get them wrong.
 
-After "Are We Using the Right Benchmark: An Evaluation Framework for Visual Token Compression Methods" (VTC-Bench),
-https://arxiv.org/abs/2510.07143: a sample is hard at a budget if the model is right on the full image, and wrong on one
-that is resized to the same number of visual tokens.
+After VTC-Bench, https://arxiv.org/abs/2510.07143: a sample is hard at a budget if the model is right on the full image,
+and wrong on one that is resized to the same number of visual tokens.
 """
 
 from collections.abc import Mapping, Sequence

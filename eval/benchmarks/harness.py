@@ -71,10 +71,11 @@ class Tasks:
             ValueError: If lmms-eval knows no such task, or a group has tasks without names of their own.
         """
         folder = None if include_path is None else str(include_path)
-        self.manager = TaskManager("ERROR", folder, include_defaults=False, model_name=backend)
+        name = backend.removeprefix("vltok_")  # some tasks have prompts for models by their names in lmms-eval
+        self.manager = TaskManager("ERROR", folder, include_defaults=False, model_name=name)
         if not set(names) <= set(self.manager.all_subtasks):  # reading the thousands that are shipped takes a while
-            self.manager = TaskManager("ERROR", folder, model_name=backend)
-        self.columns = {name: self._leaves(name) for name in names}
+            self.manager = TaskManager("ERROR", folder, model_name=name)
+        self.columns = {each: self._leaves(each) for each in names}
 
     def _leaves(self, name: str) -> list[str]:
         known = self.manager.task_index
@@ -93,10 +94,12 @@ class Tasks:
         return [leaf for member in members for leaf in self._leaves(member)]
 
     def settings(self, task: str) -> dict[str, Any]:
-        """What decides what a task asks: its name, and a digest of its configuration and local files."""
-        config = load_yaml_config(self.manager.task_index[task]["yaml_path"], mode="simple")
+        """What decides what a task asks: its name, and a digest of its configuration, code and local files."""
+        place = Path(self.manager.task_index[task]["yaml_path"])
+        config = load_yaml_config(str(place), mode="simple")
         digest = sha256(json.dumps(config, sort_keys=True, default=str).encode())
-        for path in _files((config.get("dataset_kwargs") or {}).get("data_files")):
+        data = _files((config.get("dataset_kwargs") or {}).get("data_files"))
+        for path in [*sorted(place.parent.glob("*.py")), *data]:
             digest.update(path.read_bytes())
         return {"task": task, "task_digest": digest.hexdigest()}
 

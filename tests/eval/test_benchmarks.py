@@ -5,14 +5,18 @@ from __future__ import annotations
 import csv
 import json
 import random
+import re
+import shlex
 import statistics
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import vltok
+from eval.benchmarks import __main__ as command
 from eval.benchmarks import bootstrap, compare, hard, plots, runner, scores, table
 from eval.benchmarks.plan import FLOORS, Row, fingerprint, plan_rows
 from eval.benchmarks.results import COSTS, MEAN, Cell, is_mean, summarise
@@ -413,3 +417,16 @@ def test_tables_json_csv_and_pictures_say_the_same(tmp_path):
         assert f"{100 * own['share']:.1f} ({100 * own['low']:.0f}-{100 * own['high']:.0f})" in text
         assert "a note" in text
     assert [path.name for path in plots.plot_tasks(records, tmp_path)] == ["pope.png", "docs.png", "mean.png"]
+
+
+def test_the_page_names_all_sets_and_its_commands_are_understood():
+    page = (Path(__file__).parents[2] / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    section = page.split("## Methods side by side")[1]
+    named = re.findall(r"^\| `(\w+)` \| (.*) \|$", section, re.MULTILINE)
+    assert {name: tuple(re.findall(r"`(\w+)`", own)) for name, own in named} == scores.TASK_SETS
+    commands = re.findall(r"^python -m eval\.benchmarks (.*?[^\\])\n", section, re.MULTILINE | re.DOTALL)
+    assert len(commands) == 2
+    for words in commands:
+        given = command.parser().parse_args(shlex.split(words.replace("\\\n", " ")))
+        assert len(plan_rows(given.methods, given.keep)) > 10
+        assert scores.parse_tasks(given.tasks)
