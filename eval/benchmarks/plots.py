@@ -66,7 +66,11 @@ def _plot(records: Sequence[Record], task: str, path: Path) -> Path:
     axis.set_xlabel(f"tokens per decoder layer, text included (unpruned: {plain['tokens_per_layer']:.0f})")
     less = "" if plain["higher_is_better"] else ", less is better"
     axis.set_ylabel("mean share of the unpruned score" if task == MEAN else f"{plain['metric']}{less}")
-    axis.set_title(task if task == MEAN else f"{task}, {plain['samples']} samples, 95 % intervals of the share")
+    axis.set_title(
+        "mean over tasks, 95 % intervals"
+        if task == MEAN
+        else f"{task}, {plain['samples']} samples, 95 % intervals of the share"
+    )
     axis.grid(alpha=0.25)
     figure.legend(loc="outside right upper", frameon=False, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -6,16 +6,7 @@ from typing import Any
 
 # By their names in lmms-eval. ScienceQA and MMMU are left out: models answer most of their questions without the image.
 TASK_SETS: dict[str, tuple[str, ...]] = {
-    "core": (
-        "gqa",
-        "vqav2_val",
-        "vizwiz_vqa_val",
-        "mmbench_en_dev_static",
-        "mme",
-        "seedbench",
-        "pope",
-        "coco_cap_chair",
-    ),
+    "core": ("gqa", "vqav2_val", "vizwiz_vqa_val", "mmbench_en_dev_static", "mme", "seedbench", "pope"),
     "text": ("ocrbench", "docvqa_val", "chartqa", "textvqa_val"),
     "grounding": ("refcoco_bbox_rec_val", "refcoco_bbox_rec_testA", "refcoco_bbox_rec_testB"),
     "hallucination": ("pope", "coco_cap_chair"),
