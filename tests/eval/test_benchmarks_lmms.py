@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from tiny import INTERNVL, LLAVA, QWEN2_5_VL, picture
+from tiny import INTERNVL, LLAVA, LLAVA_NEXT, QWEN2_5_VL, picture
 
 import vltok
 
@@ -208,6 +208,18 @@ def test_a_sample_that_fails_ends_the_run_by_name_and_finished_cells_stay(site, 
     assert "error: unpruned, tiny_vqa: no answer to document 5 of task tiny_vqa" in said
     assert "aspect ratio" in said
     assert list(cells_of(tmp_path / "out")) == ["tiny_docs unpruned"]
+
+
+def test_a_floor_that_images_refuse_is_left_out_and_the_others_are_compared(site, tmp_path):
+    model, tasks = site(LLAVA_NEXT)  # its visual tokens form no grid to pool
+    assert command.main(arguments(model, tasks, tmp_path, "--limit", "2", "--tasks", "tiny_vqa")) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    names = {record["method"] for record in results["results"]}
+    assert {"unpruned", "random", "stride", "divprune"} <= names
+    assert "pool" not in names
+    (note,) = [note for note in results["notes"] if "pool" in note]
+    assert "document 0 of task tiny_vqa" in note
+    assert "form none that is known" in note
 
 
 @pytest.mark.parametrize(
