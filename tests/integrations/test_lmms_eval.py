@@ -326,6 +326,13 @@ def test_bad_arguments_are_refused_before_anything_is_loaded(given, error, words
         model(Path("nowhere"), **given)
 
 
+def test_in_python_methods_may_be_given_as_they_are(folder):
+    method = vltok.DivPrune(keep_ratio=0.25)
+    for given in (method, [method]):
+        lm = get_model("vltok")(pretrained=folder(LLAVA), method=given, device="cpu")
+        assert lm.handle.methods == (method,)
+
+
 def test_a_size_that_images_cannot_have_is_refused(folder):
     with pytest.raises(ValueError, match="CLIPImageProcessor has no max_patches"):
         model(folder(LLAVA), max_patches=4)
