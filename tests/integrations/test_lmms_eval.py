@@ -14,6 +14,7 @@ from PIL import Image
 from tiny import INTERNVL, LLAVA, LLAVA_ONEVISION, QWEN2_5_VL, TinyFamily, clip, picture
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.video_utils import VideoMetadata
+from zoo.qwen import QWEN3_VL
 
 import vltok
 from eval.canvas.data import Canvases
@@ -231,18 +232,22 @@ def test_tasks_may_ask_about_a_part_of_a_video(folder, video):
     assert found == by_hand(folder(QWEN2_5_VL), None, prompts)
 
 
-OURS = {"llava_hf": LLAVA, "qwen2_5_vl": QWEN2_5_VL, "internvl_hf": INTERNVL}
+# lmms-eval's models: a tiny model for each, an image that nobody resizes, and what both are told.
+OURS = {
+    "llava_hf": (LLAVA, (56, 56), {"dtype": "bfloat16"}),
+    "qwen2_5_vl": (QWEN2_5_VL, (56, 56), {"min_pixels": 3136, "max_pixels": 6272}),
+    "qwen3_vl": (QWEN3_VL, (64, 64), {}),
+    "internvl_hf": (INTERNVL, (112, 56), {}),
+}
 
 
-@pytest.mark.parametrize(("name", "row"), OURS.items())
-def test_unpruned_answers_are_those_of_lmms_evals_own_models(name, row, folder):
+@pytest.mark.parametrize("name", OURS)
+def test_unpruned_answers_are_those_of_lmms_evals_own_models(name, folder):
     pytest.importorskip("decord")  # which they import
-    given = {"llava_hf": {"dtype": "bfloat16"}, "internvl_hf": {"max_patches": 4}}.get(name, {})
-    if name == "qwen2_5_vl":
-        given = {"min_pixels": 3136, "max_pixels": 6272}
+    row, size, given = OURS[name]
     shipped = model(folder(row), name, **{"dtype": None, "device_map": "cpu", **given})
-    lm = model(folder(row), f"vltok_{name}", **{"dtype": "bfloat16", **given})
-    asked = [{"question": f"w{n}", "images": [picture(n, (56, 56))]} for n in range(1, 4)]
+    lm = model(folder(row), f"vltok_{name}", **{"dtype": None, **given})
+    asked = [{"question": f"w{n}", "images": [picture(n, size)]} for n in range(1, 4)]
     expected = [result.text for result in shipped.generate_until(requests(shipped, asked))]
     assert texts(lm, requests(lm, asked)) == expected
     assert all(expected)
@@ -319,6 +324,13 @@ def test_an_error_names_its_document_and_ends_the_run(folder, tmp_path):
 def test_bad_arguments_are_refused_before_anything_is_loaded(given, error, words):
     with pytest.raises(error, match=words):  # the folder isn't there, and nobody looks
         model(Path("nowhere"), **given)
+
+
+def test_in_python_methods_may_be_given_as_they_are(folder):
+    method = vltok.DivPrune(keep_ratio=0.25)
+    for given in (method, [method]):
+        lm = get_model("vltok")(pretrained=folder(LLAVA), method=given, device="cpu")
+        assert lm.handle.methods == (method,)
 
 
 def test_a_size_that_images_cannot_have_is_refused(folder):

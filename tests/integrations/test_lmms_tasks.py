@@ -17,6 +17,7 @@ import datasets
 from lmms_eval.api.instance import GenerationResult
 from lmms_eval.api.model import lmms
 from lmms_eval.evaluator import simple_evaluate
+from lmms_eval.models import get_model
 from lmms_eval.tasks import TaskManager
 
 from eval.benchmarks import local
@@ -100,6 +101,18 @@ def test_the_trained_model_is_scored_with_a_method_and_without(folder):
     assert sum(pruned[key] for key in readable) < sum(whole[key] for key in readable) - 0.5
     assert (whole["throughput"]["avg_visual_tokens"], whole["throughput"]["avg_kept_tokens"]) == (256, 256)
     assert (pruned["throughput"]["avg_visual_tokens"], pruned["throughput"]["avg_kept_tokens"]) == (256, 13)
+
+
+def test_a_request_that_fails_ends_the_run(folder, monkeypatch):
+    lm = get_model("vltok")(pretrained=MODEL_DIR, device="cpu")
+
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(lm.model, "generate", generate)
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    with pytest.raises(RuntimeError, match="no answer to document 0 of task canvas_pope: MemoryError: no room"):
+        simple_evaluate(lm, tasks=["canvas_pope"], task_manager=manager, limit=1)
 
 
 def test_questions_are_those_of_the_canvases(folder):

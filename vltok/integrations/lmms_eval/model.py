@@ -199,8 +199,8 @@ class VltokQwen3_VL(Vltok):  # noqa: N801 as lmms-eval writes it
     defaults: ClassVar[dict[str, Any]] = {
         "pretrained": "Qwen/Qwen3-VL-4B-Instruct",
         "dtype": "bfloat16",
-        "min_pixels": 256 * 28 * 28,
-        "max_pixels": 1605632,
+        "min_pixels": 4 * 32 * 32,  # it names others, and uses them for videos alone
+        "max_pixels": 16384 * 32 * 32,
         "max_new_tokens": 128,
         "system_prompt": "You are a helpful assistant.",
     }
