@@ -36,7 +36,19 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from eval import options
-from eval.measure import machine, milliseconds, peak_bytes, ratio, timed
+from eval.measure import (
+    check_equal,
+    forward,
+    machine,
+    milliseconds,
+    peak_bytes,
+    ratio,
+    results_of,
+    side_by_side,
+    timed,
+    train,
+    verdict,
+)
 from eval.tables import Table, show
 from vltok.kernels.depthwise import depthwise_conv2d
 from vltok.kernels.gaussian_mix import definition, gaussian_mix
@@ -165,32 +177,15 @@ def draw(attention: SoftmaxFreeAttention) -> None:
     attention.attn.Qnorm_act[0].weight.mul_(0.5)
 
 
-def forward(layer: nn.Module, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    with torch.no_grad():
-        return layer(x, grid)
-
-
-def train(layer: nn.Module, x: torch.Tensor, grid: tuple[int, int], cotangent: torch.Tensor) -> torch.Tensor:
-    out = layer(x, grid)
-    out.backward(cotangent)
-    return out
-
-
 def check(dim: int, heads: int, normalize: bool, device: str) -> None:
     """Refuse to compare unequal things: SOFT as released and the released formulation, outputs and gradients."""
-    side, sides = 32, []
+    side = 32
     layers = build(side, dim, heads, normalize, parity=True)
     x = torch.randn(2, side * side, dim, device=device, dtype=torch.float64)
-    cotangent = torch.randn_like(x)
-    for name in (GROWING, "released"):
-        layer, tokens = layers[name].to(x), x.clone().requires_grad_()
-        out = train(layer, tokens, (side, side), cotangent)
-        weights = {key.removeprefix("attention."): weight.grad for key, weight in layer.named_parameters()}
-        sides.append({"the output": out.detach(), "the gradient of the input": tokens.grad, **weights})
-    for name, expected in sides[1].items():
-        error = (sides[0][name] - expected).abs().max() / expected.abs().max()
-        if not error <= 1e-6:
-            raise RuntimeError(f"SOFT and the released formulation differ by {error:.1e} in {name}")
+    like, grid = torch.randn_like(x), (side, side)
+    own, released = (results_of(layers[name].to(x), x, grid, cotangent=like) for name in (GROWING, "released"))
+    released = {name.removeprefix("attention."): value for name, value in released.items()}
+    check_equal(own, released, 1e-6, "SOFT and the released formulation")
 
 
 def measure(
@@ -203,23 +198,10 @@ def measure(
     """
     layers = {name: layer.to(device) for name, layer in build(side, dim, heads, normalize).items()}
     x = torch.randn(batch, side * side, dim, device=device, requires_grad=True)
-    cotangent, grid = torch.randn_like(x), (side, side)
-
-    def clean() -> None:
-        x.grad = None
-        for layer in layers.values():
-            layer.zero_grad()
-
+    how = {"device": device, "rounds": rounds, "seconds": seconds}
     results = []
     for what in PASSES:
-        call = forward if what == "forward" else partial(train, cotangent=cotangent)
-        runs = {name: partial(call, layer, x, grid) for name, layer in layers.items()}
-        peaks = {}
-        for name, run in runs.items():
-            x.grad = torch.zeros_like(x)
-            peaks[name] = peak_bytes(run, layers[name], device, accumulating=True) / 2**20
-        clean()
-        times = timed(runs, clean, device, rounds, seconds)
+        times, peaks = side_by_side(layers, x, (side, side), trains=what != "forward", **how)
         to = {
             f"to_{other}": {name: ratio(times[other], times[name]) for name in times if name != other}
             for other in ("sdpa", "released")
@@ -256,25 +238,25 @@ def crossover(results: Sequence[Result], what: str, name: str) -> int | None:
 
 def goals(results: Sequence[Result]) -> list[str]:
     """What was to be reached, and whether it was."""
-    lines: list[tuple[str, bool]] = []
+    lines: list[str] = []
     for what in PASSES:
         time, memory = exponents(results, what)[CONSTANT]
         if not math.isnan(time):
             text = f"{what}: exponents of SOFT <= 1.1; time {time:.2f}, memory {memory:.2f}"
-            lines.append((text, max(time, memory) <= 1.1))
+            lines.append(verdict(text, max(time, memory) <= 1.1))
         start = crossover(results, what, CONSTANT)
         is_early = start is not None and start <= 4096
-        lines.append((f"{what}: SOFT is faster than sdpa from some N <= 4096 on; {start}", is_early))
+        lines.append(verdict(f"{what}: SOFT is faster than sdpa from some N <= 4096 on; {start}", is_early))
         for r in results:
             if r["what"] == what and r["tokens"] == 16384:
                 times = r["to_sdpa"][CONSTANT]
-                lines.append((f"{what}: 4x sdpa at 16384; {times:.1f}x", times >= 4))
+                lines.append(verdict(f"{what}: 4x sdpa at 16384; {times:.1f}x", times >= 4))
     for r in results:
         if r["what"] == PASSES[1] and math.isqrt(r["tokens"]) in RELEASED_AT:
             times, share = r["to_released"][GROWING], r["mebibytes"][GROWING] / r["mebibytes"]["released"]
             text = f"{r['what']} at {r['tokens']}: >= 2x the released formulation with <= 1/2 of its memory"
-            lines.append((f"{text}; {times:.2f}x, {share:.2f}", times >= 2 and share <= 0.5))
-    return [f"{text}: {'met' if is_met else 'NOT MET'}" for text, is_met in lines]
+            lines.append(verdict(f"{text}; {times:.2f}x, {share:.2f}", times >= 2 and share <= 0.5))
+    return lines
 
 
 def tables(results: Sequence[Result]) -> list[Table]:
@@ -350,15 +332,8 @@ def measure_kernels(
 ) -> dict[str, tuple[float, float, float]]:
     """Of each function by name: milliseconds, MiB, and how many times the time of "ours" it takes."""
     leaves = nn.ParameterList(tensors)
-    with torch.no_grad():
-        cotangent = torch.ones_like(functions["ours"](*leaves))
-
-    def both(function: Callable[..., torch.Tensor]) -> torch.Tensor:
-        out = function(*leaves)
-        out.backward(cotangent)
-        return out
-
-    runs = {name: partial(both, function) for name, function in functions.items()}
+    cotangent = torch.ones_like(forward(functions["ours"], *leaves))
+    runs = {name: partial(train, function, *leaves, cotangent=cotangent) for name, function in functions.items()}
     peaks = {name: peak_bytes(run, leaves, "cpu", accumulating=True) / 2**20 for name, run in runs.items()}
     times = timed(runs, leaves.zero_grad, "cpu", rounds, seconds)
     took = milliseconds(times)

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 import vltok
 from eval import options
-from eval.measure import machine, milliseconds, peak_bytes, ratio, timed
+from eval.measure import check_equal, machine, milliseconds, ratio, results_of, side_by_side, timed, verdict
 from eval.tables import Table, show
 from vltok.nn import TokenAwareAveragePooling
 
@@ -55,12 +55,6 @@ class UnfoldedPooling(nn.Module):
         return out.flatten(2).mT
 
 
-def train(module: nn.Module, x: torch.Tensor, cotangent: torch.Tensor) -> torch.Tensor:
-    out = module(x)
-    out.backward(cotangent)
-    return out
-
-
 def build_pooling(channels: int) -> tuple[TokenAwareAveragePooling, UnfoldedPooling]:
     """Both formulations with the same weights."""
     torch.manual_seed(0)
@@ -70,16 +64,10 @@ def build_pooling(channels: int) -> tuple[TokenAwareAveragePooling, UnfoldedPool
 
 def check_pooling(own: nn.Module, other: nn.Module, x: torch.Tensor) -> None:
     """Refuse to compare unequal things: outputs and gradients to 1e-5 of the largest."""
-    cotangent, sides = torch.randn_like(x), []
-    for module in (own, other):
-        tokens = x.detach().clone().requires_grad_()
-        out = train(module, tokens, cotangent)
-        sides.append([out.detach(), tokens.grad, *(weight.grad for weight in module.parameters())])
-        module.zero_grad()
-    for mine, theirs in zip(*sides, strict=True):
-        error = (mine - theirs).abs().max() / theirs.abs().max()
-        if not error <= 1e-5:
-            raise RuntimeError(f"the two formulations of pooling differ by {error:.1e}")
+    cotangent = torch.randn_like(x)
+    sides = [results_of(module, x, cotangent=cotangent) for module in (own, other)]
+    theirs = {name.removeprefix("pooling."): value for name, value in sides[1].items()}
+    check_equal(sides[0], theirs, 1e-5, "the two formulations of pooling")
 
 
 def measure_pooling(batch: int, side: int, channels: int, device: str, rounds: int, seconds: float) -> Result:
@@ -87,21 +75,10 @@ def measure_pooling(batch: int, side: int, channels: int, device: str, rounds: i
     own, other = (module.to(device) for module in build_pooling(channels))
     x = torch.randn(batch, side * side, channels, device=device, requires_grad=True)
     check_pooling(own, other, x)
-    cotangent, peaks = torch.randn_like(x), []
-    runs = {"vltok": partial(train, own, x, cotangent), "unfold": partial(train, other, x, cotangent)}
-
-    def clean() -> None:
-        x.grad = None
-        own.zero_grad()
-        other.zero_grad()
-
-    for run in runs.values():
-        x.grad = torch.zeros_like(x)
-        peaks.append(peak_bytes(run, run.args[0], device, accumulating=True))
-    clean()
-    times = timed(runs, clean, device, rounds, seconds)
+    how = {"device": device, "rounds": rounds, "seconds": seconds}
+    times, peaks = side_by_side({"vltok": own, "unfold": other}, x, trains=True, **how)
     what = f"TAP, {batch} x {side} x {side} x {channels}"
-    return _result(what, times, "vltok", "unfold") | {"memory": peaks[0] / peaks[1]}
+    return _result(what, times, "vltok", "unfold") | {"memory": peaks["vltok"] / peaks["unfold"]}
 
 
 def measure_steps(model: str, batch: int, device: str, rounds: int, seconds: float) -> list[Result]:
@@ -157,7 +134,7 @@ def goals(results: Sequence[Result]) -> list[str]:
             text, is_met = f"{r['what']} <= {STEP}; {r['ratio']:.3f}", r["ratio"] <= STEP
         else:
             continue
-        lines.append(f"{text}: {'met' if is_met else 'NOT MET'}")
+        lines.append(verdict(text, is_met))
     return lines
 
 
