@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,67 @@ def timed(
         if number >= 3 and sum(map(sum, times.values())) > seconds:
             break
     return times
+
+
+def forward(module: Callable[..., torch.Tensor], *inputs: Any) -> torch.Tensor:
+    """Call a module without gradients."""
+    with torch.no_grad():
+        return module(*inputs)
+
+
+def train(module: Callable[..., torch.Tensor], *inputs: Any, cotangent: torch.Tensor) -> torch.Tensor:
+    """Call a module, forward and backward."""
+    out = module(*inputs)
+    out.backward(cotangent)
+    return out
+
+
+def check_equal(own: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor], tolerance: float, who: str) -> None:
+    """Refuse to compare unequal things: raise RuntimeError where results differ by more, as a share of the largest."""
+    for name, expected in other.items():
+        error = (own[name] - expected).abs().max() / expected.abs().max()
+        if not error <= tolerance:
+            raise RuntimeError(f"{who} differ by {error:.1e} in {name}")
+
+
+def results_of(module: nn.Module, x: torch.Tensor, *rest: Any, cotangent: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What a module gives for x and the rest, and all gradients, by name."""
+    tokens = x.detach().clone().requires_grad_()
+    out = train(module, tokens, *rest, cotangent=cotangent).detach()
+    weights = {name: weight.grad for name, weight in module.named_parameters()}
+    module.zero_grad()
+    return {"the output": out, "the gradient of the input": tokens.grad, **weights}
+
+
+def side_by_side(
+    modules: Mapping[str, nn.Module],
+    x: torch.Tensor,
+    *rest: Any,
+    trains: bool,
+    device: str,
+    rounds: int,
+    seconds: float,
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Seconds of modules in turns, see `timed`, and the peak of each in MiB, gradients being there beforehand."""
+    call = partial(train, cotangent=torch.randn_like(x)) if trains else forward
+    runs = {name: partial(call, module, x, *rest) for name, module in modules.items()}
+    peaks = {}
+
+    def clean() -> None:
+        x.grad = None
+        for module in modules.values():
+            module.zero_grad()
+
+    for name, run in runs.items():
+        x.grad = torch.zeros_like(x)
+        peaks[name] = peak_bytes(run, modules[name], device, accumulating=True) / 2**20
+    clean()
+    return timed(runs, clean, device, rounds, seconds), peaks
+
+
+def verdict(text: str, is_met: bool) -> str:
+    """A goal, and whether it was reached."""
+    return f"{text}: {'met' if is_met else 'NOT MET'}"
 
 
 def milliseconds(times: Mapping[str, Sequence[float]]) -> dict[str, float]:

@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from eval import options
-from eval.measure import machine, milliseconds, peak_bytes, ratio, timed
+from eval.measure import check_equal, forward, machine, milliseconds, peak_bytes, ratio, timed, train
 from eval.tables import Table, show
 from vltok.nn import TokenPackerProjector
 
@@ -130,17 +130,6 @@ class BareProducts:
                 grad @ weight
 
 
-def forward(module: nn.Module, features: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return module(features)
-
-
-def train(module: nn.Module, features: torch.Tensor, cotangent: torch.Tensor) -> torch.Tensor:
-    out = module(features)
-    out.backward(cotangent)
-    return out
-
-
 def build(sizes: Sizes, scale: int) -> tuple[TokenPackerProjector, PlainProjector]:
     """Both formulations with the same random weights; no weight is a special case, such as a bias of zero."""
     torch.manual_seed(0)
@@ -163,17 +152,14 @@ def check(own: nn.Module, plain: PlainProjector, device: str) -> None:
     cotangent = torch.randn_like(forward(plain, features))
     sides = []
     for module in (own, plain):
-        out = train(module, features, cotangent)
+        out = train(module, features, cotangent=cotangent)
         grads = {name: parameter.grad for name, parameter in module.named_parameters()}
         # what shifts all scores of a region alike has a gradient of zero, and what stands there is rounding
         grads["clip_attn.in_proj_bias"] = grads["clip_attn.in_proj_bias"].unflatten(0, (3, -1))[[0, 2]]
         del grads["ln_k_1.bias"]
         sides.append({"the output": out.detach(), "the output under no_grad": forward(module, features), **grads})
         module.zero_grad()
-    for name, expected in sides[1].items():
-        error = (sides[0][name] - expected).abs().max() / expected.abs().max()
-        if not error <= 1e-6:
-            raise RuntimeError(f"the projector and the plain formulation differ by {error:.1e} in {name}")
+    check_equal(*sides, 1e-6, "the projector and the plain formulation")
 
 
 def measure(

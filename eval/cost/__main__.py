@@ -2,13 +2,14 @@
 
     python -m eval.cost
     python -m eval.cost --shape qwen2.5-vl-7b --scale 0.25 --methods "divprune;fastv" --keep-ratios 0.5,0.1
+    python -m eval.cost --shape overhead --methods "stride;todre,stages=(1,);todre,tau=0.0" --keep-ratios 0.1
     python -m eval.cost --model FOLDER --device cuda --dtype bfloat16
 
 An answer is `generate` with the default cache. It is taken apart by hooks into the vision tower, the projector, the
 selector's picking, the rest of the prefill, the decoded tokens, and what generate does between. The natively short
 prompt has no hooks: the same model encodes the same image and answers from as many embeddings as pruning leaves, so
-that the ratio to it is what pruning itself costs. All answer in turns, each with and without hooks; a ratio is the
-median over the rounds of the ratios within a round.
+that the ratio to it is what pruning itself costs; the shape "overhead" has next to no tower, which would hide that.
+All answer in turns, each with and without hooks; a ratio is the median over the rounds of the ratios within a round.
 
 Weights of a shape are random. --scale shrinks layers, heads and feed-forward widths; tokens stay as many. docs/costs.md
 has the formula of the operations, and how scaling changes the shares of the parts.
@@ -56,7 +57,7 @@ def read(argv: Sequence[str] | None) -> argparse.Namespace:
     which = command.add_mutually_exclusive_group()
     which.add_argument("--shape", choices=shapes.SHAPES, default="llava-1.5-7b", help="random weights (%(default)s)")
     which.add_argument("--model", type=Path, help="a folder of save_pretrained, with the processor; used as it is")
-    command.add_argument("--scale", type=_scale, default=0.125, help="of a shape, in (0, 1] (%(default)s)")
+    command.add_argument("--scale", type=_scale, help="of a shape, in (0, 1]; 0.125, and 1 for overhead")
     command.add_argument("--methods", default="divprune;todre", help='as text, with semicolons ("%(default)s")')
     command.add_argument("--keep-ratios", type=options.shares, default="0.25,0.1", help="budgets (%(default)s)")
     command.add_argument("--text-tokens", type=options.count, default=40, help="of the prompt, about (%(default)s)")
@@ -89,6 +90,7 @@ def set_up(asked: argparse.Namespace) -> tuple[Bench, str]:
     dtype, common = options.DTYPES[asked.dtype], f"{asked.dtype}, {asked.device}, {asked.new_tokens} new tokens"
     if asked.model is None:
         shape = shapes.SHAPES[asked.shape]
+        asked.scale = asked.scale or shape.scale
         model = shapes.build(shape.scaled(asked.scale)).to(asked.device, dtype)
         with torch.device("meta"):
             full = shapes.build(shape)

@@ -51,7 +51,8 @@ class Row:
         per_token: Milliseconds of each decoded token.
         to_unpruned: The whole as a ratio to the unpruned answer: lower quartile, median, upper quartile.
         first_to_unpruned: Tower, projector, selector and prefill as such a ratio, the median.
-        to_native: The whole as a ratio to the natively short prompt, or None where there is none.
+        to_native: The whole as a ratio to the natively short prompt, quartiles, or None where there is none.
+        decode_to_native: The decoded tokens as such a ratio, the median.
         parts_to_whole: All parts together as a ratio to the answer with hooks that they are of.
         hooks_to_whole: The answer with hooks as a ratio to that without.
         kv_bytes: Keys and values of the prompt.
@@ -66,7 +67,8 @@ class Row:
     per_token: float
     to_unpruned: tuple[float, float, float]
     first_to_unpruned: float
-    to_native: float | None
+    to_native: tuple[float, float, float] | None
+    decode_to_native: float | None
     parts_to_whole: float
     hooks_to_whole: float
     kv_bytes: int
@@ -243,7 +245,8 @@ class Bench:
             per_token=round(milliseconds["decode"] / (self.new_tokens - 1), 3),
             to_unpruned=quartiles(own.whole, times[base].whole),
             first_to_unpruned=ratio(own.of(*PARTS[:4]), times[base].of(*PARTS[:4])),
-            to_native=None if native is None else ratio(own.whole, times[native].whole),
+            to_native=None if native is None else quartiles(own.whole, times[native].whole),
+            decode_to_native=None if native is None else ratio(own.of("decode"), times[native].of("decode")),
             parts_to_whole=ratio(own.of(*PARTS), own.hooked),
             hooks_to_whole=ratio(own.hooked, own.whole),
             kv_bytes=kv,

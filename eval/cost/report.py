@@ -15,17 +15,20 @@ COLORS = dict(zip(PARTS, ("#4c72b0", "#8fb0d9", "#c44e52", "#dd8452", "#55a868",
 def table(rows: Sequence[Row], title: str) -> Table:
     """All cases: times in ms, ratios of the whole answer."""
     times = ("tower", "projector", "selector", "prefill", "ms per\ntoken", "other")
-    ratios = ("first token\n/ unpruned", "whole\n/ unpruned", "whole\n/ short")
+    ratios = ("first token\n/ unpruned", "whole\n/ unpruned", "whole\n/ short", "tokens\n/ short")
     found = Table(("case", "visual\ntokens", *times, "whole\nms", *ratios, "KV\nMiB", "peak\nMiB", "GFLOPs"), title)
     for row in rows:
         ms = [row.milliseconds[name] for name in ("tower", "projector", "selector", "prefill")]
         cells = [*ms, row.per_token, row.milliseconds["other"], row.milliseconds["whole"]]
-        shares = [row.first_to_unpruned, row.to_unpruned[1], row.to_native]
+        short = row.to_native
+        shares = [f"{each:.2f}" for each in (row.first_to_unpruned, row.to_unpruned[1])]
+        shares += [None, None] if short is None else [f"{short[1]:.3f}\n({short[0]:.2f}-{short[2]:.2f})"]
+        shares += [] if short is None else [f"{row.decode_to_native:.3f}"]
         found.add(
             row.case,
             row.visual_tokens,
             *(f"{each:.1f}" for each in cells),
-            *(None if each is None else f"{each:.2f}" for each in shares),
+            *shares,
             *(f"{each / 2**20:.1f}" for each in (row.kv_bytes, row.peak_bytes)),
             None if row.flops is None else f"{before_first(row.flops) / 1e9:.1f}",
         )

@@ -23,6 +23,7 @@ class Shape:
         layers, heads, kv_heads, ffn, vocabulary: Of the decoder, whose heads are 128 wide.
         tower_layers, tower_heads, tower_head, tower_ffn: Of the vision tower; `tower_head` is the width of a head.
         side: Pixels along the side of the image that is asked about if nothing else is said.
+        scale: What it is scaled by if nothing else is said.
     """
 
     family: str
@@ -36,6 +37,7 @@ class Shape:
     tower_head: int
     tower_ffn: int
     side: int
+    scale: float = 0.125
 
     def scaled(self, scale: float) -> Shape:
         """The shape with layers, heads and ffn times `scale`, and the vocabulary times its square.
@@ -73,6 +75,8 @@ SHAPES = {
     "llava-next-7b": Shape("llava_next", **LLAMA, vocabulary=32064, **CLIP, side=672),  # the one with Vicuna
     "qwen2.5-vl-7b": Shape("qwen2_5_vl", 28, 28, 4, 18944, 152064, 32, 16, 80, 3420, side=672),
     "qwen3-vl-8b": Shape("qwen3_vl", 36, 32, 8, 12288, 151936, 27, 16, 72, 4304, side=672),
+    # A tower so small that equal work in it doesn't hide what pruning itself costs.
+    "overhead": Shape("llava", 24, 8, 8, 2816, 32000, 2, 1, 64, 128, side=336, scale=1.0),
 }
 
 

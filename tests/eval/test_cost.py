@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vltok
 from eval.cost import __main__ as command
-from eval.cost import flops, parts, report, shapes
+from eval.cost import bench, flops, parts, report, shapes
 from eval.cost.bench import Bench, Case, Row, cases
 from vltok.errors import VltokError
 
@@ -38,15 +38,15 @@ def counted(bench: Bench, case: Case, new_tokens: int) -> int:
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("name", shapes.SHAPES)
+@pytest.mark.parametrize("name", SIDES)
 def test_operations_are_those_that_torch_counts(name):
-    bench = small(name)
-    layers, length = bench.model.config.get_text_config().num_hidden_layers, bench.inputs["input_ids"].shape[1]
+    own = small(name)
+    layers, length = own.model.config.get_text_config().num_hidden_layers, own.inputs["input_ids"].shape[1]
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        shapes.features(bench.model, bench.inputs)
-    found = flops.count(bench.model, bench.inputs, [length] * layers)
+        shapes.features(own.model, own.inputs)
+    found = flops.count(own.model, own.inputs, [length] * layers)
     assert found.tower + found.projector == pytest.approx(counter.get_total_flops(), rel=0.02)
-    first, second = (counted(bench, Case("unpruned"), n) for n in (1, 2))
+    first, second = (counted(own, Case("unpruned"), n) for n in (1, 2))
     assert report.before_first(found) == pytest.approx(first, rel=0.02)
     assert found.decode == pytest.approx(second - first, rel=0.02)
 
@@ -60,12 +60,12 @@ def test_operations_are_those_that_torch_counts(name):
     ],
 )
 def test_operations_of_a_pruned_prompt_are_those_that_torch_counts(method, own):
-    bench, case = small("llava-1.5-7b"), Case("pruned", method)
-    first, second = (counted(bench, case, n) for n in (1, 2))
-    with bench.on(case) as handle:
-        bench.answer(case, bench.inputs, 1)
+    pruned, case = small("llava-1.5-7b"), Case("pruned", method)
+    first, second = (counted(pruned, case, n) for n in (1, 2))
+    with pruned.on(case) as handle:
+        pruned.answer(case, pruned.inputs, 1)
         tokens = handle.report(file=None).tokens_per_layer[0].tolist()
-    found = flops.count(bench.model, bench.inputs, tokens)
+    found = flops.count(pruned.model, pruned.inputs, tokens)
     assert report.before_first(found) + own == pytest.approx(first, rel=0.02)
     assert found.decode == pytest.approx(second - first, rel=0.02)
 
@@ -161,6 +161,21 @@ def test_a_natively_short_prompt_costs_the_cache_what_the_pruned_one_does(llava)
     assert min(base.peak_bytes, pruned.peak_bytes, native.peak_bytes) > base.kv_bytes / 4
 
 
+@torch.no_grad()
+def test_the_natively_short_prompt_is_what_pruning_leaves(llava, monkeypatch):
+    case = Case("pruned", "stride,num_keep=64,positions=reindex")
+    with llava.on(case) as handle:
+        pruned = llava.model(**llava.inputs, logits_to_keep=1).logits
+        kept = handle.report(file=None).keep_indices[0][0]
+    encoded = torch.cat(shapes.features(llava.model, llava.inputs))
+    logits = []
+    for order in (kept, kept.flip(0)):
+        monkeypatch.setattr(bench, "features", lambda *_, order=order: [torch.cat([encoded[order], encoded[64:]])])
+        logits.append(llava.model(**llava.native(64), logits_to_keep=1).logits)
+    torch.testing.assert_close(logits[0], pruned, rtol=1e-4, atol=1e-5)
+    assert (logits[1] - pruned).abs().max() > 1e-3  # the comparison sees another order of the same tokens
+
+
 def test_every_method_comes_at_every_budget_and_once_with_its_own():
     found = [(case.name, case.method) for case in cases(["divprune", "todre,num_keep=9", "tap"], [0.5, 0.1])]
     assert found == [
@@ -178,7 +193,7 @@ def row(case: str = "unpruned", ratios: tuple[float, float, float] = (1.0, 1.0, 
     times = {"tower": 10.0, "projector": 5.0, "selector": 0.0, "prefill": 85.0, "decode": 50.0, "other": 1.0}
     sizes = {"visual_tokens": 90, "kv_bytes": 100, "parts_to_whole": 1.0, "hooks_to_whole": 1.0} | changes
     times |= sizes.pop("milliseconds", {})
-    rest = {"per_token": 1.0, "first_to_unpruned": 1.0, "to_native": None, "peak_bytes": 1}
+    rest = {"per_token": 1.0, "first_to_unpruned": 1.0, "to_native": None, "decode_to_native": None, "peak_bytes": 1}
     return Row(case=case, milliseconds=times, to_unpruned=ratios, flops=None, full_flops=None, **rest, **sizes)
 
 

@@ -73,7 +73,7 @@ class Squares(nn.Module):
 def test_peaks_are_counted_to_the_byte():
     module, x = Squares(), torch.ones(1000)
     forward = projector.partial(projector.forward, module, x)
-    backward = projector.partial(projector.train, module, x, torch.ones(1000))
+    backward = projector.partial(projector.train, module, x, cotangent=torch.ones(1000))
     assert projector.peak_bytes(forward, module, "cpu", accumulating=False) == 4000  # the output
     assert projector.peak_bytes(backward, module, "cpu", accumulating=False) == 4000  # the gradient doesn't count
     assert projector.peak_bytes(backward, module, "cpu", accumulating=True) == 8000  # what is added to it does
