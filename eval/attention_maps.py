@@ -1,57 +1,50 @@
 """Draws what the tokens of trained ViTs attend to, side by side: which keys get the attention of all queries.
 
+    python -m eval.attention_maps
     python -m eval.attention_maps --data cifar10.npz --model vit_tiny_patch16_224 \
         --model-kwargs img_size=32,patch_size=4,embed_dim=64,depth=4,num_heads=2 \
         --arm "plain@plain-seed0.safetensors=" --arm "tap-adl@tapadl-seed0.safetensors=tap+adl" --out maps.png
 
-Arms are those of eval.image_classification, each with the weights it was trained to. The first rows show pictures with
-the attention that each patch receives, averaged over heads, queries and blocks, as they are and with noise; the last
-row the whole map, queries by keys, averaged over heads, blocks and pictures. The table has the share of attention that
-the most attended tenth of the tokens gets, and the attention diversification loss, over all test pictures asked for.
+Arms are those of eval.image_classification, each with the weights it was trained to. Without --data they are trained
+here and now on scikit-learn's handwritten digits, which takes a minute or two. The first rows show pictures with the
+attention that each patch receives, averaged over heads, queries and blocks, as they are and with noise; the last row
+the whole map, queries by keys, averaged over heads, blocks and pictures. The table has the share of attention that the
+most attended tenth of the tokens gets, and the attention diversification loss, over all test pictures asked for.
 """
 
 from __future__ import annotations
 
-import json
+import argparse
+import sys
+import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import torch
-import typer
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
+from eval import options
 from eval.image_classification.arms import Arm, parse_arm
 from eval.image_classification.augment import parse_augment
 from eval.image_classification.data import open_data
 from eval.image_classification.models import ModelSpec
+from eval.image_classification.recipe import Recipe
 from eval.image_classification.settings import parse_fields
 from eval.image_classification.sources import Subset
-from eval.image_classification.task import prepare
+from eval.image_classification.task import Task, prepare
+from eval.image_classification.training import fit
+from eval.measure import machine
+from eval.tables import Table, show
 from vltok.nn import attention_diversification_loss
 
 CONDITIONS = ("clean", "noise")
-
-
-@dataclass(frozen=True)
-class Concentration:
-    """How attention is spread over the tokens, mean over blocks and pictures.
-
-    Attributes:
-        arm: The arm.
-        condition: "clean" or "noise".
-        top_tenth: Share of all attention that the most attended tenth of the tokens receives, in [0, 1].
-        diversification: The attention diversification loss with its published threshold.
-    """
-
-    arm: str
-    condition: str
-    top_tenth: float
-    diversification: float
+DIGITS = {
+    "model": "vit_tiny_patch16_224",
+    "model_kwargs": "img_size=16,patch_size=4,embed_dim=64,depth=4,num_heads=2",
+    "arm": ["plain=", "tap-adl=tap,init=published+adl"],
+}
 
 
 @torch.no_grad()
@@ -132,61 +125,86 @@ def _on_grid(maps: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     return maps.mean((0, 1))[-grid[0] * grid[1] :].reshape(grid)
 
 
-def load(arm: Arm, spec: ModelSpec, seed: int, num_classes: int) -> nn.Module:
-    """The model of an arm with the weights it was trained to.
+def write_digits(path: Path) -> None:
+    """Write scikit-learn's digits, twice as large, as pictures to train on and, every fifth, to test on."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = np.kron(digits.images * 15.9, np.ones((2, 2))).astype(np.uint8)[..., None].repeat(3, -1)
+    tests = np.arange(len(images)) % 5 == 0
+    parts = {"train_": ~tests, "test_": tests}
+    arrays = {"images": images, "labels": digits.target}
+    np.savez(path, **{part + name: array[own] for part, own in parts.items() for name, array in arrays.items()})
+
+
+def load(arm: Arm, spec: ModelSpec, seed: int, task: Task, epochs: int) -> nn.Module:
+    """The model of an arm with the weights it was trained to, or trained here where there are pictures to train on.
 
     Raises:
-        ValueError: If the arm names no file of weights.
+        ValueError: If there are neither.
     """
-    if arm.start is None:
+    if arm.start is not None:
+        return spec.build(seed, task.num_classes, arm.methods, Path(arm.start.format(seed=seed)))[0]
+    if task.train is None:
         raise ValueError(f'{arm.name} has no weights; write "{arm.name}@FILE=..." with the file it was trained to')
-    return spec.build(seed, num_classes, arm.methods, Path(arm.start.format(seed=seed)))[0]
+    model, handle = spec.build(seed, task.num_classes, arm.methods, None)
+    found = fit(model, handle, task, Recipe(epochs=epochs, batch_size=32, lr=2e-3), seed, eval_every=10**9)
+    print(f"{arm.name}: {100 * found['top1']:.1f} % of the test pictures are right after training", file=sys.stderr)
+    return model
 
 
-def show(found: Sequence[Concentration]) -> None:
-    """Print the table."""
-    table = Table(title="where attention goes")
-    for name in ("arm", "pictures", "most attended tenth", "diversification loss"):
-        table.add_column(name, justify="left" if name == "arm" else "right")
-    for each in found:
-        table.add_row(each.arm, each.condition, f"{100 * each.top_tenth:.1f} %", f"{each.diversification:.3f}")
-    Console(width=100).print(table)
+def read(argv: Sequence[str] | None) -> argparse.Namespace:
+    command = options.parser(__doc__, options.common("threads", "quick", quick="two epochs, 50 pictures"))
+    command.add_argument("--data", type=Path, help="folder or npz file of pictures, as for eval.image_classification")
+    command.add_argument("--model", help="a ViT of timm; needed with --data")
+    command.add_argument("--model-kwargs", default="", help="for timm.create_model")
+    command.add_argument("--arm", action="append", help="NAME@WEIGHTS=METHODS, repeated; needed with --data")
+    command.add_argument("--epochs", type=options.count, default=6, help="of training on digits (%(default)s)")
+    command.add_argument("--pictures", type=options.count, default=200, help="to average over (%(default)s)")
+    command.add_argument("--shown", type=options.count, default=3, help="pictures to draw (%(default)s)")
+    command.add_argument(
+        "--noise", type=float, default=0.4, help="strength, in units of the model's input (%(default)s)"
+    )
+    command.add_argument("--seed", type=int, default=0, help='what "{seed}" in file names stands for')
+    where = Path("attention_maps.png")
+    command.add_argument(
+        "--out", type=Path, default=where, help="the figure; numbers go beside it as JSON (%(default)s)"
+    )
+    asked = options.parse(command, argv, {"epochs": 2, "pictures": 50})
+    own = (asked.model, asked.arm)
+    if (asked.data is None) != (own == (None, None)) or (asked.data is not None and None in own):
+        command.error("--data, --model and --arm go together; without all three, digits are trained on")
+    return asked
 
 
-def main(
-    data: Annotated[Path, typer.Option(help="Folder or npz file of pictures, as for eval.image_classification.")],
-    model: Annotated[str, typer.Option(help="A ViT of timm.")],
-    arm: Annotated[list[str], typer.Option(help="NAME@WEIGHTS=METHODS, repeated.")],
-    model_kwargs: Annotated[str, typer.Option(help="For timm.create_model.")] = "",
-    pictures: Annotated[int, typer.Option(min=1, help="Pictures to average over.")] = 200,
-    shown: Annotated[int, typer.Option(min=1, help="Pictures to draw.")] = 3,
-    noise: Annotated[float, typer.Option(min=0, help="Strength of the noise, in units of the model's input.")] = 0.4,
-    seed: Annotated[int, typer.Option(help='What "{seed}" in file names stands for.')] = 0,
-    out: Annotated[Path, typer.Option(help="The figure; numbers go beside it as JSON.")] = Path("attention_maps.png"),
-) -> None:
-    """Draw what the tokens of trained ViTs attend to."""
-    spec = ModelSpec(model, parse_fields(model_kwargs))
-    arms = [parse_arm(text) for text in arm]
-    source = open_data(data, trains=False)
-    source = replace(source, test=Subset(source.test, np.arange(min(pictures, len(source.test)))))
-    task = prepare(spec, source, parse_augment("none"), torch.device("cpu"))
+def main(argv: Sequence[str] | None = None) -> None:
+    asked = read(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        if trains := asked.data is None:
+            vars(asked).update(DIGITS)
+            write_digits(Path(folder) / "digits.npz")
+        spec = ModelSpec(asked.model, parse_fields(asked.model_kwargs))
+        source = open_data(asked.data or Path(folder) / "digits.npz", trains=trains)
+        source = replace(source, test=Subset(source.test, np.arange(min(asked.pictures, len(source.test)))))
+        task = prepare(spec, source, parse_augment("none"), torch.device("cpu"))
     test = task.preprocess.normalise(next(iter(task.test.batches(torch.arange(len(task.test)), len(task.test))))[0])
-    conditions = {"clean": test, "noise": with_noise(test, noise)}
+    conditions = {"clean": test, "noise": with_noise(test, asked.noise)}
     maps, found = {}, []
-    for each in arms:
-        net = load(each, spec, seed, task.num_classes)
+    table = Table(("arm", "pictures", "most attended tenth", "diversification loss"), "where attention goes", left=2)
+    for arm in map(parse_arm, asked.arm):
+        net = load(arm, spec, asked.seed, task, asked.epochs)
         for condition, batch in conditions.items():
-            maps[each.name, condition] = attention_of(net, batch)
-            found.append(Concentration(each.name, condition, *concentration(maps[each.name, condition])))
-    show(found)
+            maps[arm.name, condition] = attention_of(net, batch)
+            top, loss = concentration(maps[arm.name, condition])
+            found.append({"arm": arm.name, "condition": condition, "top_tenth": top, "diversification": loss})
+            table.add(arm.name, condition, f"{100 * top:.1f} %", f"{loss:.3f}")
     mean, std = (torch.tensor(values)[:, None, None] for values in (task.preprocess.mean, task.preprocess.std))
-    pixels = {condition: batch[:shown] * std + mean for condition, batch in conditions.items()}
-    grid = tuple(spec.create(seed, task.num_classes).patch_embed.grid_size)
-    draw(out, pixels, maps, grid)
-    content = {"model": model, "pictures": len(test), "noise": noise, "concentration": [asdict(each) for each in found]}
-    out.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    Console(stderr=True).print(f"written to {out} and {out.with_suffix('.json')}")
+    pixels = {condition: batch[: asked.shown] * std + mean for condition, batch in conditions.items()}
+    draw(asked.out, pixels, maps, tuple(spec.create(asked.seed, task.num_classes).patch_embed.grid_size))
+    content = {"model": asked.model, "pictures": len(test), "noise": asked.noise, "concentration": found}
+    show([table], machine("cpu"), asked.out.with_suffix(".json"), content)
+    print(f"written to {asked.out} and {asked.out.with_suffix('.json')}")
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    main()

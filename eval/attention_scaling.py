@@ -2,72 +2,68 @@
 
     python -m eval.attention_scaling
     python -m eval.attention_scaling --quick --json scaling.json --plot scaling.png
+    python -m eval.attention_scaling --kernels
 
 Whole attention layers, projections included, run in turns in one process on square grids: softmax attention by
 torch.nn.functional.scaled_dot_product_attention ("sdpa"); SoftmaxFreeAttention with a constant number of landmarks, 49
 or 64, for which its cost is linear ("SOFT"), and with the ratio of 8 that the papers use in their largest stage, for
 which landmarks grow with the tokens ("SOFT, ratio 8"); and what the released code computes, written plainly, with whole
 kernel matrices and squared norms by products with ones ("released", ratio 8). A ratio is the median over the rounds of
-the ratios within a round. Exponents are fitted by least squares to logarithms, from 1,024 tokens on.
+the ratios within a round. Exponents are fitted by least squares to logarithms, from 1,024 tokens on. Before anything
+is timed, SOFT in parity mode and the released formulation must agree to 1e-6 in outputs and gradients, in float64.
 
-Before anything is timed, SOFT in parity mode and the released formulation must agree to 1e-6 in outputs and gradients,
-in float64. Memory is the peak above weights, inputs and gradients, and counted, not sampled; see
-`eval.measure.peak_bytes`.
+With --kernels SOFT's two hand-written backward passes run beside autograd's instead. "mix" is
+`vltok.kernels.gaussian_mix`: tile by tile ("ours"), by whole kernel matrices ("plain"), and these computed a second
+time rather than held ("checkpoint"). "convolution" is `vltok.kernels.depthwise` beside torch's own. A hand-written
+pass is kept where it takes 10 % less time or 20 % less memory.
+
+Memory is the peak above weights, inputs and gradients, and counted, not sampled; see `eval.measure.peak_bytes`.
 """
 
 from __future__ import annotations
 
-import json
+import argparse
 import math
-import os
-import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
-import typer
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from eval.measure import machine, numbers, peak_bytes, timed
+from eval import options
+from eval.measure import (
+    check_equal,
+    forward,
+    machine,
+    milliseconds,
+    peak_bytes,
+    ratio,
+    results_of,
+    side_by_side,
+    timed,
+    train,
+    verdict,
+)
+from eval.tables import Table, show
+from vltok.kernels.depthwise import depthwise_conv2d
+from vltok.kernels.gaussian_mix import definition, gaussian_mix
 from vltok.nn import SoftmaxFreeAttention
 
-SIDES = (14, 28, 32, 40, 56, 64, 80, 96, 112, 128)
-QUICK_SIDES = (14, 32, 56, 64)
+SIDES, QUICK_SIDES = "14,28,32,40,56,64,80,96,112,128", "14,32,56,64"
 FIT_FROM = 1024  # tokens
 RELEASED_AT = (56, 112)  # sides at which the released formulation is a goal
 RATIO, CONV_SIZE = 8, 9  # of the papers' largest stage
 STEPS = 20  # of Newton's iteration
 CONSTANT, GROWING = "SOFT", "SOFT, ratio 8"
 PASSES = ("forward", "forward+backward")
-
-
-@dataclass(frozen=True)
-class Result:
-    """One number of tokens and one kind of pass.
-
-    Attributes:
-        tokens: N.
-        what: "forward", under no_grad, or "forward+backward", where the input takes a gradient too.
-        milliseconds: Medians by name; for orientation, they hold for this machine at this hour only.
-        mebibytes: Peaks by name, above weights, inputs and gradients.
-        to_sdpa: How many times faster than sdpa, by name.
-        to_released: How many times faster than the released formulation, by name.
-    """
-
-    tokens: int
-    what: str
-    milliseconds: dict[str, float]
-    mebibytes: dict[str, float]
-    to_sdpa: dict[str, float]
-    to_released: dict[str, float]
+MIXES = ((2, 196, 49, 32), (24, 576, 49, 64), (2, 3136, 49, 32), (2, 12544, 49, 32), (2, 12544, 196, 32))  # B, N, M, d
+CONVOLUTIONS = ((8, 384, 14, 9), (4, 128, 28, 5), (1, 64, 56, 9))  # B, C, side, kernel
+Result = dict[str, Any]
 
 
 class SoftmaxAttention(nn.Module):
@@ -162,10 +158,10 @@ def build(side: int, dim: int, heads: int, normalize: bool, parity: bool = False
     torch.manual_seed(0)
     ratios = {CONSTANT: constant_ratio(side), GROWING: RATIO}
     layers: dict[str, nn.Module] = {"sdpa": SoftmaxAttention(dim, heads)}
-    for name, ratio in ratios.items():
-        if ratio <= side:
+    for name, own in ratios.items():
+        if own <= side:
             layers[name] = attention = SoftmaxFreeAttention(
-                dim, heads, ratio, CONV_SIZE, normalize=normalize, parity=parity
+                dim, heads, own, CONV_SIZE, normalize=normalize, parity=parity
             )
             draw(attention)
     layers["released"] = ReleasedAttention(SoftmaxFreeAttention(dim, heads, RATIO, CONV_SIZE, normalize))
@@ -181,68 +177,38 @@ def draw(attention: SoftmaxFreeAttention) -> None:
     attention.attn.Qnorm_act[0].weight.mul_(0.5)
 
 
-def forward(layer: nn.Module, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    with torch.no_grad():
-        return layer(x, grid)
-
-
-def train(layer: nn.Module, x: torch.Tensor, grid: tuple[int, int], cotangent: torch.Tensor) -> torch.Tensor:
-    out = layer(x, grid)
-    out.backward(cotangent)
-    return out
-
-
 def check(dim: int, heads: int, normalize: bool, device: str) -> None:
     """Refuse to compare unequal things: SOFT as released and the released formulation, outputs and gradients."""
-    side, sides = 32, []
+    side = 32
     layers = build(side, dim, heads, normalize, parity=True)
     x = torch.randn(2, side * side, dim, device=device, dtype=torch.float64)
-    cotangent = torch.randn_like(x)
-    for name in (GROWING, "released"):
-        layer, tokens = layers[name].to(x), x.clone().requires_grad_()
-        out = train(layer, tokens, (side, side), cotangent)
-        weights = {key.removeprefix("attention."): weight.grad for key, weight in layer.named_parameters()}
-        sides.append({"the output": out.detach(), "the gradient of the input": tokens.grad, **weights})
-    for name, expected in sides[1].items():
-        error = (sides[0][name] - expected).abs().max() / expected.abs().max()
-        if not error <= 1e-6:
-            raise RuntimeError(f"SOFT and the released formulation differ by {error:.1e} in {name}")
+    like, grid = torch.randn_like(x), (side, side)
+    own, released = (results_of(layers[name].to(x), x, grid, cotangent=like) for name in (GROWING, "released"))
+    released = {name.removeprefix("attention."): value for name, value in released.items()}
+    check_equal(own, released, 1e-6, "SOFT and the released formulation")
 
 
 def measure(
     side: int, batch: int, dim: int, heads: int, normalize: bool, device: str, rounds: int, seconds: float
 ) -> list[Result]:
-    """Measure one grid, forward alone and forward and backward."""
+    """One grid, forward under no_grad, and forward and backward, where the input takes a gradient too.
+
+    "mebibytes" are peaks above weights, inputs and gradients; "to_sdpa" and "to_released" say how many times faster
+    than these each is.
+    """
     layers = {name: layer.to(device) for name, layer in build(side, dim, heads, normalize).items()}
     x = torch.randn(batch, side * side, dim, device=device, requires_grad=True)
-    cotangent, grid = torch.randn_like(x), (side, side)
-
-    def clean() -> None:
-        x.grad = None
-        for layer in layers.values():
-            layer.zero_grad()
-
+    how = {"device": device, "rounds": rounds, "seconds": seconds}
     results = []
     for what in PASSES:
-        call = partial(forward) if what == "forward" else partial(train, cotangent=cotangent)
-        runs: dict[str, Callable[[], Any]] = {name: partial(call, layer, x, grid) for name, layer in layers.items()}
-        peaks = {}
-        for name, run in runs.items():
-            x.grad = torch.zeros_like(x)
-            peaks[name] = peak_bytes(run, layers[name], device, accumulating=True) / 2**20
-        clean()
-        times = timed(runs, clean, device, rounds, seconds)
+        times, peaks = side_by_side(layers, x, (side, side), trains=what != "forward", **how)
         to = {
-            other: {name: speedup(times[name], times[other]) for name in times if name != other}
+            f"to_{other}": {name: ratio(times[other], times[name]) for name in times if name != other}
             for other in ("sdpa", "released")
         }
-        milliseconds = {name: round(statistics.median(taken) * 1e3, 3) for name, taken in times.items()}
-        results.append(Result(side * side, what, milliseconds, peaks, to["sdpa"], to["released"]))
+        sizes = {"tokens": side * side, "what": what}
+        results.append({**sizes, "milliseconds": milliseconds(times), "mebibytes": peaks, **to})
     return results
-
-
-def speedup(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    return statistics.median(y / x for x, y in zip(ours, theirs, strict=True))
 
 
 def exponent(points: Iterable[tuple[int, float]]) -> float:
@@ -253,78 +219,61 @@ def exponent(points: Iterable[tuple[int, float]]) -> float:
 
 def exponents(results: Sequence[Result], what: str) -> dict[str, tuple[float, float]]:
     """Exponents of time and memory by name."""
-    chosen = [r for r in results if r.what == what]
+    chosen = [r for r in results if r["what"] == what]
     return {
-        name: (
-            exponent((r.tokens, r.milliseconds[name]) for r in chosen),
-            exponent((r.tokens, r.mebibytes[name]) for r in chosen),
-        )
-        for name in chosen[0].milliseconds
+        name: tuple(exponent((r["tokens"], r[kind][name]) for r in chosen) for kind in ("milliseconds", "mebibytes"))
+        for name in chosen[0]["milliseconds"]
     }
 
 
 def crossover(results: Sequence[Result], what: str, name: str) -> int | None:
     """The number of tokens from which on a layer is faster than sdpa, at all sizes measured; None if there is none."""
-    chosen = sorted((r for r in results if r.what == what), key=lambda r: r.tokens)
     found = None
-    for r in reversed(chosen):
-        if r.to_sdpa[name] <= 1:
+    for r in sorted((r for r in results if r["what"] == what), key=lambda r: -r["tokens"]):
+        if r["to_sdpa"][name] <= 1:
             break
-        found = r.tokens
+        found = r["tokens"]
     return found
 
 
 def goals(results: Sequence[Result]) -> list[str]:
     """What was to be reached, and whether it was."""
-    lines = []
-
-    def add(text: str, is_met: bool) -> None:
-        lines.append(f"{text}: {'met' if is_met else 'NOT MET'}")
-
+    lines: list[str] = []
     for what in PASSES:
         time, memory = exponents(results, what)[CONSTANT]
         if not math.isnan(time):
-            add(f"{what}: exponents of SOFT <= 1.1; time {time:.2f}, memory {memory:.2f}", max(time, memory) <= 1.1)
+            text = f"{what}: exponents of SOFT <= 1.1; time {time:.2f}, memory {memory:.2f}"
+            lines.append(verdict(text, max(time, memory) <= 1.1))
         start = crossover(results, what, CONSTANT)
-        add(f"{what}: SOFT is faster than sdpa from some N <= 4096 on; {start}", start is not None and start <= 4096)
+        is_early = start is not None and start <= 4096
+        lines.append(verdict(f"{what}: SOFT is faster than sdpa from some N <= 4096 on; {start}", is_early))
         for r in results:
-            if r.what == what and r.tokens == 16384:
-                add(f"{what}: 4x sdpa at 16384; {r.to_sdpa[CONSTANT]:.1f}x", r.to_sdpa[CONSTANT] >= 4)
+            if r["what"] == what and r["tokens"] == 16384:
+                times = r["to_sdpa"][CONSTANT]
+                lines.append(verdict(f"{what}: 4x sdpa at 16384; {times:.1f}x", times >= 4))
     for r in results:
-        if r.what == PASSES[1] and math.isqrt(r.tokens) in RELEASED_AT:
-            times, share = r.to_released[GROWING], r.mebibytes[GROWING] / r.mebibytes["released"]
-            add(
-                f"{r.what} at {r.tokens}: >= 2x the released formulation with <= 1/2 of its memory; "
-                f"{times:.2f}x, {share:.2f}",
-                times >= 2 and share <= 0.5,
-            )
+        if r["what"] == PASSES[1] and math.isqrt(r["tokens"]) in RELEASED_AT:
+            times, share = r["to_released"][GROWING], r["mebibytes"][GROWING] / r["mebibytes"]["released"]
+            text = f"{r['what']} at {r['tokens']}: >= 2x the released formulation with <= 1/2 of its memory"
+            lines.append(verdict(f"{text}; {times:.2f}x, {share:.2f}", times >= 2 and share <= 0.5))
     return lines
 
 
-def show(results: Sequence[Result], about: dict[str, Any]) -> None:
-    """Print the table, the exponents and which goals were met."""
-    console = Console(width=150)
+def tables(results: Sequence[Result]) -> list[Table]:
+    """A table for each kind of pass, with the exponents below."""
+    found = []
     for what in PASSES:
-        chosen = [r for r in results if r.what == what]
-        names = list(chosen[0].milliseconds)
-        table = Table(title=f"{what}: ms and MiB; x: times faster than sdpa")
-        table.add_column("N", justify="right")
-        for name in names:
-            table.add_column(name, justify="right")
+        chosen, fitted = [r for r in results if r["what"] == what], exponents(results, what)
+        table = Table(("N", *fitted), f"{what}: ms and MiB; x: times faster than sdpa", left=0)
         for r in chosen:
-            cells = [
-                f"{r.milliseconds[name]:.1f} ms {r.mebibytes[name]:.1f} MiB"
-                + (f" {r.to_sdpa[name]:.2f}x" if name in r.to_sdpa else "")
-                for name in names
-            ]
-            table.add_row(str(r.tokens), *cells)
-        fitted = exponents(results, what)
-        table.add_section()
-        table.add_row("exponent", *(f"{fitted[name][0]:.2f} time, {fitted[name][1]:.2f} memory" for name in names))
-        console.print(table)
-    for line in goals(results):
-        console.print(line, highlight=False)
-    console.print(", ".join(f"{name}: {value}" for name, value in about.items()), highlight=False)
+            faster = {name: f" {times:.2f}x" for name, times in r["to_sdpa"].items()}
+            cells = (f"{r['milliseconds'][n]:.1f} ms {r['mebibytes'][n]:.1f} MiB{faster.get(n, '')}" for n in fitted)
+            table.add(r["tokens"], *cells)
+        table.section()
+        table.add("exponent", *(f"{time:.2f} time, {memory:.2f} memory" for time, memory in fitted.values()))
+        found.append(table)
+    found[-1].notes = goals(results)
+    return found
 
 
 def plot(results: Sequence[Result], path: Path) -> None:
@@ -336,13 +285,13 @@ def plot(results: Sequence[Result], path: Path) -> None:
 
     figure, panels = pyplot.subplots(2, 2, figsize=(11, 8), sharex=True, layout="constrained")
     for column, what in zip(panels.T, PASSES, strict=True):
-        chosen, fitted = [r for r in results if r.what == what], exponents(results, what)
-        tokens = [r.tokens for r in chosen]
-        for row, (panel, label) in enumerate(zip(column, ("time, ms", "peak memory, MiB"), strict=True)):
-            for name in chosen[0].milliseconds:
-                values = [(r.milliseconds, r.mebibytes)[row][name] for r in chosen]
+        chosen, fitted = [r for r in results if r["what"] == what], exponents(results, what)
+        tokens = [r["tokens"] for r in chosen]
+        for row, (panel, kind) in enumerate(zip(column, ("milliseconds", "mebibytes"), strict=True)):
+            for name in fitted:
+                values = [r[kind][name] for r in chosen]
                 panel.loglog(tokens, values, marker="o", markersize=4, label=f"{name}: N^{fitted[name][row]:.2f}")
-            panel.set_ylabel(label)
+            panel.set_ylabel(("time, ms", "peak memory, MiB")[row])
             panel.grid(alpha=0.3, which="both")
             panel.legend()
         column[0].set_title(what)
@@ -353,44 +302,99 @@ def plot(results: Sequence[Result], path: Path) -> None:
     pyplot.close(figure)
 
 
-def main(
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads; with one, the clock is its own CPU time.")] = 1,
-    sides: Annotated[str, typer.Option(help="Sides of the square grids.")] = ",".join(map(str, SIDES)),
-    dim: Annotated[int, typer.Option(min=1, help="Width.")] = 64,
-    heads: Annotated[int, typer.Option(min=1, help="Attention heads.")] = 2,
-    batch: Annotated[int, typer.Option(min=1, help="Pictures at a time.")] = 1,
-    normalize: Annotated[bool, typer.Option(help="SOFT-Norm rather than SOFT.")] = True,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds to measure, after one to warm up.")] = 7,
-    seconds: Annotated[float, typer.Option(help="Stop a case after so long, but not before three rounds.")] = 30.0,
-    quick: Annotated[bool, typer.Option(help="Four grids, three rounds: half a minute.")] = False,
-    plot_path: Annotated[Path | None, typer.Option("--plot", help="Draw curves into this file (.png, .svg).")] = None,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write everything to this file.")] = None,
-) -> None:
-    """Measure softmax and softmax-free attention against the number of tokens."""
-    if device not in ("cpu", "cuda"):
-        raise typer.BadParameter(f"must be cpu or cuda, got {device!r}", param_hint="--device")
-    if dim % heads:
-        raise typer.BadParameter(f"must divide the width {dim}, got {heads}", param_hint="--heads")
-    grids = sorted(set(QUICK_SIDES if quick else numbers(sides)))
-    if grids[0] < RATIO:
-        raise typer.BadParameter(f"must be at least {RATIO}, the ratio; got {grids[0]}", param_hint="--sides")
-    rounds = 3 if quick else rounds
-    os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # the profiler reports missing GPUs as errors otherwise
-    torch.set_num_threads(threads)
-    check(dim, heads, normalize, device)
+def mixes() -> dict[str, Callable[..., torch.Tensor]]:
+    return {
+        "ours": gaussian_mix,
+        "plain": definition,
+        "checkpoint": lambda *tensors: checkpoint(definition, *tensors, use_reentrant=False),
+    }
+
+
+def mix_tensors(batch: int, n: int, m: int, d: int) -> list[torch.Tensor]:
+    sizes = ((n, d), (m, d), (n, d), (m, m))
+    return [torch.randn(batch, *size) * scale for size, scale in zip(sizes, (0.5, 0.5, 1, 1), strict=True)]
+
+
+def convolutions() -> dict[str, Callable[..., torch.Tensor]]:
+    def plain(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(x, weight, padding=weight.shape[-1] // 2, groups=weight.shape[0])
+
+    return {"ours": depthwise_conv2d, "plain": plain}
+
+
+def convolution_tensors(batch: int, channels: int, side: int, size: int) -> list[torch.Tensor]:
+    x = torch.randn(batch, channels, side, side).contiguous(memory_format=torch.channels_last)
+    return [x, torch.randn(channels, 1, size, size)]
+
+
+def measure_kernels(
+    functions: dict[str, Callable[..., torch.Tensor]], tensors: list[torch.Tensor], rounds: int, seconds: float
+) -> dict[str, tuple[float, float, float]]:
+    """Of each function by name: milliseconds, MiB, and how many times the time of "ours" it takes."""
+    leaves = nn.ParameterList(tensors)
+    cotangent = torch.ones_like(forward(functions["ours"], *leaves))
+    runs = {name: partial(train, function, *leaves, cotangent=cotangent) for name, function in functions.items()}
+    peaks = {name: peak_bytes(run, leaves, "cpu", accumulating=True) / 2**20 for name, run in runs.items()}
+    times = timed(runs, leaves.zero_grad, "cpu", rounds, seconds)
+    took = milliseconds(times)
+    return {name: (took[name], peaks[name], ratio(times[name], times["ours"])) for name in runs}
+
+
+def kernel_tables(quick: bool, rounds: int, seconds: float) -> list[Table]:
+    """Measure the kernels on the CPU."""
+    torch.manual_seed(0)
+    found = []
+    cases = (("mix", mixes, mix_tensors, MIXES), ("convolution", convolutions, convolution_tensors, CONVOLUTIONS))
+    for title, functions, tensors, sizes in cases:
+        table = Table(("sizes", *functions()), f"{title}: ms, MiB, time over ours")
+        for size in sizes[:1] if quick else sizes:
+            took = measure_kernels(functions(), tensors(*size), rounds, seconds)
+            table.add(size, *(f"{ms:.2f} {mib:.1f} {times:.2f}x" for ms, mib, times in took.values()))
+        found.append(table)
+    return found
+
+
+def read(argv: Sequence[str] | None) -> argparse.Namespace:
+    names = ("device", "threads", "rounds", "seconds", "quick", "json")
+    quick = "four grids, three rounds: half a minute; the smallest case of each kernel"
+    command = options.parser(__doc__, options.common(*names, seconds=30.0, quick=quick))
+    command.add_argument("--sides", type=options.numbers, default=SIDES, help="of the square grids (%(default)s)")
+    command.add_argument("--dim", type=options.count, default=64, help="width (%(default)s)")
+    command.add_argument("--heads", type=options.count, default=2, help="attention heads (%(default)s)")
+    command.add_argument("--batch", type=options.count, default=1, help="pictures at a time (%(default)s)")
+    flag = argparse.BooleanOptionalAction
+    command.add_argument("--normalize", action=flag, default=True, help="SOFT-Norm rather than SOFT")
+    command.add_argument("--kernels", action="store_true", help="the hand-written backward passes instead, on the CPU")
+    command.add_argument("--plot", type=Path, metavar="FILE", help="draw curves into this file (.png, .svg)")
+    asked = options.parse(command, argv, {"sides": QUICK_SIDES, "rounds": 3})
+    if asked.dim % asked.heads:
+        command.error(f"--heads must divide the width {asked.dim}, got {asked.heads}")
+    if min(asked.sides) < RATIO:
+        command.error(f"--sides must be at least {RATIO}, the ratio; got {min(asked.sides)}")
+    return asked
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    asked = read(argv)
+    if asked.kernels:
+        found = kernel_tables(asked.quick, asked.rounds, asked.seconds)
+        rows = [
+            {"kernel": t.title.partition(":")[0], **dict(zip(t.head, row, strict=True))}
+            for t in found
+            for row in t.rows
+        ]
+        show(found, machine("cpu"), asked.json, {"kernels": rows})
+        return
+    sizes = (asked.dim, asked.heads, asked.normalize)
+    check(*sizes, asked.device)
     results: list[Result] = []
-    for side in track(grids, "measuring", console=Console(stderr=True), transient=True):
-        results += measure(side, batch, dim, heads, normalize, device, rounds, seconds)
-    about = machine(device)
-    show(results, about)
-    if plot_path is not None:
-        plot(results, plot_path)
-    if json_path is not None:
-        settings = {"dim": dim, "heads": heads, "batch": batch, "normalize": normalize}
-        content = {"machine": about, "settings": settings, "results": [asdict(result) for result in results]}
-        json_path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    for side in sorted({*asked.sides}):
+        results += measure(side, asked.batch, *sizes, asked.device, asked.rounds, asked.seconds)
+    settings = {name: getattr(asked, name) for name in ("dim", "heads", "batch", "normalize")}
+    show(tables(results), machine(asked.device), asked.json, {"settings": settings, "results": results})
+    if asked.plot is not None:
+        plot(results, asked.plot)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    main()

@@ -4,32 +4,27 @@
     python -m eval.selection --methods
     python -m eval.selection --device cuda --json selection.json
 
-Every number is the ratio of two medians measured in turns in one process, on one CPU thread unless told otherwise. On
-one CPU thread the clock is that thread's own CPU time, so that other programs on the machine don't count.
+ToDRE's `select_diverse` runs beside one Gram product X X^T and beside k products of X with one of its rows, both at the
+tokens' dtype, and beside the published max-min formulation; DivPrune, too, runs beside that. With `--methods` every
+selector runs beside ToDRE's first stage. Every number is the ratio of two medians measured in turns in one process.
 """
 
 from __future__ import annotations
 
-import json
+import argparse
 import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 
 import vltok
-from eval.measure import machine
+from eval import options
+from eval.measure import clock_of, machine
+from eval.tables import Table, show
 from vltok.methods.pruning.divprune import select_max_min
 from vltok.methods.pruning.todre import select_diverse
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -40,31 +35,6 @@ class Case:
     length: int
     width: int
     keep: int
-
-
-@dataclass(frozen=True)
-class Result:
-    """Ratios of one case; below 1 the first is faster.
-
-    Attributes:
-        case: The sizes.
-        dtype: Of the tokens.
-        milliseconds: Medians by name; for orientation, they hold for this machine at this hour only.
-        to_gram: select_diverse to one Gram product X X^T at the tokens' dtype.
-        to_rows: select_diverse to k matrix-vector products at the tokens' dtype.
-        to_cheaper: The larger of the two, select_diverse to the cheaper product.
-        to_published: select_diverse to the published max-min formulation.
-        divprune_to_published: DivPrune's picks, which both compute, here and in the published formulation.
-    """
-
-    case: Case
-    dtype: str
-    milliseconds: dict[str, float]
-    to_gram: float
-    to_rows: float
-    to_cheaper: float
-    to_published: float
-    divprune_to_published: float
 
 
 def published_max_min(tokens: torch.Tensor, num_keep: int) -> torch.Tensor:
@@ -86,17 +56,13 @@ def medians(functions: dict[str, Callable[[], Any]], device: str, seconds: float
 
     The first run of a function only warms up, unless it alone used up the time.
     """
-    own_time = device == "cpu" and torch.get_num_threads() == 1
-    clock = time.thread_time if own_time else time.perf_counter
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    clock = clock_of(device)
     times: dict[str, list[float]] = {name: [] for name in functions}
     left = list(functions)
     while left:
         for name in left:
-            wait()
             start = clock()
             functions[name]()
-            wait()
             times[name].append(clock() - start)
         left = [name for name in left if sum(times[name]) < seconds and len(times[name]) < 60]
     return {name: statistics.median(taken[1:] or taken) * 1e3 for name, taken in times.items()}
@@ -110,29 +76,32 @@ def tokens_of(case: Case, dtype: torch.dtype, device: str) -> torch.Tensor:
     return (tokens * torch.rand(*shape[:2], 1, generator=generator).add(0.5)).to(device, dtype)
 
 
-def measure(case: Case, dtype: str, device: str, seconds: float) -> Result:
-    """Measure one case."""
-    tokens = tokens_of(case, DTYPES[dtype], device)
+def measure(case: Case, dtype: str, device: str, seconds: float) -> dict[str, Any]:
+    """One case: milliseconds by name, and ratios, which below 1 are in favour of the first."""
+    tokens = tokens_of(case, options.DTYPES[dtype], device)
     pivot = torch.zeros(case.images, dtype=torch.int64, device=device)
-    functions = {
-        "select_diverse": lambda: select_diverse(tokens, case.keep, pivot),
-        "gram": lambda: [x @ x.T for x in tokens],
-        "rows": lambda: [torch.mv(x, x[i]) for x in tokens for i in range(case.keep)],
-        "divprune": lambda: select_max_min(tokens, case.keep),
-        "published": lambda: [published_max_min(x, case.keep) for x in tokens],
-    }
-    took = medians(functions, device, seconds)
-    ours = took["select_diverse"]
-    return Result(
-        case=case,
-        dtype=dtype,
-        milliseconds={name: round(value, 3) for name, value in took.items()},
-        to_gram=ours / took["gram"],
-        to_rows=ours / took["rows"],
-        to_cheaper=ours / min(took["gram"], took["rows"]),
-        to_published=ours / took["published"],
-        divprune_to_published=took["divprune"] / took["published"],
+    took = medians(
+        {
+            "select_diverse": lambda: select_diverse(tokens, case.keep, pivot),
+            "gram": lambda: [x @ x.T for x in tokens],
+            "rows": lambda: [torch.mv(x, x[i]) for x in tokens for i in range(case.keep)],
+            "divprune": lambda: select_max_min(tokens, case.keep),
+            "published": lambda: [published_max_min(x, case.keep) for x in tokens],
+        },
+        device,
+        seconds,
     )
+    ours = took["select_diverse"]
+    return {
+        "case": asdict(case),
+        "dtype": dtype,
+        "milliseconds": {name: round(value, 3) for name, value in took.items()},
+        "to_gram": ours / took["gram"],
+        "to_rows": ours / took["rows"],
+        "to_cheaper": ours / min(took["gram"], took["rows"]),
+        "to_published": ours / took["published"],
+        "divprune_to_published": took["divprune"] / took["published"],
+    }
 
 
 # What `--methods` sets beside ToDRE's first stage: every selector of images, with the settings it comes with.
@@ -191,20 +160,6 @@ def measure_methods(case: Case, device: str, seconds: float) -> dict[str, float]
     return medians(runs, device, seconds)
 
 
-def show_methods(results: dict[Case, dict[str, float]], about: dict[str, Any]) -> None:
-    """Print how long each selector takes beside ToDRE's first stage."""
-    console = Console(width=130)
-    table = Table(title="Time of each selector as a ratio to ToDRE's first stage, float32")
-    table.add_column("selector")
-    for case in results:
-        table.add_column(f"B {case.images}, N {case.length}, D {case.width}, k {case.keep}", justify="right")
-    for name in SELECTORS:
-        table.add_row(name, *(f"{took[name] / took['ToDRE']:.2f}" for took in results.values()))
-    console.print(table)
-    console.print("ToDRE's milliseconds: " + ", ".join(f"{took['ToDRE']:.1f}" for took in results.values()))
-    console.print(", ".join(f"{name}: {value}" for name, value in about.items()))
-
-
 def cases(quick: bool) -> list[Case]:
     """The sizes: LLaVA-1.5 (576 tokens) and LLaVA-NeXT (2880), small and 7B-wide, at 25, 10 and 5 % and 8 tokens."""
     if quick:
@@ -215,71 +170,56 @@ def cases(quick: bool) -> list[Case]:
     return [Case(1, 256, 256, 13), Case(1, 256, 256, 64), *alone, *batches]
 
 
-def show(results: list[Result], about: dict[str, Any]) -> None:
-    """Print the tables."""
-    console = Console(width=130)
-    table = Table(title="select_diverse, max-sum (time ratios: below 1 it is the faster one)")
-    for name in (
-        "B",
-        "N",
-        "D",
-        "k",
-        "dtype",
-        "ms",
-        "/ Gram",
-        "/ k rows",
-        "/ cheaper",
-        "/ published",
-        "DivPrune / published",
-    ):
-        table.add_column(name, justify="right")
-    for r in results:
-        sizes = [str(value) for value in asdict(r.case).values()]
-        ratios = (r.to_gram, r.to_rows, r.to_cheaper, r.to_published, r.divprune_to_published)
-        took = f"{r.milliseconds['select_diverse']:.2f}"
-        table.add_row(*sizes, r.dtype, took, *(f"{ratio:.2f}" for ratio in ratios))
-    console.print(table)
-
-    speed = Table(title="bfloat16 tokens: how many times as fast as the same tokens in float32")
-    for name in ("B", "N", "D", "k", "times"):
-        speed.add_column(name, justify="right")
-    by_case: dict[Case, dict[str, float]] = {}
-    for r in results:
-        by_case.setdefault(r.case, {})[r.dtype] = r.milliseconds["select_diverse"]
-    for case, took in by_case.items():
-        speed.add_row(*(str(value) for value in asdict(case).values()), f"{took['float32'] / took['bfloat16']:.2f}")
-    console.print(speed)
-    console.print(", ".join(f"{name}: {value}" for name, value in about.items()))
+def tables(results: Sequence[dict[str, Any]]) -> list[Table]:
+    """Ratios of all cases, and how much faster tokens of fewer bits are."""
+    title = "select_diverse, max-sum (time ratios: below 1 it is the faster one)"
+    heads = ("/ Gram", "/ k rows", "/ cheaper", "/ published", "DivPrune / published")
+    main = Table(("B", "N", "D", "k", "dtype", "ms", *heads), title)
+    speed = Table(("B", "N", "D", "k", "times"), "bfloat16 tokens: how many times as fast as the same in float32")
+    by_case: dict[tuple, dict[str, float]] = {}
+    for each in results:
+        sizes, ms = tuple(each["case"].values()), each["milliseconds"]["select_diverse"]
+        ratios = [f"{value:.2f}" for name, value in each.items() if "to_" in name]
+        main.add(*sizes, each["dtype"], f"{ms:.2f}", *ratios)
+        by_case.setdefault(sizes, {})[each["dtype"]] = ms
+    for sizes, took in by_case.items():
+        if {"float32", "bfloat16"} <= took.keys():
+            speed.add(*sizes, f"{took['float32'] / took['bfloat16']:.2f}")
+    return [main, speed] if speed.rows else [main]
 
 
-def main(
-    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
-    threads: Annotated[int, typer.Option(help="CPU threads")] = 1,
-    seconds: Annotated[float, typer.Option(help="time for each function in each case")] = 1.5,
-    quick: Annotated[bool, typer.Option(help="three sizes only")] = False,
-    methods: Annotated[bool, typer.Option("--methods", help="every selector beside ToDRE's first stage")] = False,
-    json_path: Annotated[Path | None, typer.Option("--json", help="write everything to this file")] = None,
-) -> None:
-    """Measure select_diverse and DivPrune against matrix products and the published max-min formulation."""
-    if device not in ("cpu", "cuda"):
-        raise typer.BadParameter(f"device must be cpu or cuda, got {device}")
-    torch.set_num_threads(threads)
-    about = machine(device)
-    if methods:
+def methods_table(results: dict[Case, dict[str, float]]) -> Table:
+    """How long each selector takes beside ToDRE's first stage."""
+    heads = [f"B {case.images}, N {case.length}, D {case.width}, k {case.keep}" for case in results]
+    table = Table(("selector", *heads), "Time of each selector as a ratio to ToDRE's first stage, float32")
+    for name in SELECTORS:
+        table.add(name, *(f"{took[name] / took['ToDRE']:.2f}" for took in results.values()))
+    table.notes = ["ToDRE's milliseconds: " + ", ".join(f"{took['ToDRE']:.1f}" for took in results.values())]
+    return table
+
+
+def read(argv: Sequence[str] | None) -> argparse.Namespace:
+    names = ("device", "threads", "dtypes", "seconds", "quick", "json")
+    defaults = {"dtypes": "float32,bfloat16", "seconds": 1.5, "quick": "fewer sizes"}
+    command = options.parser(__doc__, options.common(*names, **defaults))
+    command.add_argument("--methods", action="store_true", help="every selector beside ToDRE's first stage, in float32")
+    return options.parse(command, argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    asked = read(argv)
+    about = machine(asked.device)
+    if asked.methods:
         sizes = [Case(1, 576, 4096, 64), Case(1, 2880, 4096, 320)]
-        sizes += [] if quick else [Case(8, 576, 4096, 64), Case(8, 2880, 4096, 320)]
-        took = {case: measure_methods(case, device, seconds) for case in track(sizes, "measuring", transient=True)}
-        show_methods(took, about)
-        if json_path is not None:
-            rows = [{**asdict(case), "milliseconds": own} for case, own in took.items()]
-            json_path.write_text(json.dumps({"machine": about, "methods": rows}, indent=1) + "\n")
+        sizes += [] if asked.quick else [Case(8, 576, 4096, 64), Case(8, 2880, 4096, 320)]
+        took = {case: measure_methods(case, asked.device, asked.seconds) for case in sizes}
+        rows = [{**asdict(case), "milliseconds": own} for case, own in took.items()]
+        show([methods_table(took)], about, asked.json, {"methods": rows})
         return
-    work = [(case, dtype) for case in cases(quick) for dtype in DTYPES]
-    results = [measure(case, dtype, device, seconds) for case, dtype in track(work, "measuring", transient=True)]
-    show(results, about)
-    if json_path is not None:
-        json_path.write_text(json.dumps({"machine": about, "results": [asdict(r) for r in results]}, indent=1) + "\n")
+    work = [(case, dtype) for case in cases(asked.quick) for dtype in asked.dtypes]
+    results = [measure(case, dtype, asked.device, asked.seconds) for case, dtype in work]
+    show(tables(results), about, asked.json, {"results": results})
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    main()

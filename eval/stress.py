@@ -11,16 +11,17 @@ Prints a line per check and exits 1 if one fails. Needs the `eval` packages; a m
 
 from __future__ import annotations
 
-import argparse
 import collections
 import gc
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 
 import vltok
+from eval import options
 from eval.canvas.data import Canvases
 from eval.canvas.model import MODEL_DIR, load
 from eval.canvas.runner import draw_questions, encode
@@ -109,25 +110,24 @@ def check_leaks(model: torch.nn.Module, processor: Any, method: vltok.Method, cy
     return f"grew in {cycles} cycles: {grown}" if grown else ""
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--calls", type=int, default=300, help="alternating calls of each method")
-    parser.add_argument("--threads", type=int, default=4)
-    parser.add_argument("--cycles", type=int, default=300, help="of apply, call, remove, for each method")
-    parser.add_argument("--method", choices=METHODS, action="append", help="only this one; may be given again")
-    options = parser.parse_args()
+def main(argv: Sequence[str] | None = None) -> int:
+    command = options.parser(__doc__, options.common("quick", quick="a tenth of the calls and cycles"))
+    command.add_argument("--calls", type=options.count, default=300, help="alternating calls of each method")
+    command.add_argument("--threads", type=options.count, default=4, help="that call (%(default)s)")
+    command.add_argument("--cycles", type=options.count, default=300, help="of apply, call, remove, for each method")
+    command.add_argument("--method", choices=METHODS, action="append", help="only this one; may be given again")
+    asked = options.parse(command, argv, {"calls": 30, "cycles": 30})
     torch.set_num_threads(1)  # the threads are the point
     sys.setswitchinterval(1e-5)
     failed = False
-    for name in options.method or METHODS:
+    for name in asked.method or METHODS:
         model, processor = load(MODEL_DIR, torch.float32, "cpu")
-        for what, problem in (
-            (
-                f"{options.calls} calls from {options.threads} threads",
-                check_threads(model, processor, METHODS[name], options.calls, options.threads),
-            ),
-            (f"{options.cycles} cycles", check_leaks(model, processor, METHODS[name], options.cycles)),
-        ):
+        checks = {
+            f"{asked.calls} calls from {asked.threads} threads": (check_threads, asked.calls, asked.threads),
+            f"{asked.cycles} cycles": (check_leaks, asked.cycles),
+        }
+        for what, (check, *counts) in checks.items():
+            problem = check(model, processor, METHODS[name], *counts)
             print(f"{name}, {what}: {problem or 'ok'}", flush=True)
             failed |= bool(problem)
     return int(failed)

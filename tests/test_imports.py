@@ -53,6 +53,7 @@ MAY_IMPORT = {
     },
     "convert": {"api", "checks", "errors", "files", "methods", "serialization"},
     "train": {"api", "engine", "errors", "files", "method", "processing", "serialization"},
+    "integrations": {"api", "engine", "errors", "families", "handle", "method", "report", "serialization"},
     "serving": {"errors", "files", "method", "methods", "serialization", "tokens", "version", "visual"},
     "serving/vllm": {"engine", "errors", "method", "methods", "serving", "tokens", "version", "visual"},
     "processing": {"errors", "files", "methods", "version"},
@@ -86,6 +87,7 @@ LIBRARIES = {
     "convert": {"torch", "safetensors", "tqdm", "transformers", "typer"},
     "train": {"torch", "transformers", "PIL", "datasets", "jinja2", "peft", "typer"},
     "processing": {"torch", "transformers"},
+    "integrations": {"torch", "transformers", "accelerate", "av", "lmms_eval", "loguru", "numpy", "PIL", "tqdm"},
     "serving": {"torch", "typer"},
     "serving/vllm": {"torch", "transformers", "vllm"},
     "kernels": {"torch", "triton"},
@@ -159,6 +161,8 @@ def test_imports_follow_the_dependency_direction(file):
         ("serving/vllm", "from vltok.families.vlm.base import VlmFamily"),
         ("engine", "import vllm.config"),
         ("api", "from vltok.serving.options import Pruning"),
+        ("api", "import lmms_eval"),
+        ("serialization", "from vltok.integrations.lmms_eval.usage import Usage"),
     ],
 )
 def test_a_forbidden_import_is_seen(part, source):

@@ -84,7 +84,7 @@ def test_the_python_of_the_readme_runs_from_top_to_bottom(monkeypatch, tmp_path,
 
 def test_every_module_the_readme_runs_exists():
     modules = set(re.findall(r"python -m ((?:eval|vltok)[\w.]*)", README))
-    assert {"eval.canvas", "eval.overhead", "eval.selection"} <= modules
+    assert {"eval.canvas", "eval.cost", "eval.selection"} <= modules
     assert [name for name in modules if find_spec(name) is None] == []
 
 

@@ -9,7 +9,6 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from typer.testing import CliRunner
 
 from eval import attention_maps
 from eval.attention_maps import attention_of, concentration, with_noise
@@ -20,12 +19,6 @@ KWARGS = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_hea
 def vit() -> torch.nn.Module:
     torch.manual_seed(0)
     return timm.create_model("vit_tiny_patch16_224", num_classes=3, **KWARGS).eval()
-
-
-def invoke(*arguments: str):
-    app = attention_maps.typer.Typer()
-    app.command()(attention_maps.main)
-    return CliRunner().invoke(app, arguments)
 
 
 @pytest.fixture
@@ -65,12 +58,18 @@ def test_noise_is_the_same_for_every_arm():
 def test_it_draws_and_writes_numbers(pictures, tmp_path):
     save_file(vit().state_dict(), tmp_path / "a-seed0.safetensors")
     out = tmp_path / "maps.png"
-    done = invoke(
-        *("--data", str(pictures), "--model", "vit_tiny_patch16_224", "--out", str(out), "--pictures", "5"),
-        *("--model-kwargs", ",".join(f"{key}={value}" for key, value in KWARGS.items()), "--shown", "2"),
-        *("--arm", f"plain@{tmp_path}/a-seed{{seed}}.safetensors=", "--arm", f"tap@{tmp_path}/a-seed0.safetensors=tap"),
+    attention_maps.main(
+        [
+            *("--data", str(pictures), "--model", "vit_tiny_patch16_224", "--out", str(out), "--pictures", "5"),
+            *("--model-kwargs", ",".join(f"{key}={value}" for key, value in KWARGS.items()), "--shown", "2"),
+            *(
+                "--arm",
+                f"plain@{tmp_path}/a-seed{{seed}}.safetensors=",
+                "--arm",
+                f"tap@{tmp_path}/a-seed0.safetensors=tap",
+            ),
+        ]
     )
-    assert done.exit_code == 0, done.output
     assert out.read_bytes().startswith(b"\x89PNG")
     content = json.loads(out.with_suffix(".json").read_text())
     assert content["pictures"] == 5
@@ -79,8 +78,21 @@ def test_it_draws_and_writes_numbers(pictures, tmp_path):
     ]
 
 
-def test_arms_without_weights_and_models_without_maps_are_refused(pictures):
-    done = invoke("--data", str(pictures), "--model", "test_vit", "--arm", "plain=")
-    assert isinstance(done.exception, ValueError) and "plain has no weights" in str(done.exception)
+def test_a_fresh_checkout_has_digits_to_train_on(tmp_path, capsys):
+    attention_maps.main(["--quick", "--out", str(tmp_path / "maps.png"), "--pictures", "40"])
+    content = json.loads((tmp_path / "maps.json").read_text())
+    assert [each["arm"] for each in content["concentration"][::2]] == ["plain", "tap-adl"]
+    right = [
+        float(line.split()[1]) for line in capsys.readouterr().err.splitlines() if "test pictures are right" in line
+    ]
+    assert len(right) == 2 and min(right) > 15  # an untrained one guesses 10 %
+
+
+def test_arms_without_weights_and_models_without_maps_are_refused(pictures, capsys):
+    with pytest.raises(ValueError, match="plain has no weights"):
+        attention_maps.main(["--data", str(pictures), "--model", "test_vit", "--arm", "plain="])
     with pytest.raises(ValueError, match="takes a ViT of timm"):
         attention_of(timm.create_model("test_resnet"), torch.zeros(1, 3, 32, 32))
+    with pytest.raises(SystemExit):
+        attention_maps.main(["--data", str(pictures)])
+    assert "--data, --model and --arm go together" in capsys.readouterr().err

@@ -7,22 +7,17 @@ import math
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from eval import attention_scaling as scaling
 from vltok.methods.soft.inverse import released_inverse
 
 
-def invoke(*arguments: str):
-    app = scaling.typer.Typer()
-    app.command()(scaling.main)
-    return CliRunner().invoke(app, arguments)
-
-
 def result(tokens: int, what: str = "forward", **times: float) -> scaling.Result:
     times = {"sdpa": 1.0, scaling.CONSTANT: 1.0, scaling.GROWING: 1.0, "released": 1.0} | times
-    to = [{name: times[other] / value for name, value in times.items()} for other in ("sdpa", "released")]
-    return scaling.Result(tokens, what, times, dict(times), *to)
+    to = {
+        f"to_{other}": {name: times[other] / value for name, value in times.items()} for other in ("sdpa", "released")
+    }
+    return {"tokens": tokens, "what": what, "milliseconds": times, "mebibytes": dict(times), **to}
 
 
 @pytest.mark.parametrize("normalize", [False, True])
@@ -88,11 +83,11 @@ def test_goals_met_and_missed_are_told_apart():
     assert len(scaling.goals(bad)) == len(scaling.goals(good)) == 7
 
 
-def test_it_measures_draws_and_writes_json(tmp_path):
+def test_it_measures_draws_and_writes_json(tmp_path, capsys):
     path, image = tmp_path / "scaling.json", tmp_path / "scaling.png"
-    done = invoke("--sides", "8,32,40", "--dim", "8", "--rounds", "1", "--json", str(path), "--plot", str(image))
-    assert done.exit_code == 0, done.output
-    assert "exponents of SOFT" in done.output
+    small = ["--sides", "8,32,40", "--dim", "8", "--rounds", "1"]
+    scaling.main([*small, "--json", str(path), "--plot", str(image)])
+    assert "exponents of SOFT" in capsys.readouterr().out
     content = json.loads(path.read_text())
     assert {(r["tokens"], r["what"]) for r in content["results"]} == {
         (n, what) for n in (64, 1024, 1600) for what in scaling.PASSES
@@ -104,15 +99,37 @@ def test_it_measures_draws_and_writes_json(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("functions", "tensors"),
+    [
+        (scaling.mixes, scaling.mix_tensors(2, 30, 5, 4)),
+        (scaling.convolutions, scaling.convolution_tensors(2, 6, 9, 5)),
+    ],
+)
+def test_kernels_that_are_compared_compute_the_same(functions, tensors):
+    leaves = [x.double().requires_grad_() for x in tensors]
+    results = [(out := function(*leaves), *torch.autograd.grad(out.sum(), leaves)) for function in functions().values()]
+    for other in results[1:]:
+        for found, expected in zip(other, results[0], strict=True):
+            torch.testing.assert_close(found, expected)
+
+
+def test_kernels_have_a_table_each(capsys):
+    scaling.main(["--kernels", "--quick", "--rounds", "1"])
+    out = capsys.readouterr().out
+    assert "mix: ms" in out and "convolution: ms" in out
+    assert out.count("1.00x") >= 2  # ours beside itself
+
+
+@pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--device", "tpu"), "cpu or cuda"),
         (("--dim", "10", "--heads", "3"), "divide the width 10"),
         (("--sides", "4"), "at least 8"),
         (("--sides", "a"), "whole numbers"),
     ],
 )
-def test_wrong_arguments_are_explained(arguments, words):
-    done = invoke(*arguments)
-    assert done.exit_code == 2
-    assert words in " ".join(done.output.split())
+def test_wrong_arguments_are_explained(arguments, words, capsys):
+    with pytest.raises(SystemExit) as error:
+        scaling.main(arguments)
+    assert error.value.code == 2
+    assert words in capsys.readouterr().err

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
-from typer.testing import CliRunner
 
 import vltok
 from eval import selection
@@ -38,21 +39,33 @@ def test_each_picks_as_many_as_asked_of_what_is_measured():
         assert count <= case.keep
 
 
-def test_the_table_says_how_long_each_takes_beside_todre(monkeypatch):
+def test_the_table_says_how_long_each_takes_beside_todre(monkeypatch, capsys):
     monkeypatch.setattr(selection, "TOWER_WIDTH", 32)
     took = selection.measure_methods(selection.Case(1, 48, 32, 12), "cpu", 0.001)
     assert took.keys() == selection.SELECTORS.keys() and min(took.values()) > 0
-    shown: list[dict] = []
     monkeypatch.setattr(selection, "measure_methods", lambda *sizes: took)
-    monkeypatch.setattr(selection, "show_methods", lambda results, about: shown.append(results))
-    threads = torch.get_num_threads()
-    try:
-        app = selection.typer.Typer()
-        app.command()(selection.main)
-        assert CliRunner().invoke(app, ["--methods", "--quick"]).exit_code == 0
-    finally:
-        torch.set_num_threads(threads)
-    assert [len(results) for results in shown] == [2]
+    selection.main(["--methods", "--quick"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[-2:] for line in lines if line.startswith("ToDRE  ")] == [["1.00", "1.00"]]
+    assert sum(line.startswith(tuple(selection.SELECTORS)) for line in lines) >= len(selection.SELECTORS)
+
+
+def test_ratios_are_those_of_the_times(monkeypatch, capsys, tmp_path):
+    took = {"select_diverse": 6.0, "gram": 3.0, "rows": 2.0, "divprune": 4.0, "published": 8.0}
+    monkeypatch.setattr(selection, "medians", lambda *given: took)
+    monkeypatch.setattr(selection, "cases", lambda quick: [selection.Case(1, 12, 8, 3)])
+    selection.main(["--json", str(tmp_path / "out.json")])
+    results = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert [each["dtype"] for each in results] == ["float32", "bfloat16"]
+    ratios = {name: value for name, value in results[0].items() if "to_" in name}
+    assert list(ratios.values()) == [2.0, 3.0, 3.0, 0.75, 0.5]
+    assert capsys.readouterr().out.split("times\n")[1].splitlines()[1].split() == ["1", "12", "8", "3", "1.00"]
+
+
+def test_the_published_formulation_picks_what_divprune_does():
+    tokens = selection.tokens_of(selection.Case(1, 40, 16, 9), torch.float32, "cpu")
+    expected = selection.select_max_min(tokens, 9)[0].sort().values
+    assert torch.equal(selection.published_max_min(tokens[0], 9).sort().values, expected)
 
 
 @pytest.mark.parametrize("length", [576, 2880])

@@ -1,0 +1,1 @@
+"""Public benchmarks with and without vltok's methods, run by lmms-eval."""

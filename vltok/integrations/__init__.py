@@ -1,0 +1,1 @@
+"""vltok inside programs that run models themselves, a folder for each."""
