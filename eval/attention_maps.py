@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -25,13 +25,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from eval.image_classification.arms import Arm, parse_arm
-from eval.image_classification.augment import parse_augment
-from eval.image_classification.data import open_data
+from eval.image_classification.arms import Arm, find_weights, parse_arm, parse_fields
+from eval.image_classification.data import count_classes, open_pictures
 from eval.image_classification.models import ModelSpec
-from eval.image_classification.settings import parse_fields
-from eval.image_classification.sources import Subset
-from eval.image_classification.task import prepare
+from eval.image_classification.preprocess import for_model
 from vltok.nn import attention_diversification_loss
 
 CONDITIONS = ("clean", "noise")
@@ -140,7 +137,7 @@ def load(arm: Arm, spec: ModelSpec, seed: int, num_classes: int) -> nn.Module:
     """
     if arm.start is None:
         raise ValueError(f'{arm.name} has no weights; write "{arm.name}@FILE=..." with the file it was trained to')
-    return spec.build(seed, num_classes, arm.methods, Path(arm.start.format(seed=seed)))[0]
+    return spec.build(seed, num_classes, arm.methods, find_weights(arm.start, arm, seed))[0]
 
 
 def show(found: Sequence[Concentration]) -> None:
@@ -167,21 +164,27 @@ def main(
     """Draw what the tokens of trained ViTs attend to."""
     spec = ModelSpec(model, parse_fields(model_kwargs))
     arms = [parse_arm(text) for text in arm]
-    source = open_data(data, trains=False)
-    source = replace(source, test=Subset(source.test, np.arange(min(pictures, len(source.test)))))
-    task = prepare(spec, source, parse_augment("none"), torch.device("cpu"))
-    test = task.preprocess.normalise(next(iter(task.test.batches(torch.arange(len(task.test)), len(task.test))))[0])
+    source = open_pictures(str(data), "test")
+    classes = count_classes(None, source)
+    plain = spec.create(seed, classes)
+    preprocess = for_model(plain, spec.kwargs.get("in_chans"))
+    source.mode = preprocess.mode
+    source.transform = preprocess.transform(crops=not source.fits(*preprocess.input_size[1:]))
+    chosen = torch.stack([source[index][0] for index in range(min(pictures, len(source)))])
+    test = preprocess.normalise(chosen)
     conditions = {"clean": test, "noise": with_noise(test, noise)}
     maps, found = {}, []
     for each in arms:
-        net = load(each, spec, seed, task.num_classes)
+        net = load(each, spec, seed, classes)
         for condition, batch in conditions.items():
             maps[each.name, condition] = attention_of(net, batch)
             found.append(Concentration(each.name, condition, *concentration(maps[each.name, condition])))
     show(found)
-    mean, std = (torch.tensor(values)[:, None, None] for values in (task.preprocess.mean, task.preprocess.std))
+    mean, std = (
+        torch.tensor(values)[:, None, None] for values in (preprocess.config["mean"], preprocess.config["std"])
+    )
     pixels = {condition: batch[:shown] * std + mean for condition, batch in conditions.items()}
-    grid = tuple(spec.create(seed, task.num_classes).patch_embed.grid_size)
+    grid = tuple(plain.patch_embed.grid_size)
     draw(out, pixels, maps, grid)
     content = {"model": model, "pictures": len(test), "noise": noise, "concentration": [asdict(each) for each in found]}
     out.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

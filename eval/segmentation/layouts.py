@@ -1,5 +1,7 @@
 """Pictures with masks, in the layouts of a plain folder, of Cityscapes and of ACDC."""
 
+from __future__ import annotations
+
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,8 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from eval.segmentation.scores import IGNORED
-
+IGNORED = 255  # pixels of a mask that belong to no class
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 # What is trained and tested on Cityscapes and ACDC: the number of a class in labelIds masks, by its trainId.
 CITYSCAPES = {
