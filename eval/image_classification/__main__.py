@@ -7,14 +7,15 @@
 
 Every arm gets the same pictures in the same order, the same augmentation, budget and, where a seed draws them, weights
 in the parts that arms share. An arm that starts from a trained one has a budget of its own. The accuracy is that
-after the last step; nothing is chosen on the test pictures. Prints a table and writes results.json, results.md,
-accuracy.png and, in runs/, every run with its weights; what is there is not made again. Nothing is downloaded unless
+after the last step; nothing is chosen on the test pictures. Prints a table and writes results.json, results.md and,
+in runs/, every run with its weights; what is there is not made again. Nothing is downloaded unless
 --pretrained asks for it.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
@@ -42,23 +43,6 @@ ARMS = ["softmax=", "soft=soft,ratio=2", "tap=tap", "adl=adl", "tuned@softmax=so
 SMALL_VIT = ("vit_tiny_patch16_224", "img_size=32,patch_size=4,embed_dim=64,depth=4,num_heads=2")
 QUICK_VIT = ("vit_tiny_patch16_224", "img_size=32,patch_size=8,embed_dim=64,depth=2,num_heads=2")
 QUICK = {"epochs": 8.0, "finetune_epochs": 4.0, "batch_size": 32, "lr": 3e-3}
-TRAINING = {
-    "epochs": "passes over the training pictures",
-    "steps": "steps, in the place of epochs",
-    "batch_size": "pictures of a step",
-    "lr": "peak learning rate; a cosine takes it to a hundredth",
-    "warmup": "share of the steps in which the rate rises",
-    "optimizer": "name of a timm optimizer",
-    "weight_decay": "of all but biases and norms",
-    "label_smoothing": "share of the target that all classes get",
-    "mixup": "timm's mixup alpha; 0 for none",
-    "cutmix": "timm's cutmix alpha; 0 for none",
-    "clip_grad": "largest norm of the gradients",
-    "ema": "decay of the averaged weights that are tested and kept; 0 for the last ones",
-    "distill": "of arms with a start: share of the loss that is the distance from it",
-    "distill_by": '"logits" or "features"',
-    "temperature": "divides logits in distillation",
-}
 
 
 def read(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -73,9 +57,12 @@ def read(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--pretrained", action="store_true", help="fetch timm's published weights")
     add("--weights", help="file of first weights of arms without a start; {arm} and {seed} are filled in")
     add("--start-from", help="start of every arm that has methods and names none")
+    said = dict(re.findall(r"^ {8}(\w+): (.+)\.$", Recipe.__doc__, re.MULTILINE))
     for each in fields(Recipe):
         kind = {"float": float, "str": str, "int": int}[each.type.split(" |")[0]]
-        add(f"--{each.name.replace('_', '-')}", type=kind, default=each.default, help=TRAINING[each.name])
+        add(
+            f"--{each.name.replace('_', '-')}", type=kind, default=each.default, help=said[each.name].replace("%", "%%")
+        )
     add("--finetune-epochs", type=float, help="of arms with a start; by default as the others")
     add("--finetune-steps", type=int, help="their steps, in the place of epochs")
     add("--finetune-lr", type=float, help="their rate; by default as the others")
@@ -226,8 +213,6 @@ def main(argv: Sequence[str] | None = None) -> list[Mapping[str, Any]]:
     about = {key: getattr(asked, key) for key in ("data", "model", "model_kwargs", "crop_pct", "seeds")}
     write_json(asked.out / f"{name}.json", about | {"machine": bench.store.notes, "arms": rows, "runs": runs})
     (asked.out / f"{name}.md").write_text(shown.markdown(), encoding="utf-8")
-    if not asked.eval_only:
-        report.plot(runs, asked.out / "accuracy.png")
     print(shown.text(), f"written to {asked.out}", sep="\n")
     return runs
 

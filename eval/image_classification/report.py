@@ -1,16 +1,10 @@
-"""Runs of arms as a table with means over seeds, as JSON, and as a picture of accuracy against steps."""
+"""Runs of arms as a table with means over seeds."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
-
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 from eval.tables import Table
 
@@ -45,22 +39,6 @@ def table(rows: Sequence[Row], title: str, notes: Sequence[str] = ()) -> Table:
         figures = [cell(row[name], *COLUMNS[name][1:]) for name in shown]
         found.add(row["arm"], *(row[name] for name in starts), row["methods"], f"{row['parameters']:,}", *figures)
     return found
-
-
-def plot(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw test accuracy against steps: the mean over seeds, and the range between the lowest and the highest."""
-    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
-    for name in dict.fromkeys(run["arm"] for run in runs):
-        curves = [run["curve"] for run in runs if run["arm"] == name]
-        steps = [point["step"] for point in curves[0]]
-        values = [[100 * point["top1"] for point in points] for points in zip(*curves, strict=True)]
-        (line,) = axis.plot(steps, list(map(statistics.fmean, values)), marker="o", markersize=3, label=name)
-        axis.fill_between(steps, list(map(min, values)), list(map(max, values)), color=line.get_color(), alpha=0.2)
-    axis.set(xlabel="training steps", ylabel="test top-1, %")
-    axis.grid(alpha=0.25)
-    axis.legend(frameon=False)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
 def spread(values: Sequence[float | None]) -> dict[str, Any] | None:

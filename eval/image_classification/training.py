@@ -33,18 +33,17 @@ class Recipe:
         epochs: Passes over the training pictures, a fraction is fine.
         steps: Steps, in the place of epochs.
         batch_size: Pictures of a step.
-        lr: Peak learning rate; it rises for a share `warmup` of the steps, then a cosine takes it to a hundredth.
-        warmup: See above, 0..1.
+        lr: Peak learning rate; a cosine takes it to a hundredth.
+        warmup: Share of the steps in which the rate rises.
         optimizer: As timm names it.
         weight_decay: Not on biases and norms.
-        label_smoothing: 0..1.
-        mixup: timm's mixup alpha, 0 for none.
-        cutmix: timm's cutmix alpha, 0 for none.
-        clip_grad: Largest norm of all gradients together, None for no limit.
-        ema: Decay of the average of the weights that is tested and kept instead of the last ones; 0 for none.
-        distill: Share of the loss that is the distance from the model it started from, 0..1.
-        distill_by: "logits", by their divergence at `temperature`, or "features", by the squared error of what the
-            classifier sees.
+        label_smoothing: Share of the target that all classes get.
+        mixup: Timm's mixup alpha, 0 for none.
+        cutmix: Timm's cutmix alpha, 0 for none.
+        clip_grad: Largest norm of all gradients together, none by default.
+        ema: Decay of the average of the weights that is tested and kept, 0 for the last ones.
+        distill: Of arms with a start: share of the loss that is the distance from it.
+        distill_by: "logits", by their divergence, or "features", by the squared error of what the classifier sees.
         temperature: Divides the logits of both.
     """
 

@@ -34,16 +34,6 @@ class Model:
     settings: Mapping[str, Any]
 
 
-class Tally(Protocol):
-    """Counts what one model makes of a cell."""
-
-    def update(self, module: nn.Module, batch: Any) -> None:
-        """Show it a batch."""
-
-    def compute(self) -> dict[str, Any]:
-        """The figures."""
-
-
 class Cell(Protocol):
     """Pictures of one kind, such as a corruption at one severity."""
 
@@ -55,8 +45,8 @@ class Cell(Protocol):
     def batches(self) -> Iterable[Any]:
         """The pictures, each made once for all models."""
 
-    def tally(self, module: nn.Module) -> Tally:
-        """What counts the answers of a model."""
+    def tally(self, module: nn.Module) -> Any:
+        """What counts the answers of a model: `update(module, batch)`, then `compute()` gives the figures."""
 
 
 @dataclass(frozen=True)

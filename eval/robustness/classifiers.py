@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,8 +23,8 @@ from eval.image_classification.models import ModelSpec, equip
 from eval.image_classification.preprocess import for_model
 
 
-class Classifiers(Protocol):
-    """Models of one architecture.
+class TimmClassifiers:
+    """Models of one timm architecture.
 
     Attributes:
         names: What the outputs mean, None where nobody says so.
@@ -34,20 +34,6 @@ class Classifiers(Protocol):
         has_weights: Whether the model brings trained weights by itself.
         settings: What the architecture and its preprocessing are, as plain data.
     """
-
-    names: list[str] | None
-    num_outputs: int
-    preprocess: Any
-    always_crops: bool
-    has_weights: bool
-    settings: Mapping[str, Any]
-
-    def build(self, seed: int, methods: Sequence[vltok.Method], weights: Path | None) -> nn.Module:
-        """Make a model with its weights and methods."""
-
-
-class TimmClassifiers:
-    """Models of one timm architecture; see `Classifiers`."""
 
     def __init__(self, spec: ModelSpec, num_outputs: int, names: list[str] | None, crop_pct: float | None) -> None:
         self.spec, self.always_crops, self.has_weights = spec, crop_pct is not None, spec.pretrained
@@ -61,7 +47,8 @@ class TimmClassifiers:
 
 
 class HuggingFaceClassifiers:
-    """Models of one folder that `save_pretrained` wrote, or of a name in the local cache; see `Classifiers`."""
+    """Models of one folder that `save_pretrained` wrote, or of a name in the local cache; see
+    `TimmClassifiers`."""
 
     always_crops, has_weights = False, True
 
@@ -87,6 +74,9 @@ class HuggingFaceClassifiers:
             )
         equip(model, seed, methods, weights)
         return model
+
+
+Classifiers = TimmClassifiers | HuggingFaceClassifiers
 
 
 @dataclass(frozen=True)

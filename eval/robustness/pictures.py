@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.task.evaluator import ClassificationEvaluator
+from timm.utils import natural_key
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -202,7 +202,9 @@ def find_sequences(folder: Path) -> list[Path]:
 def read_frames(path: Path) -> Iterator[Image.Image]:
     """Frames of a video, or of a folder of pictures in the order of the numbers in their names, RGB."""
     if path.is_dir():
-        for file in sorted((each for each in path.iterdir() if each.suffix.lower() in FRAMES), key=_natural):
+        for file in sorted(
+            (each for each in path.iterdir() if each.suffix.lower() in FRAMES), key=lambda file: natural_key(file.name)
+        ):
             with Image.open(file) as image:
                 yield image.convert("RGB")
         return
@@ -231,16 +233,8 @@ def plan_cells(
 ) -> list[Cell]:
     """Make the cells.
 
-    Args:
-        classifiers: Of the bench.
-        setup: Of the bench.
-        clean: Clean pictures, from which corrupted ones are made where no folder has them.
-        corruptions: What to test, by name of the cell.
-        of: What is corrupted, "input" or "picture".
-        imagenet_c: Folder of corrupted pictures, CORRUPTION/SEVERITY/CLASS/FILE, or these in folders of their own, such
-            as noise/.
-        subsets: "NAME=FOLDER" with a subfolder for some of the classes each.
-        imagenet_p: Folder of sequences, PERTURBATION/CLASS/SEQUENCE.
+    Clean pictures are corrupted where no ImageNet-C folder has them, CORRUPTION/SEVERITY/CLASS/FILE or these in folders
+    of their own. `subsets` are "NAME=FOLDER", and ImageNet-P is PERTURBATION/CLASS/SEQUENCE.
 
     Raises:
         OSError: If a folder is not there.
@@ -268,11 +262,6 @@ def plan_cells(
         folders = sorted(each for each in imagenet_p.iterdir() if each.is_dir())
         cells += [Flips(f"flips/{each.name}", each, **common) for each in folders]
     return cells
-
-
-def _natural(path: Path) -> list[tuple[int, str]]:
-    """A key by which frame10 comes after frame9."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", path.name)]
 
 
 def _size(path: Path) -> int:
