@@ -42,12 +42,12 @@ from vltok.errors import VltokError
 ARMS = ["softmax=", "soft=soft,ratio=2", "tap=tap", "adl=adl", "tuned@softmax=soft,ratio=2"]
 SMALL_VIT = ("vit_tiny_patch16_224", "img_size=32,patch_size=4,embed_dim=64,depth=4,num_heads=2")
 QUICK_VIT = ("vit_tiny_patch16_224", "img_size=32,patch_size=8,embed_dim=64,depth=2,num_heads=2")
-QUICK = {"epochs": 8.0, "finetune_epochs": 4.0, "batch_size": 32, "lr": 3e-3}
+QUICK = {"epochs": 12.0, "finetune_epochs": 4.0, "batch_size": 32, "lr": 2e-3}
 
 
 def read(argv: Sequence[str] | None = None) -> argparse.Namespace:
     shared = options.common(
-        "device", "threads", "quick", "out", out=Path("classification-results"), quick="a smaller ViT and 8 epochs"
+        "device", "threads", "quick", "out", out=Path("classification-results"), quick="a smaller ViT and 12 epochs"
     )
     command = options.parser(__doc__, shared)
     add_data(command)
