@@ -16,9 +16,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,23 +24,20 @@ import torch
 from torch import nn
 
 from eval import options
-from eval.image_classification.arms import Arm, parse_arm
-from eval.image_classification.augment import parse_augment
-from eval.image_classification.data import open_data
+from eval.image_classification.arms import Arm, find_weights, parse_arm, parse_fields
+from eval.image_classification.data import count_classes, open_pictures
 from eval.image_classification.models import ModelSpec
-from eval.image_classification.recipe import Recipe
-from eval.image_classification.settings import parse_fields
-from eval.image_classification.sources import Subset
-from eval.image_classification.task import Task, prepare
-from eval.image_classification.training import fit
+from eval.image_classification.preprocess import Task, for_model
+from eval.image_classification.training import Recipe, fit
 from eval.measure import machine
 from eval.tables import Table, show
 from vltok.nn import attention_diversification_loss
 
 CONDITIONS = ("clean", "noise")
 DIGITS = {
+    "data": "digits",
     "model": "vit_tiny_patch16_224",
-    "model_kwargs": "img_size=16,patch_size=4,embed_dim=64,depth=4,num_heads=2",
+    "model_kwargs": "img_size=32,patch_size=8,embed_dim=64,depth=4,num_heads=2",
     "arm": ["plain=", "tap-adl=tap,init=published+adl"],
 }
 
@@ -125,30 +120,18 @@ def _on_grid(maps: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     return maps.mean((0, 1))[-grid[0] * grid[1] :].reshape(grid)
 
 
-def write_digits(path: Path) -> None:
-    """Write scikit-learn's digits, twice as large, as pictures to train on and, every fifth, to test on."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    images = np.kron(digits.images * 15.9, np.ones((2, 2))).astype(np.uint8)[..., None].repeat(3, -1)
-    tests = np.arange(len(images)) % 5 == 0
-    parts = {"train_": ~tests, "test_": tests}
-    arrays = {"images": images, "labels": digits.target}
-    np.savez(path, **{part + name: array[own] for part, own in parts.items() for name, array in arrays.items()})
-
-
-def load(arm: Arm, spec: ModelSpec, seed: int, task: Task, epochs: int) -> nn.Module:
+def load(arm: Arm, spec: ModelSpec, seed: int, task: Task, classes: int, epochs: int) -> nn.Module:
     """The model of an arm with the weights it was trained to, or trained here where there are pictures to train on.
 
     Raises:
         ValueError: If there are neither.
     """
     if arm.start is not None:
-        return spec.build(seed, task.num_classes, arm.methods, Path(arm.start.format(seed=seed)))[0]
-    if task.train is None:
+        return spec.build(seed, classes, arm.methods, find_weights(arm.start, arm, seed))[0]
+    if not task.count:
         raise ValueError(f'{arm.name} has no weights; write "{arm.name}@FILE=..." with the file it was trained to')
-    model, handle = spec.build(seed, task.num_classes, arm.methods, None)
-    found = fit(model, handle, task, Recipe(epochs=epochs, batch_size=32, lr=2e-3), seed, eval_every=10**9)
+    model, handle = spec.build(seed, classes, arm.methods, None)
+    model, found = fit(model, handle, task, Recipe(epochs=epochs, batch_size=32, lr=2e-3), seed, eval_every=10**9)
     print(f"{arm.name}: {100 * found['top1']:.1f} % of the test pictures are right after training", file=sys.stderr)
     return model
 
@@ -179,28 +162,29 @@ def read(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     asked = read(argv)
-    with tempfile.TemporaryDirectory() as folder:
-        if trains := asked.data is None:
-            vars(asked).update(DIGITS)
-            write_digits(Path(folder) / "digits.npz")
-        spec = ModelSpec(asked.model, parse_fields(asked.model_kwargs))
-        source = open_data(asked.data or Path(folder) / "digits.npz", trains=trains)
-        source = replace(source, test=Subset(source.test, np.arange(min(asked.pictures, len(source.test)))))
-        task = prepare(spec, source, parse_augment("none"), torch.device("cpu"))
-    test = task.preprocess.normalise(next(iter(task.test.batches(torch.arange(len(task.test)), len(task.test))))[0])
+    train = None
+    if asked.data is None:
+        vars(asked).update(DIGITS)
+        train = open_pictures("digits", "train")
+    spec, source = ModelSpec(asked.model, parse_fields(asked.model_kwargs)), open_pictures(str(asked.data), "test")
+    classes = count_classes(train, source)
+    plain = spec.create(asked.seed, classes)
+    task = Task(train, source, for_model(plain, spec.kwargs.get("in_chans")))
+    test = next(task.test_batches(asked.pictures))[0]
     conditions = {"clean": test, "noise": with_noise(test, asked.noise)}
     maps, found = {}, []
     table = Table(("arm", "pictures", "most attended tenth", "diversification loss"), "where attention goes", left=2)
     for arm in map(parse_arm, asked.arm):
-        net = load(arm, spec, asked.seed, task, asked.epochs)
+        net = load(arm, spec, asked.seed, task, classes, asked.epochs)
         for condition, batch in conditions.items():
             maps[arm.name, condition] = attention_of(net, batch)
             top, loss = concentration(maps[arm.name, condition])
             found.append({"arm": arm.name, "condition": condition, "top_tenth": top, "diversification": loss})
             table.add(arm.name, condition, f"{100 * top:.1f} %", f"{loss:.3f}")
-    mean, std = (torch.tensor(values)[:, None, None] for values in (task.preprocess.mean, task.preprocess.std))
+    config = task.preprocess.config
+    mean, std = (torch.tensor(values)[:, None, None] for values in (config["mean"], config["std"]))
     pixels = {condition: batch[: asked.shown] * std + mean for condition, batch in conditions.items()}
-    draw(asked.out, pixels, maps, tuple(spec.create(asked.seed, task.num_classes).patch_embed.grid_size))
+    draw(asked.out, pixels, maps, tuple(plain.patch_embed.grid_size))
     content = {"model": asked.model, "pictures": len(test), "noise": asked.noise, "concentration": found}
     show([table], machine("cpu"), asked.out.with_suffix(".json"), content)
     print(f"written to {asked.out} and {asked.out.with_suffix('.json')}")

@@ -1,299 +1,221 @@
-"""`python -m eval.image_classification`: timm models with and without vltok methods, side by side on the same pictures.
+"""Trains and tests timm models with and without vltok methods on the same pictures, side by side.
 
-Every arm gets the same pictures in the same order, the same augmentation, budget and, where a seed draws them, the same
-weights in the parts that arms share. The accuracy is that after the last step; nothing is chosen on the test pictures.
+    python -m eval.image_classification
+    python -m eval.image_classification --data cifar.npz --arm softmax= --arm soft=soft,ratio=2 --seeds 0,1,2
+    python -m eval.image_classification --data cifar.npz --finetune-steps 500 --finetune-lr 3e-4 --distill 0.5 \
+        --arm "soft@classification-results/runs/softmax-seed{seed}-*.safetensors=soft,ratio=2"
 
-Where the time goes: pictures are decoded and resized once by timm's transform for evaluation, and held as uint8 tensors
-where they fit into --memory. Batches are then cut out by index, shifted and mirrored as a whole, and scaled on the
-device, which takes about a percent of a small model's step on one core; "data_share" in the JSON says how much it was.
-`--augment timm` instead runs timm's random transform on every picture in every epoch, for which to set --workers.
+Every arm gets the same pictures in the same order, the same augmentation, budget and, where a seed draws them, weights
+in the parts that arms share. An arm that starts from a trained one has a budget of its own. The accuracy is that
+after the last step; nothing is chosen on the test pictures. Prints a table and writes results.json, results.md and,
+in runs/, every run with its weights; what is there is not made again. Nothing is downloaded unless
+--pretrained asks for it.
 """
 
-from dataclasses import asdict, replace
-from enum import StrEnum
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors.torch import save_file
+from tqdm import tqdm
 
+from eval import options
 from eval.image_classification import report
-from eval.image_classification.arms import plan_arms
-from eval.image_classification.augment import parse_augment
-from eval.image_classification.bench import Bench
-from eval.image_classification.data import open_data
-from eval.image_classification.distill import Distillation
-from eval.image_classification.models import ModelSpec
-from eval.image_classification.recipe import Recipe
-from eval.image_classification.records import Records
-from eval.image_classification.settings import parse_fields, parse_seeds, pick_device
-from eval.image_classification.task import prepare
+from eval.image_classification.arms import Arm, find_weights, parse_arms, parse_fields, parse_seeds, start_of
+from eval.image_classification.data import count_classes, open_pictures
+from eval.image_classification.models import ModelSpec, digest, read_weights
+from eval.image_classification.preprocess import Task, for_model
+from eval.image_classification.training import Recipe, evaluate, fit
+from eval.measure import machine
+from eval.store import Store
+from eval.tables import write_json
 from vltok.errors import VltokError
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-CONSOLE = Console(stderr=True)
+ARMS = ["softmax=", "soft=soft,ratio=2", "tap=tap", "adl=adl", "tuned@softmax=soft,ratio=2"]
+SMALL_VIT = ("vit_tiny_patch16_224", "img_size=32,patch_size=4,embed_dim=64,depth=4,num_heads=2")
+QUICK_VIT = ("vit_tiny_patch16_224", "img_size=32,patch_size=8,embed_dim=64,depth=2,num_heads=2")
+QUICK = {"epochs": 12.0, "finetune_epochs": 4.0, "batch_size": 32, "lr": 2e-3}
 
 
-class FaultName(StrEnum):
-    """What to do about a picture that can't be decoded."""
-
-    stop = "stop"
-    drop = "drop"
-
-
-def _option(group: str, text: str, *names: str, **limits: Any) -> Any:
-    return typer.Option(*names, help=text, rich_help_panel=group, **limits)
-
-
-DATA, MODEL, ARMS, TRAIN, START, RUN = (
-    "Pictures",
-    "Model",
-    "Arms: what is compared",
-    "Training",
-    "Arms that start from a trained model",
-    "Run",
-)
-
-
-EXAMPLES = """\
-Train a small ViT plain and with SOFT from scratch, three seeds each:
-
---data cifar.npz --model vit_tiny_patch16_224 --model-kwargs img_size=32,patch_size=4,depth=4
---arm softmax= --arm soft=soft,ratio=2 --seeds 0,1,2
-
-Then turn the trained plain ones into SOFT, with the logits of the plain ones as a guide:
-
---arm soft@classification-results/runs/softmax-seed{seed}.safetensors=soft,ratio=2
---finetune-steps 500 --finetune-lr 3e-4 --distill 0.5 --eval-every 50 --out tuned
-"""
-SPLITS = ("training", "test")
+def read(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    shared = options.common(
+        "device", "threads", "quick", "out", out=Path("classification-results"), quick="a smaller ViT and 12 epochs"
+    )
+    command = options.parser(__doc__, shared)
+    add_data(command)
+    add = command.add_argument
+    add("--test", help="a folder of classes or an npz file, in the place of the test pictures of --data")
+    add("--augment", help='"none", "crop-flip,pad=4,hflip=0" (mirrored but for digits) or "timm,SETTINGS"')
+    add("--pretrained", action="store_true", help="fetch timm's published weights")
+    add("--weights", help="file of first weights of arms without a start; {arm} and {seed} are filled in")
+    add("--start-from", help="start of every arm that has methods and names none")
+    said = dict(re.findall(r"^ {8}(\w+): (.+)\.$", Recipe.__doc__, re.MULTILINE))
+    for each in fields(Recipe):
+        kind = {"float": float, "str": str, "int": int}[each.type.split(" |")[0]]
+        add(
+            f"--{each.name.replace('_', '-')}", type=kind, default=each.default, help=said[each.name].replace("%", "%%")
+        )
+    add("--finetune-epochs", type=float, help="of arms with a start; by default as the others")
+    add("--finetune-steps", type=int, help="their steps, in the place of epochs")
+    add("--finetune-lr", type=float, help="their rate; by default as the others")
+    add("--eval-every", type=int, help="steps between tests; by default an epoch")
+    add("--eval-only", action="store_true", help="test --weights or --pretrained, train nothing")
+    asked = options.parse(command, argv, QUICK)
+    settle_model(asked)
+    return asked
 
 
-@app.command(epilog=EXAMPLES)
-def main(
-    *,
-    data: Annotated[
-        Path,
-        _option(
-            DATA,
-            "Folder with train/ and val/ or test/, a subfolder per class in each; or an npz file: images (n, H, W, C), "
-            "labels, or jpeg (bytes), offsets (n + 1) and labels, and perhaps classes, of training pictures alone "
-            "or of both, with train_ and test_ before the names.",
-        ),
-    ],
-    test: Annotated[Path | None, _option(DATA, "Test pictures: a folder of classes, or an npz file.")] = None,
-    holdout: Annotated[
-        float, _option(DATA, "Test on this share of the training pictures, kept from training.", min=0, max=0.9)
-    ] = 0.0,
-    augment: Annotated[
-        str,
-        _option(
-            DATA,
-            'Of training pictures: "crop-flip,pad=4", with hflip=0 not mirrored; "none"; or "timm,scale=(0.6,1)" with '
-            "any settings of create_transform in timm.data.",
-        ),
-    ] = "crop-flip",
-    input_size: Annotated[int | None, _option(DATA, "Side of the model's input; by default its own.", min=1)] = None,
-    crop_pct: Annotated[
-        float | None,
-        _option(
-            DATA,
-            "Share of a test picture's side that is looked at. By default the model's own; 1 where no test "
-            "picture is larger than the input.",
-            min=0.1,
-            max=1.0,
-        ),
-    ] = None,
-    on_bad_image: Annotated[FaultName, _option(DATA, "For pictures that can't be decoded.")] = FaultName.stop,
-    memory: Annotated[float, _option(DATA, "Hold decoded pictures in memory up to so many GiB.", min=0)] = 4.0,
-    workers: Annotated[int, _option(DATA, "Processes that decode; 0 decodes in this one.", min=0)] = 0,
-    model: Annotated[str, _option(MODEL, "Name of a timm model; see timm.list_models().")],
-    model_kwargs: Annotated[
-        str, _option(MODEL, 'For timm.create_model: "img_size=32,patch_size=4,depth=4", say.')
-    ] = "",
-    pretrained: Annotated[bool, _option(MODEL, "Fetch timm's published weights.", "--pretrained")] = False,
-    weights: Annotated[
-        str | None, _option(MODEL, "File of first weights, .safetensors or .pth; {arm} and {seed} are filled in.")
-    ] = None,
-    new_head: Annotated[
-        bool, _option(MODEL, "Start the classifier of --weights anew, for other classes.", "--new-head")
-    ] = False,
-    arm: Annotated[
-        list[str] | None,
-        _option(
-            ARMS,
-            'NAME=METHODS, repeated: "plain=", "soft=soft,ratio=2", several methods with a plus between them. '
-            "NAME@START=METHODS starts from the trained arm START, which has no methods, or from a file of weights "
-            "({seed} is filled in).",
-        ),
-    ] = None,
-    method: Annotated[
-        list[str] | None, _option(ARMS, 'Methods of the only arm, repeated: "soft,ratio=2"; none for the plain model.')
-    ] = None,
-    seeds: Annotated[str, _option(ARMS, "Each arm is trained once per seed.")] = "0",
-    epochs: Annotated[float | None, _option(TRAIN, "Passes over the training pictures; 10 by default.")] = None,
-    steps: Annotated[int | None, _option(TRAIN, "Steps, instead of epochs.", min=1)] = None,
-    batch_size: Annotated[int, _option(TRAIN, "Pictures of a step.", min=1)] = 128,
-    lr: Annotated[float, _option(TRAIN, "Peak learning rate; a cosine takes it to a hundredth.")] = 1e-3,
-    warmup: Annotated[float, _option(TRAIN, "Share of the steps in which the rate rises.")] = 0.1,
-    optimizer: Annotated[str, _option(TRAIN, "Name of a timm optimizer.")] = "adamw",
-    weight_decay: Annotated[float, _option(TRAIN, "Of all but biases and norms.")] = 0.05,
-    label_smoothing: Annotated[float, _option(TRAIN, "Share of the target that all classes get.")] = 0.1,
-    mixup: Annotated[float, _option(TRAIN, "timm's mixup alpha; 0 for none.")] = 0.0,
-    cutmix: Annotated[float, _option(TRAIN, "timm's cutmix alpha; 0 for none.")] = 0.0,
-    clip_grad: Annotated[float | None, _option(TRAIN, "Largest norm of the gradients.")] = None,
-    amp: Annotated[bool, _option(TRAIN, "Multiply matrices in bfloat16.", "--amp")] = False,
-    eval_every: Annotated[int | None, _option(TRAIN, "Steps between tests; an epoch by default.", min=1)] = None,
-    start_from: Annotated[str | None, _option(START, "START of every arm that has methods and names no other.")] = None,
-    finetune_epochs: Annotated[float | None, _option(START, "Their epochs; by default as the others.")] = None,
-    finetune_steps: Annotated[int | None, _option(START, "Their steps, instead of epochs.", min=1)] = None,
-    finetune_lr: Annotated[float | None, _option(START, "Their rate; by default as the others.")] = None,
-    distill: Annotated[
-        float, _option(START, "Share of the loss that is the divergence from the start's logits, 0 to 1.")
-    ] = 0.0,
-    distill_temperature: Annotated[float, _option(START, "Divides both logits.")] = 2.0,
-    distill_features: Annotated[
-        float, _option(START, "Weight of the squared error of the blocks' outputs, as a share of their mean square.")
-    ] = 0.0,
-    out: Annotated[Path, _option(RUN, "Folder of the results. Finished runs in it are not made again.")] = Path(
-        "classification-results"
-    ),
-    eval_only: Annotated[bool, _option(RUN, "Test --weights or --pretrained, train nothing.", "--eval-only")] = False,
-    device: Annotated[str | None, _option(RUN, "torch device; by default the accelerator, if there is one.")] = None,
-    threads: Annotated[int | None, _option(RUN, "torch threads.", min=1)] = None,
-) -> None:
-    """Train or test timm models with and without vltok methods on your pictures, side by side.
+def add_data(command: argparse.ArgumentParser) -> None:
+    """The options that `eval.robustness` has too."""
+    add = command.add_argument
+    add(
+        "--data",
+        default="digits",
+        help="digits of scikit-learn, a folder with train/ and val/, or an npz (%(default)s)",
+    )
+    add("--model", help=f"name of a timm model; by default {SMALL_VIT[0]}, of the size of CIFAR")
+    add("--model-kwargs", help="for timm.create_model: img_size=32,patch_size=4")
+    add("--crop-pct", type=float, help="share of a larger picture's side that is looked at; by default the model's own")
+    add("--arm", action="append", help="NAME=METHODS or NAME@START=METHODS, repeated; METHODS as a+b,x=1")
+    add("--seeds", type=parse_seeds, default=[0], help="each arm is there once per seed, 0,1,2 (0)")
+    add("--workers", type=int, default=0, help="processes that decode; 0 decodes in this one")
+    add("--amp", action="store_true", help="multiply matrices in bfloat16")
 
-    Prints a table and writes results.json, accuracy.png and, in runs/, every run with its weights. Nothing is
-    downloaded unless --pretrained asks for it.
-    """
-    if threads is not None:
-        torch.set_num_threads(threads)
+
+def settle_model(asked: argparse.Namespace) -> None:
+    """Fill in the model where none is named, and its arguments where none are."""
+    if asked.model is None:
+        asked.model, kwargs = QUICK_VIT if asked.quick else SMALL_VIT
+        asked.model_kwargs = kwargs if asked.model_kwargs is None else asked.model_kwargs
+    asked.model_kwargs = asked.model_kwargs or ""
+
+
+class Bench:
+    """The runs of all arms and seeds: what each depends on, and carrying out those that are not on disk yet."""
+
+    def __init__(self, asked: argparse.Namespace) -> None:
+        self.asked, self.arms = asked, parse_arms(asked.arm or ARMS, asked.start_from)
+        self.recipe = Recipe(**{each.name: getattr(asked, each.name) for each in fields(Recipe)})
+        tuned = {"lr": asked.finetune_lr or asked.lr, "steps": asked.finetune_steps or asked.steps}
+        tuned["epochs"] = asked.finetune_epochs or asked.epochs
+        if asked.finetune_epochs:
+            tuned["steps"] = asked.finetune_steps
+        self.tuning, self.recipe = replace(self.recipe, **tuned), replace(self.recipe, distill=0.0)
+        for arm in self.arms:
+            start_of(arm, self.arms)
+        if asked.eval_only and not (asked.pretrained or asked.weights or all(arm.start for arm in self.arms)):
+            raise ValueError("--eval-only tests trained weights: give --weights FILE or --pretrained")
+        self.spec = ModelSpec(asked.model, parse_fields(asked.model_kwargs), asked.pretrained)
+        train = None if asked.eval_only else open_pictures(asked.data, "train")
+        test = open_pictures(asked.test or asked.data, "test")
+        self.classes = self.spec.kwargs.get("num_classes", count_classes(train, test))
+        if self.classes < count_classes(train, test):
+            raise ValueError(f"the pictures have {count_classes(train, test)} classes, the model {self.classes}")
+        plain = replace(self.spec, pretrained=False).create(0, self.classes)
+        preprocess = for_model(plain, self.spec.kwargs.get("in_chans"), asked.crop_pct)
+        augment = asked.augment or ("crop-flip,hflip=0" if asked.data == "digits" else "crop-flip")
+        self.task = Task(train, test, preprocess, augment, asked.device, asked.workers, asked.amp)
+        self.store = Store(asked.out / "runs", machine(asked.device))
+
+    def settings(self, arm: Arm, seed: int) -> dict[str, Any]:
+        """All that the result of a run depends on, as plain data."""
+        start = start_of(arm, self.arms)
+        recipe = asdict(self.tuning if arm.start else self.recipe)
+        settings = {"methods": arm.settings, "seed": seed, "model": asdict(self.spec), "classes": self.classes}
+        settings |= {"task": self.task.about, "recipe": recipe, "eval_every": self.asked.eval_every}
+        settings["trains"] = not self.asked.eval_only
+        if start is not None:
+            settings["start"] = self.settings(start, seed)
+        elif (path := self._first_weights(arm, seed)) is not None:
+            settings["weights"] = digest(read_weights(path))
+        return settings
+
+    def run(self, arm: Arm, seed: int) -> dict[str, Any]:
+        """Make one run, or read it; returns its record."""
+        name, settings = f"{arm.name}-seed{seed}", self.settings(arm, seed)
+        path = self._path(arm, seed)
+        record = self.store.get(name, settings, partial(self._make, arm, seed, path))
+        about = {"arm": arm.name, "start": arm.start, "methods": arm.words, "seed": seed, "settings": settings}
+        return about | record | ({} if self.asked.eval_only else {"weights": str(path.relative_to(self.asked.out))})
+
+    def _make(self, arm: Arm, seed: int, path: Path) -> dict[str, Any]:
+        first = self._first_weights(arm, seed)
+        # weights of a start are of a model without methods
+        spec = self.spec if arm.start is None else replace(self.spec, pretrained=False)
+        model, handle = spec.build(seed, self.classes, arm.methods, first)
+        model.to(self.asked.device)
+        record = {"parameters": sum(parameter.numel() for parameter in model.parameters())}
+        if self.asked.eval_only:
+            return record | evaluate(model, self.task)
+        recipe = self.tuning if arm.start else self.recipe
+        teacher = spec.build(seed, self.classes, (), first)[0].to(self.asked.device) if arm.start else None
+        with tqdm(
+            total=recipe.total_steps(self.task.count), desc=f"{arm.name}, seed {seed}", leave=False, disable=None
+        ) as bar:
+
+            def advance(note: str) -> None:
+                bar.set_postfix_str(note, refresh=False)
+                bar.update()
+
+            model, result = fit(
+                model,
+                handle,
+                self.task,
+                recipe,
+                seed,
+                teacher=teacher,
+                eval_every=self.asked.eval_every,
+                advance=advance,
+            )
+        before = {"top1_before": result["curve"][0]["top1"]} if arm.start else {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: value.cpu().contiguous().clone() for name, value in model.state_dict().items()}, path)
+        print(
+            f"{arm.name}, seed {seed}: top-1 {100 * result['top1']:.2f} %, {result['seconds']:.0f} s", file=sys.stderr
+        )
+        return record | before | result
+
+    def _path(self, arm: Arm, seed: int) -> Path:
+        return self.store.path(f"{arm.name}-seed{seed}", self.settings(arm, seed)).with_suffix(".safetensors")
+
+    def _first_weights(self, arm: Arm, seed: int) -> Path | None:
+        """The file a run starts from: of another arm, or named by the options; None for random or published weights."""
+        start = start_of(arm, self.arms)
+        pattern = arm.start or self.asked.weights
+        if start is not None:
+            return self._path(start, seed)
+        return None if pattern is None else find_weights(pattern, arm, seed)
+
+
+def main(argv: Sequence[str] | None = None) -> list[Mapping[str, Any]]:
+    asked = read(argv)
     torch.set_flush_denormal(True)
     try:
-        recipe = Recipe(
-            epochs=10.0 if epochs is None and steps is None else epochs,
-            steps=steps,
-            batch_size=batch_size,
-            lr=lr,
-            warmup=warmup,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            label_smoothing=label_smoothing,
-            mixup=mixup,
-            cutmix=cutmix,
-            clip_grad=clip_grad,
-            amp=amp,
-        )
-        length = {"epochs": recipe.epochs, "steps": recipe.steps}
-        if finetune_epochs is not None or finetune_steps is not None:
-            length = {"epochs": finetune_epochs, "steps": finetune_steps}
-        arms, numbers = plan_arms(arm or [], method or [], start_from), parse_seeds(seeds)
-        spec = ModelSpec(model, parse_fields(model_kwargs), pretrained, new_head)
-        if eval_only and not (pretrained or weights or all(each.start for each in arms)):
-            raise ValueError("--eval-only tests trained weights: give --weights FILE or --pretrained")
-        if new_head and (eval_only or not weights):
-            raise ValueError("--new-head is for training on from --weights")
-        pictures = open_data(data, test, trains=not eval_only, holdout=holdout)
-        place = pick_device(device)
-        with _progress() as progress:
-            rows = {split: progress.add_task(f"decoding {split} pictures", total=None, note="") for split in SPLITS}
-            task = prepare(
-                spec,
-                pictures,
-                parse_augment(augment),
-                place,
-                amp=amp,
-                side=input_size,
-                crop_pct=crop_pct,
-                drops=on_bad_image == FaultName.drop,
-                workers=workers,
-                memory=memory,
-                advance=lambda split, count, total: progress.update(rows[split], advance=count, total=total),
-            )
-        about = {"classes": task.num_classes, "augment": asdict(task.augment), "preprocess": asdict(task.preprocess)}
-        about |= {"test": pictures.test.fingerprint, "train": pictures.train and pictures.train.fingerprint}
-        bench = Bench(
-            arms,
-            task,
-            spec,
-            weights,
-            recipe,
-            replace(recipe, **length, lr=finetune_lr or lr),
-            Distillation(distill, distill_temperature, distill_features),
-            eval_every,
-            about | {"on_bad_image": on_bad_image.value},
-            Records(out / "runs"),
-        )
-        runs = _evaluate(bench, numbers) if eval_only else _train(bench, numbers)
+        bench = Bench(asked)
+        runs = [bench.run(arm, seed) for seed in asked.seeds for arm in bench.arms]
     except (VltokError, ValueError, TypeError, OSError, FloatingPointError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
-    _show(bench, runs, out, is_trained=not eval_only)
-
-
-def _train(bench: Bench, seeds: list[int]) -> dict[str, list[dict[str, Any]]]:
-    """Make the missing runs; returns the records of all."""
-    done = bench.finished(seeds)
-    missing = bench.missing(seeds)
-    if done:
-        CONSOLE.print(f"{len(done)} finished runs in {bench.records.folder}, {len(missing)} to make", highlight=False)
-    with _progress() as progress:
-        total = progress.add_task("steps of all runs", total=sum(bench.steps(arm) for arm, _ in missing), note="")
-        for arm, seed in missing:
-            row = progress.add_task(f"{arm.name}, seed {seed}", total=bench.steps(arm), note="")
-
-            def advance(note: str, row: Any = row) -> None:
-                progress.advance(total)
-                progress.update(row, advance=1, note=note)
-
-            record = bench.train(arm, seed, advance)
-            done[arm.name, seed] = record
-            progress.remove_task(row)
-            progress.console.print(
-                f"{arm.name}, seed {seed}: top-1 {100 * record['top1']:.2f} % after {record['steps']} steps, "
-                f"{record['images_per_second']:.0f} images/s, {record['seconds']:.0f} s",
-                highlight=False,
-            )
-    return {arm.name: [done[arm.name, seed] for seed in seeds] for arm in bench.arms}
-
-
-def _evaluate(bench: Bench, seeds: list[int]) -> dict[str, list[dict[str, Any]]]:
-    """Test all arms as they start."""
-    with _progress() as progress:
-        row = progress.add_task("testing", total=len(bench.arms) * len(seeds), note="")
-        runs: dict[str, list[dict[str, Any]]] = {}
-        for arm in bench.arms:
-            for seed in seeds:
-                runs.setdefault(arm.name, []).append(bench.evaluate(arm, seed))
-                progress.advance(row)
+        sys.exit(f"error: {error}")
+    rows = report.summarise(runs)
+    notes = [
+        f"{runs[0]['tested']:,} test pictures" + f", {bench.task.count:,} training pictures" * (not asked.eval_only)
+    ]
+    notes += ["± standard deviation over seeds"] if len(asked.seeds) > 1 else []
+    shown = report.table(rows, asked.model, notes)
+    name = "evaluation" if asked.eval_only else "results"
+    about = {key: getattr(asked, key) for key in ("data", "model", "model_kwargs", "crop_pct", "seeds")}
+    write_json(asked.out / f"{name}.json", about | {"machine": bench.store.notes, "arms": rows, "runs": runs})
+    (asked.out / f"{name}.md").write_text(shown.markdown(), encoding="utf-8")
+    print(shown.text(), f"written to {asked.out}", sep="\n")
     return runs
 
 
-def _show(bench: Bench, runs: dict[str, list[dict[str, Any]]], out: Path, is_trained: bool) -> None:
-    """Print the table and write the files."""
-    rows = report.summarise(bench.arms, runs)
-    name = "results" if is_trained else "evaluation"
-    report.write(out / f"{name}.json", rows, runs)
-    first = next(iter(runs.values()))[0]
-    caption = f"{first['tested']:,} test pictures"
-    caption += f", {len(bench.task.train):,} training pictures" if is_trained else ""
-    dropped = {split: count for split, count in first["dropped"].items() if count}
-    caption += "".join(f"; {count} {split} pictures could not be decoded" for split, count in dropped.items())
-    caption += "; ± standard deviation over seeds" if len(next(iter(runs.values()))) > 1 else ""
-    console = Console()
-    Console(width=max(console.width, 120)).print(report.render(rows, bench.spec.name, caption))
-    if is_trained:
-        report.plot(bench.arms, runs, out / "accuracy.png")
-    console.print(f"written to {out}", highlight=False)
-
-
-def _progress() -> Progress:
-    columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=CONSOLE)
-
-
 if __name__ == "__main__":
-    app(prog_name="python -m eval.image_classification")
+    main()

@@ -1,282 +1,174 @@
-"""`python -m eval.robustness`: image classifiers on corrupted, unusual and slightly moving pictures.
+"""Tests image classifiers, with and without vltok methods, on corrupted, unusual and slightly moving pictures.
 
-Corrupted pictures are made once for all models that are tested together; what they look like depends on the seed, the
-number of the picture, the corruption and its severity alone. Every result is kept on disk as soon as it is there, so
-that the command can be stopped and started again.
+    python -m eval.robustness
+    python -m eval.robustness --model vit_tiny_patch16_224 --model-kwargs img_size=32,patch_size=4,depth=4 \
+        --data cifar.npz --arm plain= --arm tap=tap --seeds 0,1 --weights "runs/{arm}-seed{seed}-*.safetensors"
+    python -m eval.robustness --model deit_small_patch16_224 --pretrained --arm plain= \
+        --data imagenet/val --imagenet-c imagenet-c --imagenet-p imagenet-p --subset imagenet-a=imagenet-a --workers 8
+
+Without --arm it tests what `eval.image_classification` left in --trained, and has that train its quick arms if there is
+nothing yet. Corrupted pictures are made once for all models; what they look like depends on the seed, the number of the
+picture, the corruption and its severity alone. Prints tables and writes results.json, results.md, a file per model in
+robustbench/ and results-*.csv in timm's format. Every result is kept in runs/ as soon as it is there. mCE and mFR are
+given where all that they are made of was measured.
 
 The corruptions have the strengths of ImageNet-C, made for pictures of 224 x 224. At 32 x 32 they are far harsher than
 those of CIFAR-C: errors of small pictures compare the arms with each other, not with published figures.
 """
 
-from enum import StrEnum
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import timm
 import torch
-import typer
-from rich.console import Console
 
-from eval.image_classification.data import Data, open_data
-from eval.image_classification.models import ModelSpec
-from eval.image_classification.settings import parse_fields, parse_seeds, pick_device
-from eval.robustness import bench, plots, report
-from eval.robustness.classes import output_names, read_classes
-from eval.robustness.classifiers import Classifiers, HuggingFaceClassifiers, TimmClassifiers
-from eval.robustness.contenders import plan_contenders
-from eval.robustness.corruptions import parse_corruptions, parse_severities
-from eval.robustness.parts import plan_parts
-from eval.robustness.progress import Watch
-from eval.robustness.setup import ClassifierSetup, FaultName
+import vltok
+from eval import options
+from eval.image_classification import __main__ as training
+from eval.image_classification.arms import WEIGHTS, Arm, find_weights, parse_arms, parse_fields
+from eval.image_classification.data import open_pictures
+from eval.image_classification.models import digest
+from eval.measure import machine
+from eval.robustness import bench, report
+from eval.robustness.classifiers import Classifiers, open_classifiers
+from eval.robustness.pictures import plan_cells
+from eval.store import Store
+from eval.tables import write_json
 from vltok.errors import VltokError
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-DATA, CORRUPT, MODEL, ARMS, RUN = "Pictures", "Corruptions", "Model", "Arms: what is compared", "Run"
-EXAMPLES = """\
-What eval.image_classification trained into the folder trained, three seeds of each arm, on 1000 test pictures:
 
---data cifar.npz --model vit_tiny_patch16_224 --model-kwargs img_size=32,patch_size=4,depth=4
---arm plain= --arm tap=tap --arm adl=adl --arm both=tap+adl --seeds 0,1,2
---weights "trained/runs/{arm}-seed{seed}.safetensors" --limit 1000
-
-A published model on the published folders:
-
---model deit_small_patch16_224 --pretrained --data imagenet/val --imagenet-c imagenet-c --imagenet-p imagenet-p
---subset imagenet-a=imagenet-a --subset imagenet-r=imagenet-r --workers 8
-"""
-
-
-class WhereName(StrEnum):
-    """What is corrupted."""
-
-    input = "input"
-    picture = "picture"
+def read(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    shared = options.common("device", "threads", "quick", "out", out=Path("robustness-results"), quick="40 pictures")
+    command = options.parser(__doc__, shared)
+    training.add_data(command)
+    command.set_defaults(data=None)
+    bench.add_options(command)
+    add = command.add_argument
+    add("--batch-size", type=options.count, default=64, help="pictures that go through a model together (%(default)s)")
+    trained = Path("classification-results")
+    add("--trained", type=Path, default=trained, help="folder of eval.image_classification (%(default)s)")
+    add("--corrupt", choices=("input", "picture"), default="input", help="before or after resizing (%(default)s)")
+    add("--imagenet-c", type=Path, help="folder of corrupted pictures, CORRUPTION/SEVERITY/CLASS/FILE")
+    add("--subset", action="append", default=[], help="NAME=FOLDER of some classes, repeated: answers are among these")
+    add("--imagenet-p", type=Path, help="folder of sequences, PERTURBATION/CLASS/SEQUENCE, videos or folders of frames")
+    add("--classes", type=Path, help="names of the model's outputs: a file with one per line, or a folder of classes")
+    add("--pretrained", action="store_true", help="fetch published weights; nothing else is ever downloaded")
+    add("--weights", help="file of weights of arms that name none; {arm} and {seed} are filled in, * is any text")
+    return options.parse(command, argv, {"limit": 40})
 
 
-def _option(group: str, text: str, *names: str, **limits: Any) -> Any:
-    return typer.Option(*names, help=text, rich_help_panel=group, **limits)
+def take_trained(asked: argparse.Namespace) -> None:
+    """Let the options say what `eval.image_classification` left in --trained; it makes that if it isn't there."""
+    path = asked.trained / "results.json"
+    if not path.is_file():
+        print(f"training the quick arms of eval.image_classification into {asked.trained}", file=sys.stderr)
+        threads = [] if asked.threads is None else ["--threads", str(asked.threads)]
+        training.main(["--quick", "--out", str(asked.trained), "--device", asked.device, *threads])
+    found = json.loads(path.read_text(encoding="utf-8"))
+    for name in ("data", "model", "model_kwargs", "crop_pct", "seeds"):
+        setattr(asked, name, found[name])
+    methods = {run["arm"]: run["settings"]["methods"] for run in found["runs"]}
+    texts = {arm: "+".join(map(json.dumps, settings)) for arm, settings in methods.items()}
+    asked.arm = [f"{arm}={text}" for arm, text in texts.items()]
+    asked.weights = str(asked.trained / "runs" / "{arm}-seed{seed}-*.safetensors")
 
 
-@app.command(epilog=EXAMPLES)
-def main(
-    *,
-    data: Annotated[
-        Path | None,
-        _option(
-            DATA,
-            "Clean pictures: a folder with a subfolder per class, or one with val/ or test/ in it; or an npz file as "
-            "eval.image_classification takes them. Without --imagenet-c they are also corrupted.",
-        ),
-    ] = None,
-    imagenet_c: Annotated[
-        Path | None,
-        _option(DATA, "Folder of corrupted pictures, CORRUPTION/SEVERITY/CLASS/FILE.", "--imagenet-c"),
-    ] = None,
-    subset: Annotated[
-        list[str] | None,
-        _option(
-            DATA,
-            "NAME=FOLDER, repeated, for pictures of some of the classes, such as ImageNet-A and -R: answers are chosen "
-            "among the classes that have a subfolder there.",
-        ),
-    ] = None,
-    imagenet_p: Annotated[
-        Path | None,
-        _option(
-            DATA,
-            "Folder of sequences, PERTURBATION/CLASS/SEQUENCE, each a video or a folder of frames. Counts how often "
-            "the answer changes, from the first frame for noise, else from the frame before.",
-            "--imagenet-p",
-        ),
-    ] = None,
-    classes: Annotated[
-        Path | None,
-        _option(
-            DATA,
-            "Names of the model's outputs in order: a file with one per line, or a folder whose subfolders they are, "
-            "such as ImageNet's val/. By default those of --data, if there are as many, or ImageNet's wnids for 1000.",
-        ),
-    ] = None,
-    limit: Annotated[
-        int | None, _option(DATA, "Look at so many pictures of each source, spread evenly over it.", min=1)
-    ] = None,
-    on_bad_image: Annotated[
-        FaultName, _option(DATA, "For pictures that can't be decoded; skipped ones are counted.")
-    ] = FaultName.stop,
-    corruptions: Annotated[
-        str, _option(CORRUPT, '"all" 15 of ImageNet-C, "none", or names with commas between them.')
-    ] = "all",
-    severities: Annotated[str, _option(CORRUPT, "Of each, 1 to 5. mCE is defined by all of them.")] = "1,2,3,4,5",
-    corrupt: Annotated[
-        WhereName,
-        _option(
-            CORRUPT,
-            "Corrupt the model's input, cropped and resized, as ImageNet-C was made; or the picture before that. The "
-            "strengths are those for 224 x 224: at 32 x 32 they are far harsher than CIFAR-C.",
-        ),
-    ] = WhereName.input,
-    corruption_seed: Annotated[int, _option(CORRUPT, "Of all that is random in corruptions.", min=0)] = 0,
-    model: Annotated[
-        str,
-        _option(
-            MODEL,
-            "Name of a timm model; or a folder that save_pretrained of a Hugging Face image classifier wrote, with its "
-            "image processor; or the name of one in the local cache.",
-        ),
-    ],
-    model_kwargs: Annotated[
-        str, _option(MODEL, 'For timm.create_model: "img_size=32,patch_size=4,depth=4", say.')
-    ] = "",
-    pretrained: Annotated[
-        bool, _option(MODEL, "Fetch published weights. Nothing else is ever downloaded.", "--pretrained")
-    ] = False,
-    weights: Annotated[
-        str | None,
-        _option(MODEL, "File of weights, .safetensors or .pth, for arms that name none; {arm}, {seed} are filled in."),
-    ] = None,
-    crop_pct: Annotated[
-        float | None,
-        _option(
-            MODEL,
-            "Share of a picture's side that is looked at. By default timm's for the model, and all of pictures that "
-            "are no larger than its input.",
-            min=0.1,
-            max=1.0,
-        ),
-    ] = None,
-    arm: Annotated[
-        list[str] | None,
-        _option(
-            ARMS,
-            'NAME=METHODS, repeated: "plain=", "tap=tap", several methods with a plus between them. NAME@FILE=METHODS '
-            "has trained weights, with those of the methods or without; {seed} is filled in. NAME@FOLDER= has what "
-            "vltok.save wrote.",
-        ),
-    ] = None,
-    method: Annotated[
-        list[str] | None, _option(ARMS, 'Methods of the only arm, repeated: "tap,num_scales=2"; none: the plain model.')
-    ] = None,
-    seeds: Annotated[str, _option(ARMS, "Which trained models of each arm, for {seed} in the names of weights.")] = "0",
-    out: Annotated[Path, _option(RUN, "Folder of the results. Finished ones in it are not made again.")] = Path(
-        "robustness-results"
-    ),
-    batch_size: Annotated[int, _option(RUN, "Pictures that go through a model together.", min=1)] = 64,
-    workers: Annotated[int, _option(RUN, "Processes that decode and corrupt; 0 does so in this one.", min=0)] = 0,
-    models_at_once: Annotated[
-        int, _option(RUN, "Models held in memory, for which a corrupted picture is made once.", min=1)
-    ] = 16,
-    amp: Annotated[bool, _option(RUN, "Multiply matrices in bfloat16.", "--amp")] = False,
-    device: Annotated[str | None, _option(RUN, "torch device; by default the accelerator, if there is one.")] = None,
-    threads: Annotated[int | None, _option(RUN, "torch threads.", min=1)] = None,
-) -> None:
-    """Test classifiers with and without vltok methods on corrupted, unusual and slightly moving pictures.
+def build(arm: Arm, seed: int, classifiers: Classifiers, asked: argparse.Namespace) -> bench.Model:
+    """Make a model with the weights of a seed.
 
-    Prints tables and writes results.json, corruptions.png and, in runs/, every model's results.
-    mCE and mFR are given where all that they are made of was measured.
+    Raises:
+        ValueError: If the options leave it without trained weights.
+        OSError: If weights are not there.
     """
-    if threads is not None:
-        torch.set_num_threads(threads)
+    is_adapter = arm.start is not None and Path(arm.start).suffix not in WEIGHTS
+    pattern = asked.weights if is_adapter or arm.start is None else arm.start
+    if len(asked.seeds) > 1 and not any("{seed}" in each for each in (arm.start, pattern) if each):
+        raise ValueError(f"the seeds of arm {arm.name!r} would be the same model: put {{seed}} into the weights' names")
+    if pattern is None and not classifiers.has_weights:
+        raise ValueError(f"arm {arm.name!r} has no trained weights: give --weights, NAME@FILE=METHODS or --pretrained")
+    if is_adapter and arm.methods:
+        raise ValueError(f"arm {arm.name!r} starts from the folder {arm.start}, which says itself what its methods are")
+    weights = None if pattern is None else find_weights(pattern, arm, seed)
+    model = classifiers.build(seed, arm.methods, weights)
+    if is_adapter:
+        vltok.load(model, find_weights(arm.start, arm, seed))
+    model = model.eval().to(asked.device)
+    about = {"methods": arm.settings, "digest": digest(model.state_dict()), "amp": asked.amp}
+    return bench.Model(model, about | dict(classifiers.settings))
+
+
+def measure(asked: argparse.Namespace) -> tuple[list[report.Row], bench.Results]:
+    """Measure what is missing; returns what is said of every model, and its cells."""
+    if asked.arm is asked.model is asked.weights is None and not asked.pretrained:
+        take_trained(asked)
+    training.settle_model(asked)
+    if not (asked.data or asked.imagenet_c or asked.subset or asked.imagenet_p):
+        asked.data = "digits"
+    clean = open_pictures(asked.data, "test") if asked.data else None
+    classifiers = open_classifiers(
+        asked.model,
+        parse_fields(asked.model_kwargs),
+        clean,
+        pretrained=asked.pretrained,
+        crop_pct=asked.crop_pct,
+        classes=asked.classes,
+    )
+    arms = parse_arms(asked.arm or ["plain="])
+    cells = plan_cells(
+        classifiers,
+        bench.setup_of(asked),
+        clean,
+        bench.planned(asked),
+        asked.corrupt,
+        imagenet_c=asked.imagenet_c,
+        subsets=asked.subset,
+        imagenet_p=asked.imagenet_p,
+    )
+    models = {(arm, seed): build(arm, seed, classifiers, asked) for arm in arms for seed in asked.seeds}
+    names = {key: f"{key[0].name}-seed{key[1]}" for key in models}
+    store = Store(asked.out / "runs", machine(asked.device))
+    results = bench.run({names[key]: model for key, model in models.items()}, cells, store)
+    config = getattr(classifiers.preprocess, "config", {"crop_pct": "", "interpolation": ""})
+    config = {**config, "size": classifiers.preprocess.input_size[1]}
+    rows = []
+    for (arm, seed), model in models.items():
+        name = names[arm, seed]
+        parameters = sum(parameter.numel() for parameter in model.module.parameters())
+        about: dict[str, Any] = {"name": name, "arm": arm.name, "methods": arm.words, "seed": seed}
+        about |= {"parameters": parameters, "architecture": asked.model, "config": config, "settings": model.settings}
+        rows.append(about | report.scores(results[name]))
+    return rows, results
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    asked = read(argv)
     torch.set_flush_denormal(True)
     try:
-        clean = open_data(data, trains=False) if data is not None else None
-        classifiers, names = _classifiers(model, model_kwargs, pretrained, crop_pct, classes, clean)
-        setup = ClassifierSetup(
-            classifiers=classifiers,
-            names=names,
-            device=pick_device(device),
-            amp=amp,
-            batch_size=batch_size,
-            workers=workers,
-            limit=limit,
-            skips=on_bad_image == FaultName.skip,
-            seed=corruption_seed,
-            corrupts_input=corrupt == WhereName.input,
-        )
-        has_own = pretrained or isinstance(classifiers, HuggingFaceClassifiers)
-        contenders = plan_contenders(arm or [], method or [], weights, parse_seeds(seeds), has_own)
-        parts = plan_parts(
-            setup,
-            None if clean is None else clean.test,
-            parse_corruptions(corruptions),
-            parse_severities(severities),
-            imagenet_c=imagenet_c,
-            subsets=subset or [],
-            imagenet_p=imagenet_p,
-        )
-        total = len(contenders) * sum(len(part.cells) for part in parts)
-        with Watch(total) as watch:
-            results = bench.run(
-                contenders,
-                parts,
-                setup,
-                out / "runs",
-                at_once=models_at_once,
-                begin=watch.begin,
-                advance=watch.advance,
-                done=watch.done,
-            )
+        models, results = measure(asked)
     except (VltokError, ValueError, TypeError, OSError, ModuleNotFoundError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
-    arms = list({each.arm.name: each.arm for each in contenders}.values())
-    rows = report.summarise(arms, results)
-    report.write(out / "results.json", rows, results)
-    _show(rows, model, out, _caption(results, setup))
-
-
-def _classifiers(
-    model: str, kwargs: str, pretrained: bool, crop_pct: float | None, classes: Path | None, clean: Data | None
-) -> tuple[Classifiers, list[str] | None]:
-    """The architecture, and the names of its outputs if anybody knows them."""
-    given = read_classes(classes) if classes is not None else None
-    of_data = clean.test.classes if clean is not None else None
-    if Path(model).is_dir() or ("/" in model and ":" not in model):  # timm's hub names have a colon
-        if kwargs:
-            raise ValueError("--model-kwargs are for timm models")
-        classifiers: Classifiers = HuggingFaceClassifiers(model, pretrained, crop_pct)
-        if given is None and classifiers.num_outputs != 1000:  # ImageNet's are words there, in folders they are wnids
-            given = classifiers.class_names
-    else:
-        if pretrained:
-            count = getattr(timm.get_pretrained_cfg(model, allow_unregistered=True), "num_classes", 1000)
-        elif given is not None:
-            count = len(given)
-        else:
-            count = 1000 if clean is None else clean.num_classes
-        classifiers = TimmClassifiers(ModelSpec(model, parse_fields(kwargs), pretrained), count, crop_pct)
-    return classifiers, output_names(classifiers.num_outputs, given, of_data)
-
-
-def _caption(results: bench.Results, setup: ClassifierSetup) -> str:
-    """What was looked at, and what could not be."""
-    first = next(iter(results.values()))[0]["cells"]
-    parts = [f"{first['clean']['tested']:,} clean pictures"] if "clean" in first else []
-    if any(name.startswith("corruption/") for name in first):
-        severities = {name.split("/")[2] for name in first if name.startswith("corruption/")}
-        parts.append(f"severities {', '.join(sorted(severities))}, seed {setup.seed}")
-    parts += ["± standard deviation over seeds"] if len(next(iter(results.values()))) > 1 else []
-    skipped = max(figures["skipped"] for figures in first.values())
-    parts += [f"up to {skipped:,} pictures or sequences of a result could not be decoded"] if skipped else []
-    return "; ".join(parts)
-
-
-def _show(rows: list[report.Row], model: str, out: Path, caption: str) -> None:
-    """Print the tables and draw the picture."""
-    console = Console()
-    wide = Console(width=max(console.width, 120))
-    for table in (report.render_errors(rows), report.render_flips(rows)):
-        if table is not None:
-            wide.print(table)
-    if rows[0]["by_corruption"]:
-        plots.plot(rows, out / "corruptions.png")
-    wide.print(report.render(rows, model))
-    wide.print(caption, highlight=False)
-    if rows[0]["by_corruption"] and not rows[0]["mce"]:
-        console.print("no mCE: it is defined by all 15 corruptions at all 5 severities", highlight=False)
-    if rows[0]["flip_rates"] and not rows[0]["mfr"]:
-        console.print("no mFR: it is defined by all 10 perturbations of ImageNet-P", highlight=False)
-    console.print(f"written to {out}", highlight=False)
+        sys.exit(f"error: {error}")
+    rows = report.summarise(models)
+    first = next(iter(results.values()))
+    notes = [f"{first['clean']['tested']:,} clean pictures"] if "clean" in first else []
+    notes += [f"severities {asked.severities}, seed {asked.corruption_seed}"] if rows[0]["by_corruption"] else []
+    notes += ["± standard deviation over seeds"] if len(asked.seeds) > 1 else []
+    if rows[0]["by_corruption"] and rows[0]["mce"] is None:
+        notes.append("no mCE: it is defined by all 15 corruptions at all 5 severities")
+    if rows[0]["flip_rates"] and rows[0]["mfr"] is None:
+        notes.append("no mFR: it is defined by all 10 perturbations of ImageNet-P")
+    shown = report.tables(rows, asked.model, notes)
+    runs = [model | {"cells": results[model["name"]]} for model in models]
+    write_json(asked.out / "results.json", {"machine": machine(asked.device), "arms": rows, "runs": runs})
+    report.write_robustbench(asked.out / "robustbench", models, asked.data or "imagenet")
+    report.write_csv(asked.out, models, results)
+    (asked.out / "results.md").write_text("\n".join(table.markdown() for table in shown), encoding="utf-8")
+    print(*(table.text() for table in shown), f"written to {asked.out}", sep="\n")
 
 
 if __name__ == "__main__":
-    app(prog_name="python -m eval.robustness")
+    main()

@@ -1,113 +1,148 @@
-"""All contenders on all parts: what is on disk is kept, what is missing is measured and kept at once."""
+"""All models on all cells: what is on disk is kept, what is missing is measured and kept at once."""
 
-import itertools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from pathlib import Path
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
-from eval.robustness.setup import Setup
-from eval.robustness.store import Store
+from eval import options
+from eval.robustness.corruptions import parse_corruptions, parse_severities
+from eval.robustness.scores import CORRUPTIONS
+from eval.store import Store
 
-Wanted = Mapping[str, Sequence[int]]  # for the name of a cell the numbers of models
-Measured = Iterator[tuple[str, dict[int, dict[str, Any]]]]  # the name of a cell, and figures by number of the model
-Results = dict[str, list[dict[str, Any]]]  # by name of the arm, for every seed its notes and figures by cell
-
-
-class Contender(Protocol):
-    """A model of the bench; `name` is the row of the table, shared by the models of all seeds."""
-
-    @property
-    def name(self) -> str: ...
-
-    def build(self, setup: Setup) -> nn.Module:
-        """Make the model, in eval mode, on the setup's device."""
-
-    def store(self, model: nn.Module, setup: Setup, folder: Path) -> Store:
-        """Where the model's results are kept."""
+Results = dict[str, dict[str, dict[str, Any]]]  # by name of the model, by name of the cell, its figures
 
 
-class Part(Protocol):
-    """Cells that share their pictures; `cells` are their names."""
+@dataclass(frozen=True)
+class Model:
+    """A model of the bench, in eval mode, on its device.
 
-    cells: Collection[str]
+    Attributes:
+        module: The model.
+        settings: All that decides what it answers, as plain data.
+    """
 
-    def open(self) -> None:
-        """Open the pictures; nothing else but `cells` may be asked before."""
-
-    def close(self) -> None:
-        """Let go of them."""
-
-    def count(self, cell: str) -> int:
-        """Pictures or sequences of a cell."""
-
-    def settings(self, cell: str) -> dict[str, Any]:
-        """All that decides what is measured, the model apart."""
-
-    def measure(self, wanted: Wanted, models: Sequence[nn.Module], advance: Callable[[str, int], Any]) -> Measured:
-        """Measure cells, each for some of the models; `advance` is told of a cell how many more pictures are done."""
+    module: nn.Module
+    settings: Mapping[str, Any]
 
 
-def run(
-    contenders: Sequence[Contender],
-    parts: Sequence[Part],
-    setup: Setup,
-    folder: Path,
-    *,
-    at_once: int = 16,
-    begin: Callable[[str, int], Any] = lambda cell, count: None,
-    advance: Callable[[str, int], Any] = lambda cell, count: None,
-    done: Callable[[int, bool], Any] = lambda count, is_new: None,
-) -> Results:
+class Cell(Protocol):
+    """Pictures of one kind, such as a corruption at one severity."""
+
+    name: str
+
+    def open(self) -> dict[str, Any]:
+        """Open the pictures; returns all that decides what is measured, the models apart."""
+
+    def batches(self) -> Iterable[Any]:
+        """The pictures, each made once for all models."""
+
+    def tally(self, module: nn.Module) -> Any:
+        """What counts the answers of a model: `update(module, batch)`, then `compute()` gives the figures."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all cells share.
+
+    Attributes:
+        device: Where models compute.
+        amp: Whether matrix products are made in bfloat16.
+        batch_size: Pictures that go through a model together.
+        workers: Processes that decode and corrupt; 0 does so in this one.
+        limit: How many pictures are taken of each source, spread evenly over it; None for all.
+        seed: Of the corruptions.
+    """
+
+    device: str = "cpu"
+    amp: bool = False
+    batch_size: int = 64
+    workers: int = 0
+    limit: int | None = None
+    seed: int = 0
+
+    def autocast(self) -> torch.autocast:
+        """bfloat16 for matrix products where it is asked for."""
+        return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.amp)
+
+    def choose(self, count: int) -> list[int]:
+        """Which of `count` things are looked at, ascending."""
+        limit = count if self.limit is None else min(self.limit, count)
+        return (np.arange(limit) * count // limit).tolist()
+
+    def load(self, data: Dataset, order: Sequence[Any], batch_size: int | None = None) -> DataLoader:
+        """Items of a dataset in an order, in batches; without a size one by one, as they are."""
+        collate = None if batch_size else _as_it_is
+        return DataLoader(
+            data, batch_size, sampler=order, num_workers=min(self.workers, len(order)), collate_fn=collate
+        )
+
+
+def run(models: Mapping[str, Model], cells: Sequence[Cell], store: Store) -> Results:
     """Measure what is missing.
 
     Args:
-        contenders: The models.
-        parts: Where they are tested; every name of a cell comes once.
-        setup: Of the bench.
-        folder: Where results are kept, a file per contender.
-        at_once: Models that are held in memory together and see every picture as it is made.
-        begin: Told which cell begins, and how many pictures or sequences it has.
-        advance: Told of a cell how many more of them are done.
-        done: Told how many more results are there, and whether they are new.
-
-    Returns:
-        For each arm a record per seed: its notes, "settings" and "cells", the figures by name of the cell.
-
-    Raises:
-        ValueError: If results on disk are of other settings, or pictures don't fit the model.
+        models: The models by name.
+        cells: Where they are tested, each with a name of its own.
+        store: Where results are kept, and read from if they are there.
     """
-    results: Results = {}
-    for start in range(0, len(contenders), at_once):
-        group = contenders[start : start + at_once]
-        models = [each.build(setup) for each in group]
-        stores = [each.store(model, setup, folder) for each, model in zip(group, models, strict=True)]
-        figures: list[dict[str, Any]] = [{} for _ in group]
-        for part in parts:
-            part.open()
-            wanted: dict[str, list[int]] = {}
-            for cell, (number, store) in itertools.product(part.cells, enumerate(stores)):
-                found = store.read(cell, part.settings(cell))
-                figures[number][cell] = found
-                if found is None:
-                    wanted.setdefault(cell, []).append(number)
-                else:
-                    setup.report(found["faults"])
-                    done(1, False)
-            for cell in wanted:
-                begin(cell, part.count(cell))
-            for cell, measured in part.measure(wanted, models, advance):
-                for number, result in measured.items():
-                    stores[number].write(cell, part.settings(cell), result)
-                    figures[number][cell] = result
-                done(len(measured), True)
-            part.close()
-        for each, store, cells in zip(group, stores, figures, strict=True):
-            record = {**store.notes, "settings": dict(store.settings), "cells": cells}
-            results.setdefault(each.name, []).append(record)
-        del models
-        if setup.device.type == "cuda":
-            torch.cuda.empty_cache()
+    results: Results = {name: {} for name in models}
+    for cell in tqdm(cells, "cells", disable=None, leave=False):
+        about = cell.open()
+        asked = {
+            name: (f"{name} {cell.name}", {"model": model.settings, "cell": about}) for name, model in models.items()
+        }
+        found = {name: store.read(*what) for name, what in asked.items()}
+        tallies = {name: cell.tally(models[name].module) for name, figures in found.items() if figures is None}
+        with torch.inference_mode():
+            for batch in cell.batches() if tallies else ():
+                for name, tally in tallies.items():
+                    tally.update(models[name].module, batch)
+        found |= {name: store.write(*asked[name], tally.compute()) for name, tally in tallies.items()}
+        for name, figures in found.items():
+            results[name][cell.name] = figures
     return results
+
+
+def add_options(command: argparse.ArgumentParser) -> None:
+    """The options of the corruptions and of the bench."""
+    add = command.add_argument
+    add("--corruptions", default="all", help='"all" 15 of ImageNet-C, "none", or names with commas (%(default)s)')
+    add("--severities", default="1,2,3,4,5", help="of each; mCE is defined by all of them (%(default)s)")
+    add("--corruption-seed", type=int, default=0, help="of all that is random in corruptions (%(default)s)")
+    add("--limit", type=options.count, help="look at so many pictures of each source, spread evenly over it")
+
+
+def setup_of(asked: argparse.Namespace) -> Setup:
+    """The setup that the options ask for."""
+    return Setup(
+        asked.device, asked.amp, getattr(asked, "batch_size", 1), asked.workers, asked.limit, asked.corruption_seed
+    )
+
+
+def planned(asked: argparse.Namespace) -> dict[str, tuple[str, int]]:
+    """Every corruption and severity asked for, by the name of its cell, such as "corruption/fog/3"."""
+    severities = parse_severities(asked.severities)
+    return {f"corruption/{name}/{s}": (name, s) for name in parse_corruptions(asked.corruptions) for s in severities}
+
+
+def by_corruption(cells: Mapping[str, Mapping[str, Any]], figure: str) -> dict[str, dict[int, float]]:
+    """One figure of the corrupted cells, by corruption and severity."""
+    found: dict[str, dict[int, float]] = {name: {} for name in CORRUPTIONS}
+    for name, figures in cells.items():
+        if name.startswith("corruption/"):
+            _, corruption, severity = name.split("/")
+            found[corruption][int(severity)] = figures[figure]
+    return {name: values for name, values in found.items() if values}
+
+
+def _as_it_is(item: Any) -> Any:
+    return item

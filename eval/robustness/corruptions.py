@@ -4,15 +4,15 @@ The strengths are those of the paper for ImageNet at 224 x 224. Blurs, noise and
 at 32 x 32 they are far harsher than those of CIFAR-C, which has constants of its own.
 """
 
-from collections.abc import Sequence
+from __future__ import annotations
+
 from importlib import metadata
+from typing import Any
 
 import numpy as np
 
-from eval.robustness.published import ALEXNET_ERRORS
+from eval.robustness.scores import CORRUPTIONS, SEVERITIES
 
-CORRUPTIONS = tuple(ALEXNET_ERRORS)
-SEVERITIES = (1, 2, 3, 4, 5)
 MIN_SIDE = 32  # pixels, the library's
 PACKAGE = "imagecorruptions-imaug"
 _TAKES_SEED = ("impulse_noise", "glass_blur")  # they draw from generators of their own, the others from NumPy's global
@@ -34,14 +34,12 @@ def corrupt(pixels: np.ndarray, corruption: str, severity: int, seed: int) -> np
         ModuleNotFoundError: If the library is not installed.
         ValueError: If the picture is too small, or there is no such corruption or severity.
     """
-    check_names([corruption], CORRUPTIONS, "corruption")
-    check_names([severity], SEVERITIES, "severity")
+    chosen([corruption], CORRUPTIONS, "corruption")
+    chosen([severity], SEVERITIES, "severity")
     if min(pixels.shape[:2]) < MIN_SIDE:
-        raise ValueError(
-            f"corruptions need pictures of {MIN_SIDE} x {MIN_SIDE} or more, got {pixels.shape[1]} x {pixels.shape[0]}"
-        )
-    library = _library()
-    state = np.random.get_state()
+        size = f"{pixels.shape[1]} x {pixels.shape[0]}"
+        raise ValueError(f"corruptions need pictures of {MIN_SIDE} x {MIN_SIDE} or more, got {size}")
+    library, state = _library(), np.random.get_state()
     np.random.seed(seed)
     try:
         extra = {"seed": seed} if corruption in _TAKES_SEED else {}
@@ -57,62 +55,30 @@ def picture_seed(seed: int, index: int, corruption: str, severity: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint32)[0])
 
 
-def package_version() -> str:
-    """Name and version of what makes the corruptions.
-
-    Raises:
-        ModuleNotFoundError: If it is not installed.
-    """
-    _library()
-    return f"{PACKAGE} {metadata.version(PACKAGE)}"
-
-
-def warm_up() -> None:
-    """Compile what the library compiles on its first call, so that worker processes needn't do so once each."""
-    corrupt(np.zeros((MIN_SIDE, MIN_SIDE, 3), np.uint8), "glass_blur", 1, 0)
+def describe(corruption: str, severity: int, seed: int, of: str) -> dict[str, Any]:
+    """All that decides what a corruption makes of a picture, as plain data; compiles what the library compiles."""
+    if corruption == "glass_blur":  # so that worker processes needn't do so once each
+        corrupt(np.zeros((MIN_SIDE, MIN_SIDE, 3), np.uint8), corruption, 1, 0)
+    library = f"{_library().__name__} {metadata.version(PACKAGE)}"
+    return {"name": corruption, "severity": severity, "seed": seed, "of": of, "library": library}
 
 
 def parse_corruptions(text: str) -> list[str]:
-    """Read "all", "none" or "fog,snow"; in the order of `CORRUPTIONS`.
-
-    Raises:
-        ValueError: If there is no such corruption.
-    """
-    if text.strip() in ("all", "none"):
-        return list(CORRUPTIONS) if text.strip() == "all" else []
-    names = [name.strip() for name in text.split(",")]
-    check_names(names, CORRUPTIONS, "corruption")
-    return [name for name in CORRUPTIONS if name in names]
+    """Read "all", "none" or "fog,snow"; in the order of `CORRUPTIONS`."""
+    named = {"all": list(CORRUPTIONS), "none": []}
+    return named[text] if text in named else chosen(text.split(","), CORRUPTIONS, "corruption")
 
 
 def parse_severities(text: str) -> list[int]:
-    """Read "1,3,5"; ascending.
-
-    Raises:
-        ValueError: If one is not in 1..5.
-    """
-    numbers = [int(part) if part.strip().isdecimal() else part.strip() for part in text.split(",")]
-    check_names(numbers, SEVERITIES, "severity")
-    return sorted(set(numbers))
+    """Read "1,3,5"; ascending."""
+    return chosen([int(part) if part.isdecimal() else part for part in text.split(",")], SEVERITIES, "severity")
 
 
-def corruption_cells(names: Sequence[str], severities: Sequence[int]) -> dict[str, tuple[str, int]]:
-    """Every corruption and severity by the name of its cell, such as "corruption/fog/3"."""
-    return {f"corruption/{name}/{severity}": (name, severity) for name in names for severity in severities}
-
-
-def check_names(given: Sequence[object], known: Sequence[object], what: str) -> None:
-    """Raise a ValueError that names what is unknown, and all that is known."""
-    for each in given:
-        if each not in known:
-            raise ValueError(f"there is no {what} {each!r}; there are {', '.join(map(str, known))}")
-
-
-def start_worker(number: int) -> None:
-    """Let a process that makes pictures use one thread: there is one process for every core already."""
-    import cv2
-
-    cv2.setNumThreads(0)
+def chosen(given: list[Any], known: tuple[Any, ...], what: str) -> list[Any]:
+    """What is given, in the order of what is known; a ValueError names what is unknown."""
+    if unknown := [each for each in given if each not in known]:
+        raise ValueError(f"there is no {what} {unknown[0]!r}; there are {', '.join(map(str, known))}")
+    return [each for each in known if each in given]
 
 
 def _library():

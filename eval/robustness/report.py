@@ -1,148 +1,127 @@
-"""The results of all arms as tables and as JSON; `plots.py` draws them."""
+"""The results of all arms as tables, as RobustBench's JSON and as timm's CSV."""
 
-from collections.abc import Mapping, Sequence
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
-from eval.image_classification.arms import Arm
-from eval.image_classification.records import write_json
-from eval.image_classification.report import cell, describe, spread
-from eval.robustness.bench import Results
-from eval.robustness.scores import corruption_scores, flip_score
+from eval.image_classification.report import cell, spread
+from eval.robustness.bench import by_corruption
+from eval.robustness.scores import corruption_means, mean_corruption_error, mean_flip_rate, severity_means
+from eval.tables import Table, write_json
 
 Row = dict[str, Any]
+HEADS = {
+    "clean": "clean\ntop-1 %",
+    "mean_error": "mean corruption\nerror %",
+    "mce": "mCE\n(AlexNet = 100)",
+    "mfr": "mFR\n(AlexNet = 100)",
+}
 
 
-def summarise(arms: Sequence[Arm], results: Results) -> list[Row]:
-    """One record per arm: of every score the mean, the standard deviation over seeds and every seed's value.
+def scores(cells: Mapping[str, Mapping[str, Any]]) -> Row:
+    """What one model's cells say, as shares; None for what was not measured.
 
-    "clean" and every subset are top-1 accuracies; "errors" has the top-1 error by corruption and severity,
-    "by_corruption" and "by_severity" its means; "mean_error" and "mce" see `corruption_scores`, "mfr" `flip_score`.
-    What was not measured is None or missing.
+    "clean" and "subset NAME" are top-1 accuracies; "errors" are by corruption and severity, "by_corruption" and
+    "by_severity" their means, "mean_error" the mean of these.
     """
-    return [_summarise(arm, results[arm.name]) for arm in arms]
-
-
-def _summarise(arm: Arm, records: Sequence[Mapping[str, Any]]) -> Row:
-    cells = [record["cells"] for record in records]
-    names = list(cells[0])
-    errors = [_errors(each) for each in cells]
-    flips = [
-        {name.removeprefix("flips/"): each[name]["flip_rate"] for name in names if name.startswith("flips/")}
-        for each in cells
-    ]
-    scores = [corruption_scores(each) for each in errors]
-    first = errors[0]
-    severities = sorted({severity for by_severity in first.values() for severity in by_severity})
+    flips = {
+        name.removeprefix("flips/"): each["flip_rate"] for name, each in cells.items() if name.startswith("flips/")
+    }
+    hits = by_corruption(cells, "top1")
+    errors = {name: {severity: 1 - share for severity, share in each.items()} for name, each in hits.items()}
+    means = corruption_means(errors)
     return {
-        "arm": arm.name,
-        "methods": " + ".join(map(describe, arm.methods)),
-        "seeds": [record["seed"] for record in records],
-        "parameters": records[0]["parameters"],
-        "clean": _spread([each["clean"]["top1"] if "clean" in each else None for each in cells]),
-        "mean_error": _spread([each["mean_error"] for each in scores]),
-        "mce": _spread([each["mce"] for each in scores]),
-        "by_corruption": {name: _spread([_mean(each[name].values()) for each in errors]) for name in first},
-        "by_severity": {
-            str(severity): _spread([_mean(by[severity] for by in each.values()) for each in errors])
-            for severity in severities
-        },
-        "errors": {
-            name: {str(severity): _spread([each[name][severity] for each in errors]) for severity in first[name]}
-            for name in first
-        },
-        "subsets": {
-            name.removeprefix("subset/"): _spread([each[name]["top1"] for each in cells])
-            for name in names
-            if name.startswith("subset/")
-        },
-        "flip_rates": {name: _spread([each[name] for each in flips]) for name in flips[0]},
-        "mfr": _spread([flip_score(each) for each in flips]),
-        "skipped": {name: each["skipped"] for name, each in cells[0].items() if each["skipped"]},
+        "clean": cells["clean"]["top1"] if "clean" in cells else None,
+        "mean_error": sum(means.values()) / len(means) if means else None,
+        "mce": mean_corruption_error(errors),
+        "mfr": mean_flip_rate(flips),
+        "by_corruption": means,
+        "by_severity": severity_means(errors),
+        "flip_rates": flips,
+        "subsets": {name.removeprefix("subset/"): cells[name]["top1"] for name in cells if name.startswith("subset/")},
+        "errors": errors,
     }
 
 
-def render(rows: Sequence[Row], title: str) -> Table:
-    """The scores of all arms; columns that nobody has anything in are left out."""
-    heads = {
-        "clean": "clean\ntop-1 %",
-        "mean_error": "mean corruption\nerror %",
-        "mce": "mCE\n(AlexNet = 100)",
-        "mfr": "mFR\n(AlexNet = 100)",
-    }
-    shown = [name for name in heads if any(row[name] for row in rows)]
-    table = Table(title=title)
-    table.add_column("arm", no_wrap=True)
-    for head in ("methods", "parameters", *(heads[name] for name in shown if name != "mfr")):
-        table.add_column(head, justify="left" if head == "methods" else "right", overflow="fold")
+def summarise(models: Sequence[Row]) -> list[Row]:
+    """One record per arm, from one per model with "arm", "methods", "parameters" and `scores`: spreads over seeds."""
+    rows = []
+    for name in dict.fromkeys(model["arm"] for model in models):
+        found = [model for model in models if model["arm"] == name]
+        row = {key: found[0][key] for key in ("arm", "methods", "parameters")}
+        row |= {key: spread([model[key] for model in found]) for key in HEADS}
+        for key in ("by_corruption", "by_severity", "flip_rates", "subsets"):
+            row[key] = {each: spread([model[key][each] for model in found]) for each in found[0][key]}
+        rows.append(row)
+    return rows
+
+
+def tables(rows: Sequence[Row], title: str, notes: Sequence[str] = ()) -> list[Table]:
+    """Errors by corruption and severity, changed answers, and the scores; what was not measured is left out."""
+    shown = [name for name in HEADS if any(row[name] for row in rows)]
     subsets = list(rows[0]["subsets"])
-    for head in [f"{name}\ntop-1 %" for name in subsets] + [heads[name] for name in shown if name == "mfr"]:
-        table.add_column(head, justify="right")
+    head = [*(HEADS[name] for name in shown), *(f"{name}\ntop-1 %" for name in subsets)]
+    found = Table(["arm", "methods", "parameters", *head], title, notes, left=2)
     for row in rows:
-        cells = [row["arm"], row["methods"] or "-", f"{row['parameters']:,}"]
-        cells += [cell(row[name], 100, 1) for name in shown if name != "mfr"]
-        cells += [cell(row["subsets"][name], 100, 1) for name in subsets]
-        table.add_row(*cells, *(cell(row[name], 100, 1) for name in shown if name == "mfr"))
-    return table
+        figures = [*(row[name] for name in shown), *row["subsets"].values()]
+        found.add(row["arm"], row["methods"], f"{row['parameters']:,}", *map(cell, figures))
+    flips = details(rows, "changed answers %", ["flip_rates"])
+    return [*details(rows, "top-1 error %", ["by_corruption", "by_severity"]), *flips, found]
 
 
-def render_errors(rows: Sequence[Row], title: str = "top-1 error %") -> Table | None:
-    """A line per corruption and one per severity, a column per arm, in %; None where nothing was corrupted."""
-    if not rows[0]["by_corruption"]:
-        return None
-    table = _details(rows, title)
-    for name in rows[0]["by_corruption"]:
-        table.add_row(name.replace("_", " "), *(_one_line(row["by_corruption"][name]) for row in rows))
-    table.add_section()
-    for name in rows[0]["by_severity"]:
-        table.add_row(f"severity {name}", *(_one_line(row["by_severity"][name]) for row in rows))
-    return table
+def details(rows: Sequence[Row], title: str, keys: Iterable[str]) -> list[Table]:
+    """A line for each name in the rows' keys, a column per arm, in %; no table where there is none."""
+    found = Table(["", *(row["arm"] for row in rows)], title)
+    for key in keys:
+        if found.rows:
+            found.section()
+        for name in rows[0][key]:
+            words = f"severity {name}" if key == "by_severity" else name.replace("_", " ")
+            found.add(words, *(cell(row[key][name], values=False) for row in rows))
+    return [found] if any(found.rows) else []
 
 
-def render_flips(rows: Sequence[Row]) -> Table | None:
-    """A line per perturbation, a column per arm, in %; None where there are none."""
-    if not rows[0]["flip_rates"]:
-        return None
-    table = _details(rows, "changed answers %")
-    for name in rows[0]["flip_rates"]:
-        table.add_row(name.replace("_", " "), *(_one_line(row["flip_rates"][name]) for row in rows))
-    return table
+def write_robustbench(folder: Path, models: Sequence[Row], data: str) -> None:
+    """Write a file per model with the fields of RobustBench's model_info for common corruptions."""
+    for model in models:
+        shares = {"clean_acc": model["clean"], "corruptions_mce_2d": model["mce"]}
+        shares["corruptions_acc_2d"] = None if model["mean_error"] is None else 1 - model["mean_error"]
+        about = {"link": "", "name": model["name"], "authors": "", "additional_data": False, "number_forward_passes": 1}
+        about |= {"dataset": data, "venue": "", "architecture": model["architecture"], "eps": None, "reported": ""}
+        known = {key: f"{100 * share:.2f}" for key, share in shares.items() if share is not None}
+        write_json(folder / f"{model['name']}.json", about | known)
 
 
-def write(path: Path, rows: Sequence[Row], results: Results) -> None:
-    """Write the tables, and every record with its settings and cells."""
-    write_json(path, {"arms": list(rows), "runs": [record for records in results.values() for record in records]})
-
-
-def _errors(cells: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[int, float]]:
-    """Top-1 errors by corruption and severity."""
-    errors: dict[str, dict[int, float]] = {}
-    for name, figures in cells.items():
-        if name.startswith("corruption/"):
-            _, corruption, severity = name.split("/")
-            errors.setdefault(corruption, {})[int(severity)] = 1 - figures["top1"]
-    return errors
-
-
-def _spread(values: Sequence[float | None]) -> dict[str, Any] | None:
-    return None if any(value is None for value in values) else spread(values)
-
-
-def _mean(values) -> float:
-    values = list(values)
-    return sum(values) / len(values)
-
-
-def _one_line(values: Mapping[str, Any]) -> str:
-    deviation = values["deviation"]
-    return f"{100 * values['mean']:.1f}" + ("" if deviation is None else f" ± {100 * deviation:.1f}")
-
-
-def _details(rows: Sequence[Row], title: str) -> Table:
-    table = Table(title=title)
-    table.add_column("", no_wrap=True)
-    for row in rows:
-        table.add_column(row["arm"], justify="right")
-    return table
+def write_csv(folder: Path, models: Sequence[Row], results: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write results-clean.csv and one for every subset, with the columns of timm's results."""
+    names = [name for name in next(iter(results.values())) if name == "clean" or name.startswith("subset/")]
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        with (folder / f"results-{name.removeprefix('subset/')}.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            head = (
+                "model",
+                "img_size",
+                "top1",
+                "top1_err",
+                "top5",
+                "top5_err",
+                "param_count",
+                "crop_pct",
+                "interpolation",
+            )
+            writer.writerow(head)
+            for model in models:
+                figures = results[model["name"]][name]
+                tops = [100 * figures[top] if top in figures else None for top in ("top1", "top5")]
+                pairs = [
+                    text for top in tops for text in (("", "") if top is None else (f"{top:.3f}", f"{100 - top:.3f}"))
+                ]
+                config = model["config"]
+                count = f"{model['parameters'] / 1e6:.2f}"
+                writer.writerow(
+                    [model["name"], config["size"], *pairs, count, config["crop_pct"], config["interpolation"]]
+                )

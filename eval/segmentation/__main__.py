@@ -1,181 +1,152 @@
-"""`python -m eval.segmentation`: mean intersection over union of Hugging Face models, on clean and corrupted pictures.
+"""Measures the mean intersection over union of Hugging Face segmentation models on clean and corrupted pictures.
 
-Corruptions are those of eval.robustness, made of the pictures at their full size, once for all models. Every result is
-kept on disk as soon as it is there, so that the command can be stopped and started again.
+    python -m eval.segmentation
+    python -m eval.segmentation --data cityscapes --model b0=segformer-b0 --model b5=segformer-b5 --workers 8
+    python -m eval.segmentation --data acdc --model segformer-b5 --corruptions none
+
+Without --data it draws scenes of scikit-learn's digits, and without --model it trains a small SegFormer on others.
+Corruptions are those of eval.robustness, made of the pictures at their full size, once for all models. Prints tables
+and writes results.json and results.md; every result is kept in runs/ as soon as it is there.
 """
 
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import transformers
-import typer
-from rich.console import Console
 
-from eval.image_classification.settings import pick_device
-from eval.robustness import bench, plots
-from eval.robustness.classifiers import read_pretrained
-from eval.robustness.corruptions import corruption_cells, parse_corruptions, parse_severities
-from eval.robustness.progress import Watch
-from eval.robustness.report import render_errors, write
-from eval.robustness.setup import FaultName, Setup
-from eval.segmentation import report
+from eval import options
+from eval.image_classification.report import cell, spread
+from eval.measure import machine
+from eval.robustness import bench
+from eval.robustness.report import details
+from eval.robustness.scores import corruption_means, severity_means
+from eval.segmentation import digits
 from eval.segmentation.layouts import Pairs, find_pairs
-from eval.segmentation.masks import Masks
-from eval.segmentation.models import Segmenter, plan_segmenters
-
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-DATA, CORRUPT, MODEL, RUN = "Pictures", "Corruptions", "Models", "Run"
-EXAMPLES = """\
-Two models on the validation pictures of Cityscapes, clean and corrupted:
-
---data cityscapes --model b0=segformer-b0 --model b5=segformer-b5 --workers 8
-
---data acdc --model segformer-b5 --corruptions none
-"""
+from eval.segmentation.masks import Masks, Network
+from eval.store import Store
+from eval.tables import Table, write_json
 
 
-def _option(group: str, text: str, *names: str, **limits: Any) -> Any:
-    return typer.Option(*names, help=text, rich_help_panel=group, **limits)
+def read(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    few = "8 pictures, 200 steps of training"
+    shared = options.common("device", "threads", "quick", "out", out=Path("segmentation-results"), quick=few)
+    command = options.parser(__doc__, shared)
+    bench.add_options(command)
+    add = command.add_argument
+    add("--data", type=Path, help="folder with images/ and masks/, Cityscapes or ACDC; 255 in masks is left out")
+    add("--layout", default="auto", help='"folder", "cityscapes", "acdc", or "auto" for what is there')
+    add("--split", default="val", help="of Cityscapes and ACDC (%(default)s)")
+    add("--reduce-labels", action=argparse.BooleanOptionalAction, help="0 in masks is no class, as in ADE20K")
+    add("--model", action="append", help="NAME=FOLDER or FOLDER of save_pretrained, repeated")
+    add("--resize", action=argparse.BooleanOptionalAction, default=True, help="to the size of the image processor")
+    add("--workers", type=int, default=0, help="processes that decode and corrupt; 0 does so in this one")
+    add("--amp", action="store_true", help="multiply matrices in bfloat16")
+    add("--steps", type=options.count, default=600, help="of training where no model is given (%(default)s)")
+    return options.parse(command, argv, {"limit": 8, "steps": 200})
 
 
-@app.command(epilog=EXAMPLES)
-def main(
-    *,
-    data: Annotated[
-        Path,
-        _option(
-            DATA,
-            "Folder with images/ and masks/ whose files have the same names; or Cityscapes with leftImg8bit/ and "
-            "gtFine/; or ACDC with rgb_anon/ and gt/. In masks 255 is left out.",
-        ),
-    ],
-    layout: Annotated[str, _option(DATA, '"folder", "cityscapes", "acdc", or "auto" for what is there.')] = "auto",
-    split: Annotated[str, _option(DATA, "Of Cityscapes and ACDC.")] = "val",
-    reduce_labels: Annotated[
-        bool | None,
-        _option(
-            DATA,
-            "Whether 0 in masks is no class and the others count from 1, as in ADE20K. By default as the models' image "
-            "processors say for images/ and masks/, and never for the others.",
-            "--reduce-labels/--no-reduce-labels",
-        ),
-    ] = None,
-    limit: Annotated[int | None, _option(DATA, "Look at so many pictures, spread evenly over all.", min=1)] = None,
-    on_bad_image: Annotated[
-        FaultName, _option(DATA, "For pictures and masks that can't be decoded; skipped ones are counted.")
-    ] = FaultName.stop,
-    corruptions: Annotated[
-        str, _option(CORRUPT, '"all" 15 of ImageNet-C, "none", or names with commas between them.')
-    ] = "all",
-    severities: Annotated[str, _option(CORRUPT, "Of each, 1 to 5.")] = "1,2,3,4,5",
-    corruption_seed: Annotated[int, _option(CORRUPT, "Of all that is random in corruptions.", min=0)] = 0,
-    model: Annotated[
-        list[str],
-        _option(
-            MODEL,
-            "NAME=FOLDER or FOLDER, repeated: what save_pretrained of a Hugging Face model for semantic segmentation "
-            "wrote, with its image processor. Nothing is downloaded.",
-        ),
-    ],
-    resize: Annotated[
-        bool,
-        _option(
-            MODEL,
-            "Bring pictures to the size of the image processor, or give them to the model as they are. Answers are "
-            "always compared at the size of the mask.",
-            "--resize/--no-resize",
-        ),
-    ] = True,
-    out: Annotated[Path, _option(RUN, "Folder of the results. Finished ones in it are not made again.")] = Path(
-        "segmentation-results"
-    ),
-    workers: Annotated[int, _option(RUN, "Processes that decode and corrupt; 0 does so in this one.", min=0)] = 0,
-    models_at_once: Annotated[
-        int, _option(RUN, "Models held in memory, for which a corrupted picture is made once.", min=1)
-    ] = 16,
-    amp: Annotated[bool, _option(RUN, "Multiply matrices in bfloat16.", "--amp")] = False,
-    device: Annotated[str | None, _option(RUN, "torch device; by default the accelerator, if there is one.")] = None,
-    threads: Annotated[int | None, _option(RUN, "torch threads.", min=1)] = None,
-) -> None:
-    """Test semantic segmentation on clean and corrupted pictures.
+def open_models(texts: Sequence[str], resizes: bool, device: str) -> dict[str, Network]:
+    """Open "NAME=FOLDER", or folders alone that are named after themselves.
 
-    Prints tables and writes results.json, corruptions.png and, in runs/, every model's results.
+    Raises:
+        ValueError: If a name comes twice.
     """
-    if threads is not None:
-        torch.set_num_threads(threads)
+    folders = {}
+    for text in texts:
+        name, equals, folder = text.rpartition("=")
+        folders[(name if equals else Path(folder).name).replace("/", "-")] = folder
+    if len(folders) < len(texts) or "" in folders:
+        raise ValueError(f"give models as NAME=FOLDER, every name once; got {', '.join(texts)}")
+    return {name: Network(folder, resizes, device) for name, folder in folders.items()}
+
+
+def does_reduce(said: bool | None, models: Mapping[str, Network], found: Pairs) -> bool:
+    """Whether 0 in a mask is no class: as the option says, else for a plain folder as the image processors say."""
+    if said is not None or found.layout != "folder":
+        return bool(said)
+    processors = {bool(getattr(each.processor, "do_reduce_labels", False)) for each in models.values()}
+    if len(processors) > 1:
+        raise ValueError("the models' image processors differ in do_reduce_labels: say --reduce-labels or not")
+    return processors.pop()
+
+
+def measure(asked: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure what is missing; returns one row per model."""
+    if asked.data is None:
+        asked.data = asked.out / "digits"
+        digits.write_scenes(asked.data, 64)
+    if asked.model is None:
+        folder = asked.out / f"segformer-{asked.steps}"
+        if not (folder / "config.json").is_file():
+            digits.train(folder, asked.steps, asked.device)
+        asked.model = [str(folder)]
+    models = open_models(asked.model, asked.resize, asked.device)
+    found = find_pairs(asked.data, asked.layout, asked.split)
+    for name, model in models.items():
+        if found.classes is not None and len(model.class_names) != len(found.classes):
+            count = f"{len(model.class_names)} classes; {found.layout} is tested with {len(found.classes)}"
+            raise ValueError(f"{name} has {count}")
+    setup, reduces = bench.setup_of(asked), does_reduce(asked.reduce_labels, models, found)
+    plan = {"clean": (None, 0)} | bench.planned(asked)
+    cells = [Masks(name, asked.data, found, setup, how, reduces) for name, how in plan.items()]
+    described = {name: model.described(asked.amp) for name, model in models.items()}
+    results = bench.run(described, cells, Store(asked.out / "runs", machine(asked.device)))
+    return [summarise(name, model, results[name], found.classes or model.class_names) for name, model in models.items()]
+
+
+def summarise(name: str, model: Network, cells: Mapping[str, Any], classes: Sequence[str]) -> dict[str, Any]:
+    """mIoU as shares on clean pictures, by group of these, and by corruption and severity; and all cells."""
+    by = bench.by_corruption(cells, "miou")
+    means = corruption_means(by)
+    return {
+        "arm": name,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "clean": cells["clean"]["miou"],
+        "corrupted": sum(means.values()) / len(means) if means else None,
+        "groups": cells["clean"]["groups"],
+        "by_corruption": {each: spread([value]) for each, value in means.items()},
+        "by_severity": {each: spread([value]) for each, value in severity_means(by).items()},
+        "iou": dict(zip(classes, cells["clean"]["iou"], strict=True)),
+        "cells": cells,
+    }
+
+
+def tables(rows: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> list[Table]:
+    """IoU of every class, mIoU by corruption and severity, and the scores."""
+    classes = Table(["class", *(row["arm"] for row in rows)], "IoU % on clean pictures")
+    for name in dict.fromkeys(name for row in rows for name in row["iou"]):
+        classes.add(name, *(_percent(row["iou"].get(name)) for row in rows))
+    groups = list(rows[0]["groups"])
+    scores = Table(["model", "parameters", "clean", *groups, "corrupted,\nmean"], "mIoU %", notes)
+    for row in rows:
+        each = [row["clean"], *(row["groups"].get(group) for group in groups), row["corrupted"]]
+        scores.add(row["arm"], f"{row['parameters']:,}", *map(_percent, each))
+    corrupted = details(rows, "mIoU % of corrupted pictures", ["by_corruption", "by_severity"])
+    return [classes, *corrupted, scores]
+
+
+def _percent(share: float | None) -> str | None:
+    return None if share is None else cell(spread([share]))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    asked = read(argv)
     torch.set_flush_denormal(True)
     try:
-        setup = Setup(
-            device=pick_device(device),
-            amp=amp,
-            workers=workers,
-            limit=limit,
-            skips=on_bad_image == FaultName.skip,
-            seed=corruption_seed,
-        )
-        segmenters = plan_segmenters(model, resize)
-        found = find_pairs(data, layout, split)
-        _check_classes(segmenters, found)
-        names, levels = parse_corruptions(corruptions), parse_severities(severities)
-        cells = {"clean": (None, 0)} | corruption_cells(names, levels)
-        part = Masks(data, found, cells, setup, reduces=_reduces(reduce_labels, segmenters, found))
-        with Watch(len(segmenters) * len(cells)) as watch:
-            results = bench.run(
-                segmenters,
-                [part],
-                setup,
-                out / "runs",
-                at_once=models_at_once,
-                begin=watch.begin,
-                advance=watch.advance,
-                done=watch.done,
-            )
+        rows = measure(asked)
     except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
-    rows = report.summarise(results, found.classes)
-    write(out / "results.json", rows, results)
-    first = next(iter(results.values()))[0]["cells"]
-    caption = f"{first['clean']['tested']:,} pictures, layout {found.layout}"
-    caption += f"; corruption seed {corruption_seed}" if names else ""
-    skipped = max(figures["skipped"] for figures in first.values())
-    caption += f"; up to {skipped:,} pictures of a result could not be decoded" if skipped else ""
-    _show(rows, out, caption)
-
-
-def _check_classes(segmenters: list[Segmenter], found: Pairs) -> None:
-    """Raise a ValueError if a model hasn't the classes of the layout."""
-    for each in segmenters:
-        config = read_pretrained(transformers.AutoConfig, each.folder, {"local_files_only": True})
-        if found.classes is not None and config.num_labels != len(found.classes):
-            raise ValueError(
-                f"{each.folder} has {config.num_labels} classes; {found.layout} is tested with {len(found.classes)}"
-            )
-
-
-def _reduces(option: bool | None, segmenters: list[Segmenter], found: Pairs) -> bool:
-    """Whether 0 in a mask is no class."""
-    if option is not None or found.layout != "folder":
-        return bool(option)
-    said = {bool(getattr(each.processor(), "do_reduce_labels", False)) for each in segmenters}
-    if len(said) > 1:
-        raise ValueError("the models' image processors differ in do_reduce_labels: say --reduce-labels or not")
-    return said.pop()
-
-
-def _show(rows: list[dict[str, Any]], out: Path, caption: str) -> None:
-    """Print the tables and draw the picture."""
-    console = Console()
-    wide = Console(width=max(console.width, 120))
-    wide.print(report.render_classes(rows))
-    if (table := render_errors(rows, "mIoU % of corrupted pictures")) is not None:
-        wide.print(table)
-        plots.plot(rows, out / "corruptions.png", "mIoU, %", clean="clean")
-    wide.print(report.render(rows))
-    wide.print(caption, highlight=False)
-    console.print(f"written to {out}", highlight=False)
+        sys.exit(f"error: {error}")
+    tested = rows[0]["cells"]["clean"]["tested"]
+    shown = tables(rows, [f"{tested:,} pictures of {asked.data}", f"corruption seed {asked.corruption_seed}"])
+    write_json(asked.out / "results.json", {"machine": machine(asked.device), "arms": rows})
+    (asked.out / "results.md").write_text("\n".join(table.markdown() for table in shown), encoding="utf-8")
+    print(*(table.text() for table in shown), f"written to {asked.out}", sep="\n")
 
 
 if __name__ == "__main__":
-    app(prog_name="python -m eval.segmentation")
+    main()

@@ -1,5 +1,7 @@
 """Pictures with masks, in the layouts of a plain folder, of Cityscapes and of ACDC."""
 
+from __future__ import annotations
+
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,8 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from eval.segmentation.scores import IGNORED
-
+IGNORED = 255  # pixels of a mask that belong to no class
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 # What is trained and tested on Cityscapes and ACDC: the number of a class in labelIds masks, by its trainId.
 CITYSCAPES = {
@@ -136,23 +137,15 @@ def _by_stem(folder: Path) -> dict[str, Path]:
 def _cityscapes(root: Path, split: str) -> list[Pair]:
     end = "_leftImg8bit.png"
     images = sorted((root / "leftImg8bit" / split).glob(f"*/*{end}"))
-    return [
-        _labelled(image, root / "gtFine" / split / image.parent.name / (image.name.removesuffix(end) + "_gtFine"))
-        for image in images
-    ]
+    masks = [root / "gtFine" / split / image.parent.name / image.name.replace(end, "_gtFine") for image in images]
+    return list(map(_labelled, images, masks))
 
 
 def _acdc(root: Path, split: str) -> list[Pair]:
-    end = "_rgb_anon.png"
-    images = sorted((root / "rgb_anon").glob(f"*/{split}/*/*{end}"))
-    return [
-        _labelled(
-            image,
-            root / "gt" / image.parent.relative_to(root / "rgb_anon") / (image.name.removesuffix(end) + "_gt"),
-            image.parts[-4],
-        )
-        for image in images
-    ]
+    end, top = "_rgb_anon.png", root / "rgb_anon"
+    images = sorted(top.glob(f"*/{split}/*/*{end}"))
+    masks = [root / "gt" / image.parent.relative_to(top) / image.name.replace(end, "_gt") for image in images]
+    return [_labelled(image, mask, image.parts[-4]) for image, mask in zip(images, masks, strict=True)]
 
 
 def _labelled(image: Path, stem: Path, group: str = "") -> Pair:

@@ -1,172 +1,155 @@
-"""Overlap of predicted and true masks, on clean and on corrupted pictures: a part of a bench."""
+"""Overlap of predicted and true masks on clean and corrupted pictures, for Hugging Face models of local folders."""
 
-from collections.abc import Callable, Mapping, Sequence
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+import transformers
 from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
+from torchmetrics.classification import MulticlassJaccardIndex
 
-from eval.image_classification.sources import UNREADABLE, checksum
-from eval.robustness.accuracy import SHOWN
-from eval.robustness.bench import Measured, Wanted
-from eval.robustness.corruptions import MIN_SIDE, corrupt, package_version, picture_seed, start_worker, warm_up
-from eval.robustness.setup import Setup
-from eval.segmentation.layouts import Pair, Pairs
-from eval.segmentation.scores import IGNORED, confusion, intersection_over_union, mean_iou
-
-
-class CorruptedPairs(Dataset):
-    """Pictures with masks, corrupted at their full size; a key is corruption, severity and number of the pair."""
-
-    def __init__(self, pairs: Sequence[Pair], seed: int, reduces: bool) -> None:
-        self.pairs, self.seed, self.reduces = pairs, seed, reduces
-
-    def __getitem__(self, key: tuple[str | None, int, int]) -> tuple[np.ndarray, np.ndarray] | str:
-        """Picture (H, W, 3) and mask (H, W), both uint8, or a message where they can't be used."""
-        corruption, severity, index = key
-        pair = self.pairs[index]
-        file = pair.image
-        try:
-            with Image.open(file) as opened:
-                pixels = np.array(opened.convert("RGB"))
-            file = pair.mask
-            mask = pair.read_mask()
-        except UNREADABLE as error:
-            return f"{file} can't be decoded: {error}"
-        if mask.shape != pixels.shape[:2]:
-            return f"{pair.mask} has {mask.shape[1]} x {mask.shape[0]} pixels, its picture {pixels.shape[1::-1]}"
-        if self.reduces:  # 0 becomes 255, what is left counts from 0
-            mask = np.where((mask == 0) | (mask == IGNORED), IGNORED, mask - 1).astype(np.uint8)
-        if corruption is not None:
-            if min(mask.shape) < MIN_SIDE:
-                return f"{pair.image} is too small: corruptions need {MIN_SIDE} x {MIN_SIDE}"
-            pixels = corrupt(pixels, corruption, severity, picture_seed(self.seed, index, corruption, severity))
-        return pixels, mask
+from eval.image_classification.data import UNREADABLE, UnreadablePictureError
+from eval.image_classification.models import digest
+from eval.robustness.bench import Model, Setup
+from eval.robustness.classifiers import read_pretrained
+from eval.robustness.corruptions import corrupt, describe, picture_seed
+from eval.segmentation.layouts import IGNORED, Pair, Pairs
 
 
-class Masks:
-    """Cells of one folder of pictures with masks.
+class Network(nn.Module):
+    """A segmentation model that takes a picture as bytes and answers with a class per pixel.
 
-    Attributes:
-        cells: For every cell's name the corruption, None for none, and its severity.
+    Args:
+        folder: What `save_pretrained` wrote, or a name in the local cache.
+        resizes: Whether pictures are brought to the size that the image processor says, or stay as they are.
+        device: Where it computes.
+
+    Raises:
+        ValueError: If the folder holds no trained segmentation model with its image processor.
     """
 
-    def __init__(
-        self,
-        root: Path,
-        found: Pairs,
-        cells: Mapping[str, tuple[str | None, int]],
-        setup: Setup,
-        *,
-        reduces: bool = False,
-    ) -> None:
-        """Describe the cells; `reduces` makes 0 in a mask "no class" and counts the others from 1."""
-        self.cells, self._found, self._setup = dict(cells), found, setup
-        self._data = CorruptedPairs(found.pairs, setup.seed, reduces)
-        self._chosen = setup.choose(len(found.pairs))
-        corrupts = any(corruption for corruption, _ in self.cells.values())
-        self._library = package_version() if corrupts else None
-        self._about = {
-            "pictures": found.fingerprint(root),
-            "layout": found.layout,
-            "chosen": checksum(self._chosen),
-            "reduces": reduces,
-        }
+    def __init__(self, folder: str, resizes: bool, device: str) -> None:
+        super().__init__()
+        local = {"local_files_only": True}
+        kind = transformers.AutoModelForSemanticSegmentation
+        self.model, found = read_pretrained(kind, folder, local | {"output_loading_info": True})
+        if missing := sorted(found["missing_keys"]):
+            raise ValueError(f"{folder} holds no trained segmentation model: {', '.join(missing[:3])} are missing")
+        self.processor, self.resizes = read_pretrained(transformers.AutoImageProcessor, folder, local), resizes
+        self.class_names = [self.model.config.id2label[index] for index in range(self.model.config.num_labels)]
+        self.eval().to(device)
 
-    def open(self) -> None:
-        """Nothing is opened before it is looked at."""
+    def described(self, amp: bool) -> Model:
+        """The network with all that decides what it answers."""
+        about = {"digest": digest(self.model.state_dict()), "processor": self.processor.to_dict()}
+        return Model(self, about | {"resizes": self.resizes, "amp": amp})
 
-    def close(self) -> None:
-        """Nothing stays open."""
-
-    def count(self, cell: str) -> int:
-        """Pictures of a cell."""
-        return len(self._chosen)
-
-    def settings(self, cell: str) -> dict[str, Any]:
-        """All that decides what is measured, the model apart."""
-        corruption, severity = self.cells[cell]
-        if corruption is None:
-            return self._about
-        made = {"name": corruption, "severity": severity, "seed": self._setup.seed, "library": self._library}
-        return self._about | {"corruption": made}
-
-    @torch.inference_mode()
-    def measure(self, wanted: Wanted, models: Sequence[nn.Module], advance: Callable[[str, int], Any]) -> Measured:
-        """Test models on cells; every picture is made once for all of them.
+    def forward(self, pixels: np.ndarray, size: Sequence[int]) -> torch.Tensor:
+        """Predict classes.
 
         Args:
-            wanted: For the name of each cell the numbers of the models.
-            models: The models, in eval mode.
-            advance: Told of a cell how many more of its pictures are done.
+            pixels: A picture, (H, W, 3) uint8.
+            size: Height and width of the answer; scores are brought to it bilinearly before the best one is taken.
 
-        Yields:
-            A cell's name, and for each of its models "miou"; "iou" of every class, None for those that are nowhere;
-            "groups", the mIoU of each group of pictures; "tested", "skipped" and "faults".
-
-        Raises:
-            UnreadablePictureError: If a picture can't be decoded and such pictures are not to be skipped.
-            ValueError: If a mask has values that are no class of the model.
+        Returns:
+            Classes, (height, width), int64, on the model's device.
         """
-        setup = self._setup
-        if any(self.cells[cell][0] == "glass_blur" for cell in wanted):
-            warm_up()
-        keys = [(*self.cells[cell], int(index)) for cell in wanted for index in self._chosen]
-        workers = min(setup.workers, len(keys))
-        loader = iter(
-            DataLoader(
-                self._data,
-                batch_size=None,
-                sampler=keys,
-                num_workers=workers,
-                collate_fn=_as_it_is,
-                worker_init_fn=start_worker,
-            )
-        )
-        for cell, of_models in wanted.items():
-            counts: dict[int, dict[str, torch.Tensor]] = {each: {} for each in of_models}
-            faults: list[str] = []
-            for index in self._chosen:
-                item = next(loader)
-                if isinstance(item, str):
-                    setup.report([item])
-                    faults.append(item)
-                else:
-                    pair = self._found.pairs[index]
-                    for each in of_models:
-                        found = self._count(models[each], *item, pair)
-                        counts[each][pair.group] = counts[each].get(pair.group, 0) + found
-                advance(cell, 1)
-            if len(faults) == len(self._chosen):
-                raise ValueError(f"none of {len(faults)} pictures can be used: {faults[0]}")
-            notes = {
-                "tested": len(self._chosen) - len(faults),
-                "skipped": len(faults),
-                "faults": faults[:SHOWN],
-            }
-            yield cell, {each: _figures(counts[each]) | notes for each in of_models}
+        settings = {} if self.resizes else {"do_resize": False}
+        inputs = self.processor(images=pixels, return_tensors="pt", **settings)["pixel_values"].to(self.model.device)
+        scores = self.model(pixel_values=inputs).logits.float()  # (1, classes, h, w)
+        return F.interpolate(scores, tuple(size), mode="bilinear", align_corners=False).argmax(1)[0]
 
-    def _count(self, model: nn.Module, pixels: np.ndarray, mask: np.ndarray, pair: Pair) -> torch.Tensor:
-        with self._setup.autocast():
-            predicted = model(pixels, mask.shape)
-        true = torch.from_numpy(mask).long().to(predicted.device)
+
+@dataclass
+class Masks(Dataset):
+    """A cell of pictures with masks, corrupted at their full size; an item is pixels, mask and pair.
+
+    Attributes:
+        name: Of the cell.
+        root: Of the pictures.
+        found: The pictures.
+        setup: Of the bench.
+        how: The corruption, None for none, and its severity.
+        reduces: Whether 0 in a mask is no class, and the others count from 1.
+    """
+
+    name: str
+    root: Path
+    found: Pairs
+    setup: Setup
+    how: tuple[str | None, int] = (None, 0)
+    reduces: bool = False
+
+    def open(self) -> dict[str, Any]:
+        self._chosen = self.setup.choose(len(self.found.pairs))
+        made = describe(*self.how, self.setup.seed, "picture") if self.how[0] else None
+        about = {"pictures": self.found.fingerprint(self.root), "layout": self.found.layout, "corruption": made}
+        return about | {"chosen": len(self._chosen), "reduces": self.reduces}
+
+    def batches(self) -> Iterable[tuple[np.ndarray, np.ndarray, Pair]]:
+        return self.setup.load(self, self._chosen)
+
+    def tally(self, module: Network) -> Overlap:
+        return Overlap(len(module.class_names), self.setup)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray, Pair]:
+        pair = self.found.pairs[index]
         try:
-            return confusion(predicted, true, len(model.class_names)).cpu()
-        except ValueError as error:
-            raise ValueError(f"{pair.mask}: {error}") from error
+            with Image.open(pair.image) as opened:
+                pixels = np.array(opened.convert("RGB"))
+            mask = pair.read_mask()
+        except UNREADABLE as error:
+            raise UnreadablePictureError(f"{pair.image} and {pair.mask} can't be decoded: {error}") from error
+        if mask.shape != pixels.shape[:2]:
+            size = f"{mask.shape[1]} x {mask.shape[0]}"
+            raise ValueError(f"{pair.mask} has {size} pixels, its picture {pixels.shape[1::-1]}")
+        if self.reduces:  # 0 becomes 255, what is left counts from 0
+            mask = np.where((mask == 0) | (mask == IGNORED), IGNORED, mask - 1).astype(np.uint8)
+        if self.how[0] is not None:
+            pixels = corrupt(pixels, *self.how, picture_seed(self.setup.seed, index, *self.how))
+        return pixels, mask, pair
 
 
-def _figures(by_group: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    ious = intersection_over_union(sum(by_group.values()))
-    if mean_iou(ious) is None:
-        raise ValueError(f"every pixel of every mask is {IGNORED}, which is left out")
-    groups = {group: mean_iou(intersection_over_union(counts)) for group, counts in sorted(by_group.items()) if group}
-    return {"miou": mean_iou(ious), "iou": ious, "groups": groups}
+class Overlap:
+    """IoU of each class over the pixels of all pictures, and of each group of pictures by itself."""
 
+    def __init__(self, num_classes: int, setup: Setup) -> None:
+        self.num_classes, self.setup, self.tested = num_classes, setup, 0
+        self.by_group: dict[str, MulticlassJaccardIndex] = {}
 
-def _as_it_is(item: Any) -> Any:
-    return item
+    def update(self, module: Network, batch: tuple[np.ndarray, np.ndarray, Pair]) -> None:
+        pixels, mask, pair = batch
+        if np.any((mask >= self.num_classes) & (mask != IGNORED)):
+            top = mask[mask != IGNORED].max()
+            raise ValueError(
+                f"{pair.mask}: a mask has the value {top}, the model {self.num_classes} classes; values are 0 to "
+                f"{self.num_classes - 1}, and {IGNORED} for pixels to leave out"
+            )
+        with self.setup.autocast():
+            predicted = module(pixels, mask.shape)
+        true = torch.from_numpy(mask).long().to(predicted.device)
+        for group in {"", pair.group}:
+            if group not in self.by_group:
+                # a class that is nowhere, neither true nor predicted, has no IoU
+                index = MulticlassJaccardIndex(
+                    self.num_classes, "none", IGNORED, validate_args=False, zero_division=torch.nan
+                )
+                self.by_group[group] = index.to(predicted.device)
+            self.by_group[group].update(predicted[None], true[None])
+        self.tested += 1
+
+    def compute(self) -> dict[str, Any]:
+        ious = {group: index.compute().double() for group, index in sorted(self.by_group.items())}
+        if ious[""].isnan().all():
+            raise ValueError(f"every pixel of every mask is {IGNORED}, which is left out")
+        means = {group: each.nanmean().item() for group, each in ious.items() if not each.isnan().all()}
+        known = [None if value != value else value for value in ious.pop("").tolist()]
+        return {"miou": means.pop(""), "iou": known, "groups": means, "tested": self.tested}

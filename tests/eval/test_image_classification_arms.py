@@ -1,24 +1,23 @@
-"""How arms of image classification are written, and in which order they train."""
+"""How arms of image classification are written, and what they start from."""
 
 import pytest
 
 import vltok
-from eval.image_classification.arms import Arm, parse_arm, parse_methods, plan_arms, training_order
-from eval.image_classification.settings import parse_fields, parse_seeds
+from eval.image_classification.arms import Arm, find_weights, parse_arm, parse_arms, parse_fields, parse_seeds, start_of
 from vltok.errors import CheckpointError
 
 SOFT = vltok.SOFT(ratio=2)
 
 
 def test_an_arm_is_a_name_perhaps_a_start_and_methods_joined_by_plus():
-    assert parse_arm("softmax=") == Arm("softmax")
-    assert parse_arm("soft=soft,ratio=2") == Arm("soft", (SOFT,))
+    assert parse_arm("softmax=") == Arm("softmax") and parse_arm("soft=soft,ratio=2") == Arm("soft", (SOFT,))
     assert parse_arm("t@softmax=soft,ratio=2") == Arm("t", (SOFT,), "softmax")
     assert parse_arm("t@a/b-{seed}.safetensors=") == Arm("t", (), "a/b-{seed}.safetensors")
-    two = parse_methods("soft,blocks=(0,1),ratio=2+todre,keep_ratio=1e-1")
-    assert two == (vltok.SOFT(blocks=(0, 1), ratio=2), vltok.ToDRE(keep_ratio=0.1))
-    assert parse_methods('{"method": "soft", "version": 1, "ratio": 2}') == (SOFT,)
-    assert parse_methods("divprune,keep_ratio=1e+0") == (vltok.DivPrune(keep_ratio=1.0),)
+    two = parse_arm("x=soft,blocks=(0,1),ratio=2+todre,keep_ratio=1e-1")
+    assert two.methods == (vltok.SOFT(blocks=(0, 1), ratio=2), vltok.ToDRE(keep_ratio=0.1))
+    assert two.words.startswith("soft(ratio=2, blocks=(0, 1)) + todre(keep_ratio=0.1") and parse_arm("x=").words == "-"
+    assert parse_arm('x={"method": "soft", "version": 1, "ratio": 2}').methods == (SOFT,)
+    assert parse_arm("x=divprune,keep_ratio=1e+0").methods == (vltok.DivPrune(keep_ratio=1.0),)
 
 
 @pytest.mark.parametrize("text", ["soft", "soft,ratio=2", "=soft", "a b=soft", "../x=soft", "a@=soft"])
@@ -27,57 +26,44 @@ def test_an_arm_that_is_written_otherwise_is_refused(text):
         parse_arm(text)
 
 
-def test_an_unknown_method_is_refused():
+def test_unknown_methods_and_names_that_meet_are_refused():
     with pytest.raises(CheckpointError, match="unknown method 'sift'"):
         parse_arm("a=sift")
-
-
-def test_methods_without_arms_make_one_arm_and_nothing_makes_the_plain_one():
-    assert plan_arms([], ["soft,ratio=2"], None) == [Arm("soft", (SOFT,))]
-    assert plan_arms([], [], None) == [Arm("plain")]
-    with pytest.raises(ValueError, match="--method without --arm"):
-        plan_arms(["a="], ["soft"], None)
+    with pytest.raises(ValueError, match="a name of its own"):
+        parse_arms(["a=", "A="])
 
 
 def test_the_common_start_is_for_arms_with_methods_that_name_none():
-    arms = plan_arms(["a=", "b=soft,ratio=2", "c@d=soft,ratio=2", "d="], [], "a")
-    assert [arm.start for arm in arms] == [None, "a", "d", None]
+    arms = parse_arms(["a=", "d=", "b=soft,ratio=2", "c@d=soft,ratio=2"], "a")
+    assert [arm.start for arm in arms] == [None, None, "a", "d"]
+    assert [start_of(arm, arms) for arm in arms] == [None, None, arms[0], arms[1]]
 
 
-def test_starts_train_before_what_starts_from_them():
-    arms = plan_arms(["c@b=soft,ratio=2", "b@a=", "a=", "z="], [], None)
-    order = [arm.name for arm in training_order(arms)]
-    assert order.index("a") < order.index("b") < order.index("c") and len(order) == 4
+@pytest.mark.parametrize("texts", [["a@x=soft"], ["a=soft", "b@a="], ["a@b=", "b="], ["a@a="]])
+def test_a_start_is_a_file_or_stands_before_without_methods(texts):
+    arms = parse_arms(texts)
+    with pytest.raises(ValueError, match="no arm without methods before it and no file"):
+        [start_of(arm, arms) for arm in arms]
+    assert start_of(parse_arm("a@x.pth=soft"), [parse_arm("a@x.pth=soft")]) is None
 
 
-@pytest.mark.parametrize(
-    ("arms", "message"),
-    [
-        (["a=", "A="], "a name of its own"),
-        (["a@x=soft"], "none of the arms; add --arm"),
-        (["a=soft", "b@a="], "only start from an arm without methods"),
-        (["a@b=", "b@a="], "start from each other"),
-        (["a@a="], "start from each other"),
-    ],
-)
-def test_arms_that_contradict_each_other_are_refused(arms, message):
-    with pytest.raises(ValueError, match=message):
-        plan_arms(arms, [], None)
+def test_weights_are_found_by_name_seed_and_one_star(tmp_path):
+    for name in ("soft-seed1-ab.pth", "soft-seed2-ab.pth", "soft-seed2-cd.pth"):
+        (tmp_path / name).touch()
+    pattern = f"{tmp_path}/{{arm}}-seed{{seed}}-*.pth"
+    assert find_weights(pattern, Arm("soft"), 1).name == "soft-seed1-ab.pth"
+    with pytest.raises(ValueError, match=r"ab\.pth or soft-seed2-cd\.pth"):
+        find_weights(pattern, Arm("soft"), 2)
+    with pytest.raises(FileNotFoundError, match=r"no file of weights .*, of arm 'soft'"):
+        find_weights(pattern, Arm("soft"), 3)
 
 
 def test_settings_are_literals_or_words():
     text = "img_size=32, scale=(0.6,1.0),global_pool=avg,flag=True,x=None,aa=rand-m9-mstd0.5"
-    fields = {
-        "img_size": 32,
-        "scale": (0.6, 1.0),
-        "global_pool": "avg",
-        "flag": True,
-        "x": None,
-        "aa": "rand-m9-mstd0.5",
-    }
-    assert parse_fields(text) == fields and parse_fields("") == {}
-    for wrong, message in (("a", "key=value"), ("a=1,a=2", "twice"), ("1=2", "key=value")):
-        with pytest.raises(ValueError, match=message):
+    fields = {"img_size": 32, "scale": (0.6, 1.0), "global_pool": "avg", "flag": True, "x": None}
+    assert parse_fields(text) == fields | {"aa": "rand-m9-mstd0.5"} and parse_fields("") == {}
+    for wrong in ("a", "a=1,a=2", "1=2"):
+        with pytest.raises(ValueError, match="key=value, each once"):
             parse_fields(wrong)
 
 

@@ -9,13 +9,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 import vltok
-from eval.image_classification.augment import Augment
-from eval.image_classification.data import open_data
-from eval.image_classification.distill import Distillation, Teacher, feature_error, kl_divergence
+from eval.image_classification.data import ArrayPictures
 from eval.image_classification.models import ModelSpec
-from eval.image_classification.recipe import Recipe
-from eval.image_classification.task import prepare
-from eval.image_classification.training import evaluate, fit
+from eval.image_classification.preprocess import Task, for_model
+from eval.image_classification.training import Recipe, evaluate, fit
 
 SPEC = ModelSpec("vit_tiny_patch16_224", dict(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2))
 RECIPE = Recipe(steps=6, batch_size=8, lr=3e-3)
@@ -23,15 +20,18 @@ SOFT = vltok.SOFT(ratio=2)
 
 
 @pytest.fixture(scope="module")
-def task(tmp_path_factory):
+def task():
+    return make_task()
+
+
+def make_task(**options):
     """Six colours, with noise."""
     random = np.random.default_rng(0)
     labels = np.arange(48) % 6
     colours = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [0, 1, 1], [1, 0, 1]])
     images = (60 + 120 * colours[labels][:, None, None] + random.normal(0, 15, (48, 16, 16, 3))).astype(np.uint8)
-    path = tmp_path_factory.mktemp("data") / "x.npz"
-    np.savez(path, train_images=images[:36], train_labels=labels[:36], test_images=images[36:], test_labels=labels[36:])
-    return prepare(SPEC, open_data(path), Augment("crop-flip", {"pad": 1}), torch.device("cpu"))
+    train, test = ArrayPictures(images[:36], labels[:36]), ArrayPictures(images[36:], labels[36:])
+    return Task(train, test, for_model(SPEC.create(0, 6)), "crop-flip,pad=1", **options)
 
 
 def test_arms_of_a_seed_share_the_weights_that_both_have():
@@ -46,12 +46,25 @@ def test_arms_of_a_seed_share_the_weights_that_both_have():
 
 def test_a_run_learns_and_its_curve_ends_with_its_result(task):
     model, _ = SPEC.build(0, 6)
-    result = fit(model, None, task, Recipe(steps=40, batch_size=12, lr=5e-3), 0, eval_every=15, eval_first=True)
-    assert [point["step"] for point in result["curve"]] == [0, 15, 30, 40]
-    assert result["top1"] == result["curve"][-1]["top1"] >= 0.75 > 0.4 > result["curve"][0]["top1"]
-    assert result["curve"][-1]["train_loss"] < result["curve"][1]["train_loss"]
-    assert result["top1"] == evaluate(model, task)["top1"] and model.training
-    assert result["images_per_second"] > 0 and 0 < result["data_share"] < 1
+    recipe = Recipe(steps=40, batch_size=12, lr=5e-3)
+    before = evaluate(model, task)["top1"]
+    kept, result = fit(model, None, task, recipe, 0, eval_every=15)
+    assert kept is model and [point["step"] for point in result["curve"]] == [15, 30, 40]
+    assert result["top1"] == result["curve"][-1]["top1"] >= 0.75 > 0.4 > before
+    assert result["curve"][-1]["train_loss"] < result["curve"][0]["train_loss"]
+    assert result["top1"] == evaluate(model, task)["top1"] and model.training and result["images_per_second"] > 0
+
+
+def test_the_average_of_the_weights_is_what_is_tested_and_kept(task):
+    recipe = Recipe(steps=5, batch_size=8, lr=3e-3, ema=0.5)
+    model, handle = SPEC.build(0, 6, (SOFT,))
+    steps = []
+    kept, result = fit(model, handle, task, recipe, 0, advance=lambda note: steps.append(model.head.weight.clone()))
+    wanted = steps[0]  # timm starts with the weights after the first step
+    for weight in steps[1:]:
+        wanted = 0.5 * wanted + 0.5 * weight
+    torch.testing.assert_close(kept.head.weight, wanted)
+    assert result["loss"] == evaluate(kept, task)["loss"] != evaluate(model, task)["loss"]
 
 
 @pytest.mark.parametrize("methods", [(), (SOFT,)], ids=["plain", "soft"])
@@ -71,12 +84,12 @@ def test_losses_that_methods_leave_are_added(task):
         def loss(self):
             return torch.tensor(5.0)
 
-    plain, more = (fit(SPEC.build(0, 6)[0], handle, task, RECIPE, 0)["curve"][-1] for handle in (None, FiveMore()))
+    plain, more = (fit(SPEC.build(0, 6)[0], handle, task, RECIPE, 0)[1]["curve"][-1] for handle in (None, FiveMore()))
     assert more["train_loss"] == pytest.approx(plain["train_loss"] + 5, abs=1e-5)
 
 
 def test_evaluation_counts_what_is_right_among_one_and_among_five(task):
-    labels = torch.cat([labels for _, labels in task.test.batches(torch.arange(12), 12)])
+    ((_, labels),) = task.test_batches()
     ranks = torch.tensor([0, 0, 0, 1, 4, 4, 4, 5, 5, 2, 3, 0])  # of the true class among the six logits
     logits = torch.zeros(12, 6)
     for row, label, rank in zip(logits, labels, ranks, strict=True):
@@ -92,16 +105,16 @@ def test_evaluation_counts_what_is_right_among_one_and_among_five(task):
             self.at += len(x)
             return logits[self.at - len(x) : self.at]
 
-    figures = evaluate(Known(), task, batch_size=5)
-    assert figures["top1"] == 4 / 12 and figures["top5"] == 10 / 12 and figures["tested"] == 12
+    figures = evaluate(Known(), task)
+    assert figures["top1"] == pytest.approx(4 / 12) and figures["top5"] == pytest.approx(10 / 12)
+    assert figures["tested"] == 12
     assert figures["loss"] == pytest.approx(float((logits.logsumexp(1) + ranks).mean()), rel=1e-6)
 
 
 def test_the_rate_warms_up_to_its_peak_and_falls_to_a_hundredth():
     model = nn.Linear(2, 2)
     recipe = Recipe(steps=100, lr=1.0, warmup=0.1)
-    optimizer = recipe.make_optimizer(model)
-    schedule = recipe.make_schedule(optimizer, 100)
+    optimizer, schedule = recipe.optimise(model, 100)
     rates = [optimizer.param_groups[0]["lr"]]
     for step in range(1, 101):
         schedule.step_update(step)
@@ -123,26 +136,26 @@ def test_epochs_are_counted_in_whole_batches():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (dict(epochs=1, steps=1), "either epochs or steps"),
-        (dict(), "either epochs or steps"),
-        (dict(epochs=-1), "above 0"),
-        (dict(steps=1, lr=0), "rate must be above 0"),
-        (dict(steps=1, warmup=1), "in \\[0, 1\\)"),
-        (dict(steps=1, mixup=0.2, batch_size=7), "even batch size"),
-        (dict(steps=1, clip_grad=0), "above 0"),
-        (dict(steps=1, weight_decay=-1), "from 0"),
+        (dict(epochs=-1), "above 0, got {'epochs': -1}"),
+        (dict(lr=0), "above 0, got {'lr': 0}"),
+        (dict(warmup=2), "shares from 0 to 1, got {'warmup': 2}"),
+        (dict(mixup=0.2, batch_size=7), "even batch size"),
+        (dict(clip_grad=0), "above 0"),
+        (dict(weight_decay=-1), "from 0 on"),
+        (dict(distill=2), "shares"),
+        (dict(distill_by="attention"), "logits or features"),
     ],
 )
 def test_budgets_that_cannot_be_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         Recipe(**fields)
     with pytest.raises(ValueError, match="can't make the optimizer 'adamx'"):
-        Recipe(steps=1, optimizer="adamx").make_optimizer(nn.Linear(2, 2))
+        Recipe(optimizer="adamx").optimise(nn.Linear(2, 2), 10)
 
 
 def test_mixup_and_limited_gradients_change_a_run(task):
     plain, mixed, cut = (
-        fit(SPEC.build(0, 6)[0], None, task, recipe, 0)["curve"][-1]["train_loss"]
+        fit(SPEC.build(0, 6)[0], None, task, recipe, 0)[1]["curve"][-1]["train_loss"]
         for recipe in (
             RECIPE,
             Recipe(steps=6, batch_size=8, lr=3e-3, mixup=1.0),
@@ -152,17 +165,12 @@ def test_mixup_and_limited_gradients_change_a_run(task):
     assert len({plain, mixed, cut}) == 3
 
 
-def test_autocast_multiplies_in_bfloat16(task):
+def test_autocast_multiplies_in_bfloat16():
     seen = []
     model, _ = SPEC.build(0, 6)
     model.head.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
-    amp = prepare_like(task, amp=True)
-    fit(model, None, amp, Recipe(steps=1, batch_size=8), 0)
+    fit(model, None, make_task(amp=True), Recipe(steps=1, batch_size=8), 0)
     assert set(seen) == {torch.bfloat16}
-
-
-def prepare_like(task, **changes):
-    return type(task)(**{**vars(task), **changes})
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(task):
@@ -172,60 +180,44 @@ def test_a_loss_that_is_not_finite_stops_the_run(task):
         fit(model, None, task, RECIPE, 0)
 
 
-def test_divergence_is_that_of_the_definition():
-    logits, wanted = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    p, q = ((x / 3).softmax(1) for x in (wanted, logits))
-    slow = sum(9 * p[i, k] * (p[i, k] / q[i, k]).log() for i in range(4) for k in range(6)) / 4
-    torch.testing.assert_close(kl_divergence(logits, wanted, 3.0).double(), slow, rtol=1e-5, atol=0)
+@pytest.mark.parametrize("by", ["logits", "features"])
+def test_the_loss_of_distillation_is_that_of_its_definition(task, by):
+    model, teacher = SPEC.build(0, 6)[0], SPEC.build(5, 6)[0].eval()
+    ((images, labels),) = task.test_batches()
+    recipe = Recipe(distill=0.3, distill_by=by, temperature=3.0, label_smoothing=0.1)
+    loss = recipe.task(model, teacher, "cpu").eval()(images, labels)["loss"]
+    answers, wanted = model(images), teacher(images)
+    q, p = ((x / 3).softmax(1) for x in (answers, wanted))
+    if by == "logits":
+        apart = sum(9 * p[i, k] * (p[i, k] / q[i, k]).log() for i in range(12) for k in range(6)) / 12
+    else:
+        seen = [net.forward_head(net.forward_features(images), pre_logits=True) for net in (model, teacher)]
+        apart = (seen[0] - seen[1]).square().mean()
+    smooth = 0.9 * nn.functional.one_hot(labels, 6) + 0.1 / 6
+    right = -(smooth * answers.log_softmax(1)).sum(1).mean()
+    torch.testing.assert_close(loss, 0.7 * right + 0.3 * apart, rtol=1e-4, atol=1e-6)
 
 
-def test_the_error_of_features_is_a_share_of_their_mean_square():
-    wanted = {"a": torch.tensor([[3.0, 4.0]]), "b": torch.tensor([[2.0]])}
-    found = {"a": torch.tensor([[3.0, 3.0]]), "b": torch.tensor([[4.0]])}
-    assert feature_error(found, wanted) == pytest.approx((1 / 25 + 4 / 4) / 2)
-    with pytest.raises(ValueError, match="a gives"):
-        feature_error({"a": torch.zeros(1, 3)}, {"a": torch.ones(1, 2)})
-
-
-def test_a_student_follows_its_teacher_and_not_the_labels(task):
-    teacher_model, _ = SPEC.build(5, 6)
+@pytest.mark.parametrize("method", [SOFT, vltok.TAP(), vltok.ADL()])
+@pytest.mark.parametrize("by", ["logits", "features"])
+def test_a_student_follows_its_teacher_and_not_the_labels(task, by, method):
+    teacher, _ = SPEC.build(5, 6)
     with torch.no_grad():
-        teacher_model.head.weight.mul_(40)
-    distillation = Distillation(weight=1.0, temperature=1.0, features=0.5)
-    student, _ = SPEC.build(5, 6, (SOFT,))
-    images = task.preprocess.normalise(task.test.images)
-    before = [p.clone() for p in teacher_model.parameters()]
+        teacher.head.weight.mul_(40)
+    student, handle = SPEC.build(6, 6, (method,))
+    student.head.load_state_dict(teacher.head.state_dict())
+    ((images, _),) = task.test_batches()
+    before = [p.clone() for p in teacher.parameters()]
 
-    def count_hooks():
-        return sum(len(module._forward_hooks) for model in (student, teacher_model) for module in model.modules())
-
-    hooks = count_hooks()
-
-    def agreement():
+    def apart():
         with torch.no_grad():
-            return kl_divergence(student.eval()(images), teacher_model(images), 1.0)
+            return (student.eval()(images) - teacher.eval()(images)).square().mean()
 
-    apart = agreement()
-    fit(student, None, task, Recipe(steps=40, batch_size=12, lr=3e-3), 0, teacher=Teacher(teacher_model, distillation))
-    assert agreement() < 0.5 * apart
-    assert all(torch.equal(a, b) for a, b in zip(before, teacher_model.parameters(), strict=True))
-    assert count_hooks() == hooks
-
-
-def test_a_copy_of_the_teacher_has_nothing_to_learn_from_it(task):
-    model, _ = SPEC.build(0, 6)
-    teacher = Teacher(SPEC.build(0, 6)[0], Distillation(weight=1.0, features=1.0))
-    images = task.preprocess.normalise(task.test.images)
-    with teacher.watch(model.eval()) as features:
-        assert teacher.loss(images, model(images), features, torch.tensor(7.0)).item() == pytest.approx(0, abs=1e-6)
-
-
-def test_models_that_name_no_features_can_only_distil_logits():
-    with pytest.raises(ValueError, match="names no features"):
-        Teacher(nn.Linear(2, 2), Distillation(features=1.0))
-    for wrong in (dict(weight=2.0), dict(temperature=0.0), dict(features=-1.0)):
-        with pytest.raises(ValueError, match="must be"):
-            Distillation(**wrong)
+    start = apart()
+    recipe = Recipe(steps=40, batch_size=12, lr=3e-3, distill=1.0, distill_by=by, temperature=1.0)
+    _, result = fit(student, handle, task, recipe, 0, teacher=teacher)
+    assert apart() < 0.6 * start and result["curve"][0]["step"] == 0
+    assert all(torch.equal(a, b) for a, b in zip(before, teacher.parameters(), strict=True))
 
 
 def test_weights_are_of_the_model_without_methods_or_with_them(tmp_path):
@@ -245,9 +237,6 @@ def test_weights_are_of_the_model_without_methods_or_with_them(tmp_path):
         )
     model, _ = SPEC.build(1, 6, (SOFT,), tmp_path / "soft.safetensors")
     assert all(torch.equal(model.state_dict()[name], value) for name, value in soft.state_dict().items())
-    new = ModelSpec(SPEC.name, SPEC.kwargs, new_head=True).build(1, 4, (), tmp_path / "plain.safetensors")[0]
-    assert torch.equal(new.pos_embed, plain.pos_embed) and new.head.weight.shape == (4, 16)
-    assert torch.equal(new.head.weight, SPEC.create(1, 4).head.weight)
 
 
 def test_weights_that_do_not_fit_are_refused(tmp_path):
@@ -256,7 +245,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
     (tmp_path / "text.safetensors").write_text("nothing")
     (tmp_path / "text.pth").write_text("nothing")
     torch.save({"f": nn.Linear(1, 1)}, tmp_path / "module.pth")
-    with pytest.raises(ValueError, match=r"2 of another shape: head\.bias, head\.weight; with --weights, --new-head"):
+    with pytest.raises(ValueError, match=r"2 of another shape: head\.bias, head\.weight"):
         SPEC.build(0, 4, (), tmp_path / "plain.safetensors")
     with pytest.raises(ValueError, match=r"missing: .*1 unknown: x"):
         SPEC.build(0, 6, (), tmp_path / "x.safetensors")
