@@ -6,7 +6,7 @@ A canvas is a pure function of (split, seed, index), so any of them can be drawn
 Test canvases use digits and photo regions that no training or validation canvas uses.
 """
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,7 +20,7 @@ GRID = SIZE // PATCH
 MIDLINE_MARGIN = 5.0  # an asked item's centre is at least this many pixels from both midlines
 MAX_ITEMS = 6
 SPLITS = ("train", "val", "test")
-KINDS = ("exist", "quadrant", "where", "count")
+KINDS = ("exist", "quadrant", "where", "count", "box", "read")
 QUADRANTS = ("top-left", "top-right", "bottom-left", "bottom-right")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TEMPLATES = {
@@ -28,7 +28,11 @@ TEMPLATES = {
     "quadrant": ("what is in the {}", "which item is in the {}"),
     "where": ("where is the {}", "where do you see the {}"),
     "count": ("how many items are there", "how many items do you see"),
+    "box": ("box the {}", "draw a box around the {}"),
+    "read": ("read the {}", "read along the {}"),
 }
+SIDES = {"top": (0, 1), "bottom": (2, 3), "left": (0, 2), "right": (1, 3)}  # of read: its two quadrants, in order
+SHOWS = 0.08  # a patch shows an item that covers at least this much of it
 
 # Regions are shares of a photo's width, left to right. The photos ship inside the wheels; each has its credit here.
 REGIONS = {"train": (0.0, 0.58), "val": (0.58, 0.74), "test": (0.74, 1.0)}
@@ -78,10 +82,20 @@ class Canvas:
         """Item centres in pixels, (n, 2), x before y."""
         return (self.boxes[:, :2] + self.boxes[:, 2:]) / 2
 
+    @property
+    def patch_boxes(self) -> np.ndarray:
+        """First column, first row, last column and last row of the patches that show each item, (n, 4) int64."""
+        shown = self.ink >= SHOWS
+        sides = []
+        for along in (shown.any(axis=1), shown.any(axis=2)):  # (n, columns), then (n, rows)
+            sides.append((along.argmax(axis=1), GRID - 1 - along[:, ::-1].argmax(axis=1)))
+        (left, right), (top, bottom) = sides
+        return np.stack([left, top, right, bottom], axis=1)
+
 
 @dataclass(frozen=True)
 class Question:
-    """A question about one canvas with its one-word answer."""
+    """A question about one canvas with its answer: four words for a box, two for a reading, else one."""
 
     kind: str
     text: str
@@ -218,29 +232,32 @@ class Canvases:
         One about a present and one about an absent item, one of each other kind where it has one right answer.
         """
         canvas = self.canvas(index) if canvas is None else canvas
-        rng = self.rng(index, stream=1)
-        asked = self.all_questions(index, canvas, rng)
-        chosen = [
-            questions[0] for questions in (asked["yes"], asked["no"], asked["quadrant"], asked["where"]) if questions
-        ]
-        return chosen + asked["count"]
+        asked = self.all_questions(index, canvas, self.rng(index, stream=1), self.rng(index, stream=4))
+        return [questions[0] for questions in asked.values() if questions]
 
-    def all_questions(self, index: int, canvas: Canvas, rng: np.random.Generator) -> dict[str, list[Question]]:
+    def all_questions(
+        self, index: int, canvas: Canvas, rng: np.random.Generator, long_rng: np.random.Generator
+    ) -> dict[str, list[Question]]:
         """Every question with one right answer, in random order and wording.
 
-        The keys are "yes" and "no" (both of kind exist), "quadrant", "where" and "count".
+        The keys are "yes" and "no" (both of kind exist), "quadrant", "where", "count", "box" and "read". The last two
+        are drawn with `long_rng`, so that the questions of one word are the same whether these are asked or not.
         """
+        return self._short(index, canvas, rng) | self._long(index, canvas, long_rng)
+
+    def _short(self, index: int, canvas: Canvas, rng: np.random.Generator) -> dict[str, list[Question]]:
+        """The questions whose answer is one word."""
         names = self.items.names
 
         def ask(kind: str, word: str, answer: str) -> Question:
-            template = TEMPLATES[kind][int(rng.integers(2))]
-            return Question(kind, template.format(word), answer, index)
+            return _ask(rng, index, kind, word, answer)
 
         labels = [int(label) for label in canvas.labels]
         present = sorted(set(labels))
         absent = sorted(set(range(len(names))) - set(present))
         near = [_quadrants_near(x, y) for x, y in canvas.centres]
         whole = [touched[0] if len(touched) == 1 else None for touched in near]
+        alone = _alone(near)
         result: dict[str, list[Question]] = {
             "yes": [ask("exist", _with_article(names[label]), "yes") for label in rng.permutation(present)],
             "no": [ask("exist", _with_article(names[label]), "no") for label in rng.permutation(absent)],
@@ -249,12 +266,26 @@ class Canvases:
             "count": [ask("count", "", NUMBERS[len(labels)])],
         }
         for q in rng.permutation(len(QUADRANTS)):
-            inside = [k for k, touched in enumerate(near) if q in touched]
-            if len(inside) == 1 and whole[inside[0]] == q:
-                result["quadrant"].append(ask("quadrant", QUADRANTS[q], names[labels[inside[0]]]))
+            if q in alone:
+                result["quadrant"].append(ask("quadrant", QUADRANTS[q], names[labels[alone[q]]]))
         for k in rng.permutation(len(labels)):
             if labels.count(labels[k]) == 1 and whole[k] is not None:
                 result["where"].append(ask("where", names[labels[k]], QUADRANTS[whole[k]]))
+        return result
+
+    def _long(self, index: int, canvas: Canvas, rng: np.random.Generator) -> dict[str, list[Question]]:
+        """The questions whose answer is more than one word."""
+        names, labels = self.items.names, canvas.labels.tolist()
+        alone = _alone([_quadrants_near(x, y) for x, y in canvas.centres])
+        result: dict[str, list[Question]] = {"box": [], "read": []}
+        for k in rng.permutation(len(labels)):
+            if labels.count(labels[k]) == 1 and canvas.ink[k].max() >= SHOWS:
+                answer = " ".join(str(side) for side in canvas.patch_boxes[k])
+                result["box"].append(_ask(rng, index, "box", names[labels[k]], answer))
+        for side in rng.permutation(list(SIDES)):
+            if all(q in alone for q in SIDES[side]):
+                answer = " ".join(names[labels[alone[q]]] for q in SIDES[side])
+                result["read"].append(_ask(rng, index, "read", str(side), answer))
         return result
 
     def _background(self, rng: np.random.Generator) -> np.ndarray:
@@ -274,12 +305,35 @@ class Canvases:
 
 
 def vocabulary(names: Sequence[str]) -> list[str]:
-    """Every word that a question or an answer can hold, sorted and without repeats."""
-    words = {"yes", "no", "a", "an", *QUADRANTS, *names, *NUMBERS[1 : MAX_ITEMS + 1]}
-    for templates in TEMPLATES.values():
-        for template in templates:
-            words |= set(template.replace("{}", "").split())
-    return sorted(words)
+    """Every word that a question or an answer can hold, without repeats: those of one-word answers first, each sorted.
+
+    A model that was trained without boxes and readings therefore has the same numbers for the words it knows.
+    """
+    short = {"yes", "no", "a", "an", *QUADRANTS, *names, *NUMBERS[1 : MAX_ITEMS + 1]}
+    short |= {word for kind in KINDS[:4] for word in _template_words(kind)}
+    long = {*SIDES, *_template_words("box"), *_template_words("read")} - short
+    return [*sorted(short), *sorted(long), *map(str, range(GRID))]
+
+
+def kinds_known(words: Container[str]) -> tuple[str, ...]:
+    """The kinds of question that a model can be asked and can answer, by the words that it knows."""
+    answers = {"box": [str(number) for number in range(GRID)], "read": list(SIDES)}
+    return tuple(k for k in KINDS if all(w in words for w in (*_template_words(k), *answers.get(k, ()))))
+
+
+def _template_words(kind: str) -> list[str]:
+    return [word for template in TEMPLATES[kind] for word in template.replace("{}", "").split()]
+
+
+def _ask(rng: np.random.Generator, index: int, kind: str, word: str, answer: str) -> Question:
+    """A question in one of its two wordings."""
+    return Question(kind, TEMPLATES[kind][int(rng.integers(2))].format(word), answer, index)
+
+
+def _alone(near: Sequence[Sequence[int]]) -> dict[int, int]:
+    """The quadrants that hold one item and are near no other, and its number; `near` as `_quadrants_near` gives it."""
+    touching = {q: [k for k, touched in enumerate(near) if q in touched] for q in range(len(QUADRANTS))}
+    return {q: ks[0] for q, ks in touching.items() if len(ks) == 1 and len(near[ks[0]]) == 1}
 
 
 def _with_article(name: str) -> str:

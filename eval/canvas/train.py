@@ -2,8 +2,9 @@
 
 Four phases. "crops" and "tower": the CLIP tower alone on 64-pixel windows, then on whole canvases, with dense targets
 on its patches and presence and count on its CLS. "language": the projector and the language model on answers, over the
-frozen tower. "joint": everything together, all losses on. The language model always sees all 256 visual tokens.
-A stopped run goes on from its last checkpoint with `--resume`.
+frozen tower, whose readouts go on learning. "joint": everything together, all losses on. The language model always sees
+all 256 visual tokens. A stopped run goes on from its last checkpoint with `--resume`; with `--start` it begins with the
+weights of a trained model, so that it can do with fewer phases.
 """
 
 import json
@@ -24,7 +25,7 @@ from eval.canvas.attention import use_block_attention
 from eval.canvas.batches import Batch, BatchStream, quadrant_word_ids
 from eval.canvas.data import KINDS, Canvases, Items, digits, load_items
 from eval.canvas.losses import Heads, alignment_loss, answer_loss, tower_features, tower_loss
-from eval.canvas.model import build_model, build_processor, build_tokenizer, export
+from eval.canvas.model import build_model, build_processor, build_tokenizer, export, load
 from eval.canvas.muon import Muon
 
 TOWER_PHASES = ("crops", "tower")
@@ -61,6 +62,20 @@ class Trainer:
         self.phase, self.step, self.seconds = 0, 0, 0.0
         self.optimizers = self._new_optimizers()
         out.mkdir(parents=True, exist_ok=True)
+
+    def start_from(self, folder: Path) -> None:
+        """Take the weights of a trained model; words that it does not know keep their start values.
+
+        Raises:
+            ValueError: If the words that it knows have other numbers here.
+        """
+        trained, processor = load(folder)
+        known, ids = processor.tokenizer.get_vocab(), self.tokenizer.get_vocab()
+        if not known.items() <= ids.items():
+            raise ValueError(f"the words of the model in {folder} are other ones: {sorted(known)}, not {sorted(ids)}")
+        weights = trained.state_dict()
+        for name, own in self.model.state_dict().items():
+            own[: len(weights[name])] = weights[name]
 
     def run(self, minutes: float | None = None) -> bool:
         """Train to the end, or for about `minutes`. Returns whether all phases are done."""
@@ -155,12 +170,9 @@ class Trainer:
         for optimizer, rate in zip(self.optimizers, (phase.muon_rate, phase.adam_rate), strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = rate * factor
-        figures: dict[str, float] = {}
         with torch.set_grad_enabled(phase.name != "language"):
             patches, cls = tower_features(self.model, batch)
-        loss = torch.zeros(())
-        if phase.name != "language":
-            loss, figures = tower_loss(self.heads, patches, cls, batch)
+        loss, figures = tower_loss(self.heads, patches, cls, batch)
         if phase.name not in TOWER_PHASES:
             projected = self.model.model.multi_modal_projector(patches)
             answers, hits = answer_loss(self.model, projected, batch)
@@ -183,7 +195,7 @@ class Trainer:
         inner = self.model.model
         tower, language = [inner.vision_tower], [inner.multi_modal_projector, inner.language_model]
         parts = {"crops": tower, "tower": tower, "language": language, "joint": tower + language}[name]
-        matrices, others = [], [] if name == "language" else list(self.heads.parameters())
+        matrices, others = [], list(self.heads.parameters())
         for part in parts:
             for key, parameter in part.named_parameters():
                 (matrices if parameter.ndim == 2 and "embed" not in key else others).append(parameter)
@@ -232,6 +244,9 @@ def main(
     threads: Annotated[int, typer.Option(help="torch threads.")] = 1,
     workers: Annotated[int, typer.Option(help="Processes that draw canvases; 0 draws in the training process.")] = 1,
     minutes: Annotated[float | None, typer.Option(help="Stop with a checkpoint after about this long.")] = None,
+    start: Annotated[
+        Path | None, typer.Option(help="Folder of a trained model to start from, in the place of fresh weights.")
+    ] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the checkpoint in --out.")] = False,
 ) -> None:
     """Train the tiny LLaVA of canvas VQA on digits and photos from installed packages."""
@@ -243,6 +258,8 @@ def main(
         Phase("joint", joint_steps, 8, 0.006, 1e-3, 0.0, min_items=1),
     ]
     trainer = Trainer(out, digits() if items is None else load_items(items), seed, phases, workers)
+    if start is not None:
+        trainer.start_from(start)
     if resume:
         trainer.resume()
     if trainer.run(minutes):
