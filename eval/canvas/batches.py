@@ -27,7 +27,7 @@ class Batch:
         patch_quadrant: (B, N) int64: quadrant of the centre of the item that the patch shows, else IGNORE.
         patch_centre: (B, N, 2) float32 in -1..1: the centre of the item that the patch shows, else the patch's own.
         patch_is_centre: (B, N) float32: 1 where an item has its centre.
-        patch_box: (B, N, 4) float32 in 0..1: the box of the item that the patch shows, 0 where there is none.
+        patch_box: (B, N, 4) int64: the box of the item that the patch shows, in patches, IGNORE where there is none.
         present: (B, labels) float32. count: (B,) int64, items minus one.
         input_ids, position_ids, block: (B, T) int64. Block 0 is the prefix, -1 padding, 1.. the questions.
         target: (B, T) int64: the next token where an answer's or the </s> behind it is due, IGNORE elsewhere.
@@ -184,7 +184,7 @@ def _dense_targets(canvas: Canvas, num_labels: int) -> tuple[np.ndarray, ...]:
     is_centre = np.zeros(NUM_VISUAL, np.float32)
     cell = np.minimum(centres // PATCH, GRID - 1).astype(np.int64)
     is_centre[cell[:, 1] * GRID + cell[:, 0]] = 1
-    box = np.where(shows[:, None], canvas.patch_boxes[owner] / (GRID - 1), 0).astype(np.float32)
+    box = np.where(shows[:, None], canvas.patch_boxes[owner], IGNORE)
     return label.astype(np.int64), quadrant, (centre / (SIZE / 2) - 1).astype(np.float32), is_centre, box
 
 

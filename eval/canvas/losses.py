@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration
 
 from eval.canvas.batches import IGNORE, Batch
-from eval.canvas.data import KINDS, MAX_ITEMS
+from eval.canvas.data import GRID, KINDS, MAX_ITEMS
 
 
 class Heads(nn.Module):
@@ -24,7 +24,7 @@ class Heads(nn.Module):
         self.quadrant = nn.Linear(width, 4)
         self.centre = nn.Linear(width, 2)
         self.is_centre = nn.Linear(width, 1)
-        self.box = nn.Linear(width, 4)
+        self.box = nn.Linear(width, 4 * GRID)
         self.present = nn.Linear(width, num_labels)
         self.count = nn.Linear(width, MAX_ITEMS)
 
@@ -57,7 +57,8 @@ def tower_loss(heads: Heads, patches: torch.Tensor, cls: torch.Tensor, batch: Ba
     is_centre = F.binary_cross_entropy_with_logits(
         heads.is_centre(patches)[..., 0], batch.patch_is_centre, pos_weight=torch.tensor(10.0)
     )
-    box = F.smooth_l1_loss(heads.box(patches[shown]), batch.patch_box[shown], beta=0.05)
+    box_logits = heads.box(patches[shown]).unflatten(-1, (4, GRID))
+    box = F.cross_entropy(box_logits.flatten(0, 1), batch.patch_box[shown].flatten())
     present = F.binary_cross_entropy_with_logits(heads.present(cls), batch.present)
     count_logits = heads.count(cls)
     counted = batch.count != IGNORE  # crops are not
@@ -73,10 +74,11 @@ def tower_loss(heads: Heads, patches: torch.Tensor, cls: torch.Tensor, batch: Ba
             "cls_present": present.item(),
             "cls_count": count.item(),
             "dense_label_acc": (logits.argmax(-1) == batch.patch_label[shown]).float().mean().item(),
+            "dense_box_acc": (box_logits.argmax(-1) == batch.patch_box[shown]).float().mean().item(),
             "cls_present_acc": ((heads.present(cls) > 0).float() == batch.present).float().mean().item(),
             "cls_count_acc": (count_logits.argmax(-1) == batch.count).float().mean().item(),
         }
-    return label + is_item + 0.5 * quadrant + 2 * (centre + box) + 0.5 * is_centre + present + 0.2 * count, figures
+    return label + is_item + 0.5 * (quadrant + is_centre + box) + 2 * centre + present + 0.2 * count, figures
 
 
 def alignment_loss(
