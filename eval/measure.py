@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import math
+import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +17,14 @@ import torch
 import typer
 from torch import nn
 
+from eval import options
+
 
 def machine(device: str) -> dict[str, Any]:
     """What the numbers were measured on."""
     features = torch.cpu.get_capabilities()
     return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else features.get("cpu_name", "CPU"),
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else features.get("cpu_name", "CPU"),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "cpu_vectors": torch.backends.cpu.get_cpu_capability(),
@@ -47,18 +53,18 @@ def peak_bytes(run: Callable[[], Any], module: nn.Module, device: str, accumulat
 
     `accumulating`: gradients of the module are there beforehand and are added to. On CUDA that is measured always.
     """
-    parameters = list(module.parameters())
+    parameters, on_gpu = list(module.parameters()), device.startswith("cuda")
     for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter) if accumulating or device == "cuda" else None
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        parameter.grad = torch.zeros_like(parameter) if accumulating or on_gpu else None
+    if on_gpu:
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
         result = run()
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
         del result
         module.zero_grad()
-        return torch.cuda.max_memory_allocated() - before
+        return torch.cuda.max_memory_allocated(device) - before
     born = cpu_allocations(run)
     # a gradient that the run made is the last thing that was allocated where it lies
     lies = {p.grad.untyped_storage().data_ptr() for p in parameters if p.grad is not None and not accumulating}
@@ -71,23 +77,47 @@ def peak_bytes(run: Callable[[], Any], module: nn.Module, device: str, accumulat
     return peak
 
 
-def timed(functions: dict[str, Callable[[], Any]], clean: Callable[[], Any], device: str, rounds: int, seconds: float):
+def clock_of(device: str) -> Callable[[], float]:
+    """A clock in seconds that waits for the device; on one CPU thread that thread's own time, others don't count."""
+    if device == "cpu":
+        return time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+
+    def now() -> float:
+        torch.accelerator.synchronize(device)
+        return time.perf_counter()
+
+    return now
+
+
+def timed(
+    functions: Mapping[str, Callable[[], Any]],
+    clean: Callable[[], Any] = lambda: None,
+    device: str = "cpu",
+    rounds: int = 7,
+    seconds: float = math.inf,
+    around: Callable[[str], AbstractContextManager[Any]] = nullcontext,
+    clock: Callable[[], float] | None = None,
+) -> dict[str, list[float]]:
     """Run functions in turns, after one round to warm up: the times of each, in seconds, round by round.
 
-    Stops early when the case has used up its seconds, but not before the third round.
+    Args:
+        functions: What is timed, by name.
+        clean: Called after each, outside the time.
+        device: Where they run.
+        rounds: How many rounds.
+        seconds: Stops when the case has used up so many, but not before the third round.
+        around: Gives, for a name, the context that its function runs in; entering and leaving it are not timed.
+        clock: Tells the seconds, by default `clock_of(device)`.
     """
-    own_time = device == "cpu" and torch.get_num_threads() == 1
-    clock = time.thread_time if own_time else time.perf_counter
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    now = clock or clock_of(device)
     times: dict[str, list[float]] = {name: [] for name in functions}
     order = list(functions)
     for number in range(rounds + 1):
         for name in order:
-            wait()
-            start = clock()
-            functions[name]()
-            wait()
-            taken = clock() - start
+            with around(name):
+                start = now()
+                functions[name]()
+                taken = now() - start
             clean()
             if number > 0:
                 times[name].append(taken)
@@ -97,12 +127,25 @@ def timed(functions: dict[str, Callable[[], Any]], clean: Callable[[], Any], dev
     return times
 
 
+def milliseconds(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Medians, to the microsecond; for orientation, as they hold for this machine at this hour only."""
+    return {name: round(statistics.median(taken) * 1e3, 3) for name, taken in times.items()}
+
+
+def ratio(above: Sequence[float], below: Sequence[float]) -> float:
+    """Median over the rounds of the ratios within a round."""
+    return quartiles(above, below)[1]
+
+
+def quartiles(above: Sequence[float], below: Sequence[float]) -> tuple[float, float, float]:
+    """Of the ratios within a round: the lower quartile, the median and the upper quartile."""
+    ratios = [x / y for x, y in zip(above, below, strict=True)]
+    return tuple(statistics.quantiles(ratios, n=4, method="inclusive")) if len(ratios) > 1 else (ratios[0],) * 3
+
+
 def numbers(text: str) -> list[int]:
-    """The whole numbers of a list such as "1,8"."""
+    """`eval.options.numbers` for commands that are made with typer."""
     try:
-        values = [int(part) for part in text.split(",")]
-    except ValueError:
-        values = [0]
-    if min(values) < 1:
-        raise typer.BadParameter(f"must be whole numbers from 1 on, separated by commas, got {text!r}")
-    return values
+        return options.numbers(text)
+    except argparse.ArgumentTypeError as error:
+        raise typer.BadParameter(str(error)) from error
