@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from eval.canvas.data import GRID, KINDS, PATCH, QUADRANTS, SHOWS, SIZE, Canvas, Canvases, Question, kinds_known
+from eval.canvas.data import GRID, KINDS, PATCH, QUADRANTS, SHOWS, SIZE, Canvas, Canvases, Question
 from eval.canvas.model import PIXEL_MEAN, PIXEL_STD
 
 NUM_VISUAL = GRID * GRID
@@ -83,7 +83,6 @@ class BatchStream(Dataset):
         self.canvases, self.batch_size, self.num_batches, self.blocks = canvases, batch_size, num_batches, blocks
         self.crops = crops
         self.ids = tokenizer.get_vocab()
-        self.kinds = kinds_known(self.ids)
 
     def __len__(self) -> int:
         return self.num_batches
@@ -114,13 +113,12 @@ class BatchStream(Dataset):
         return crop(batch, torch.tensor(np.array(windows)), seen)
 
     def _pick(self, index: int, canvas: Canvas) -> list[Question]:
-        """Up to `blocks` questions of the kinds that the tokenizer has words for.
+        """Up to `blocks` questions.
 
-        A third are boxes and readings; then every quadrant and where, the count, and as many present as absent items.
+        A third are readings and boxes; then every quadrant and where, the count, and as many present as absent items.
         """
-        rngs = (self.canvases.rng(index, stream) for stream in (2, 5))
-        asked = self.canvases.all_questions(index, canvas, *rngs)
-        long = [q for q in asked["read"][:2] + asked["box"] if q.kind in self.kinds][: self.blocks // 3]
+        asked = self.canvases.all_questions(index, canvas, 2, 5)
+        long = (asked["read"][:2] + asked["box"])[: self.blocks // 3]
         blocks = self.blocks - len(long)
         others = (asked["quadrant"] + asked["where"])[: blocks - 3] + asked["count"]
         pairs = max(1, (blocks - len(others)) // 2)

@@ -20,7 +20,8 @@ GRID = SIZE // PATCH
 MIDLINE_MARGIN = 5.0  # an asked item's centre is at least this many pixels from both midlines
 MAX_ITEMS = 6
 SPLITS = ("train", "val", "test")
-KINDS = ("exist", "quadrant", "where", "count", "box", "read")
+ONE_WORD = ("exist", "quadrant", "where", "count")  # kinds of question by the length of their answers
+KINDS = (*ONE_WORD, "box", "read")
 QUADRANTS = ("top-left", "top-right", "bottom-left", "bottom-right")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TEMPLATES = {
@@ -189,14 +190,24 @@ class Canvases:
         seed: Another seed gives other canvases from the same digits and photo regions.
         items: Item pictures; the digits when None.
         min_items: Fewest items on a canvas, 1..6. More items give denser training signal.
+        kinds: Which kinds of question are asked. Pictures and other questions do not depend on it.
     """
 
-    def __init__(self, split: str, seed: int = 0, items: Items | None = None, min_items: int = 1) -> None:
+    def __init__(
+        self,
+        split: str,
+        seed: int = 0,
+        items: Items | None = None,
+        min_items: int = 1,
+        kinds: Sequence[str] = ONE_WORD,
+    ) -> None:
         if split not in SPLITS:
             raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
         if not 1 <= min_items <= MAX_ITEMS:
             raise ValueError(f"min_items must be in 1..{MAX_ITEMS}, got {min_items}")
-        self.split, self.seed, self.min_items = split, seed, min_items
+        if not set(kinds) <= set(KINDS):
+            raise ValueError(f"kinds must be of {KINDS}, got {kinds!r}")
+        self.split, self.seed, self.min_items, self.kinds = split, seed, min_items, kinds
         self.items = digits() if items is None else items
         self.pool = split_items(self.items.labels, split)
         if len(self.pool) == 0:
@@ -232,18 +243,17 @@ class Canvases:
         One about a present and one about an absent item, one of each other kind where it has one right answer.
         """
         canvas = self.canvas(index) if canvas is None else canvas
-        asked = self.all_questions(index, canvas, self.rng(index, stream=1), self.rng(index, stream=4))
-        return [questions[0] for questions in asked.values() if questions]
+        return [questions[0] for questions in self.all_questions(index, canvas, 1, 4).values() if questions]
 
-    def all_questions(
-        self, index: int, canvas: Canvas, rng: np.random.Generator, long_rng: np.random.Generator
-    ) -> dict[str, list[Question]]:
+    def all_questions(self, index: int, canvas: Canvas, stream: int, long_stream: int) -> dict[str, list[Question]]:
         """Every question with one right answer, in random order and wording.
 
-        The keys are "yes" and "no" (both of kind exist), "quadrant", "where", "count", "box" and "read". The last two
-        are drawn with `long_rng`, so that the questions of one word are the same whether these are asked or not.
+        The keys are "yes" and "no" (both of kind exist), "quadrant", "where", "count", "box" and "read". Answers of
+        more than one word have a stream of random numbers of their own; questions are the same whatever else is asked.
         """
-        return self._short(index, canvas, rng) | self._long(index, canvas, long_rng)
+        asked = self._short(index, canvas, self.rng(index, stream))
+        asked |= self._long(index, canvas, self.rng(index, long_stream))
+        return {key: [question for question in each if question.kind in self.kinds] for key, each in asked.items()}
 
     def _short(self, index: int, canvas: Canvas, rng: np.random.Generator) -> dict[str, list[Question]]:
         """The questions whose answer is one word."""
@@ -310,7 +320,7 @@ def vocabulary(names: Sequence[str]) -> list[str]:
     A model that was trained without boxes and readings therefore has the same numbers for the words it knows.
     """
     short = {"yes", "no", "a", "an", *QUADRANTS, *names, *NUMBERS[1 : MAX_ITEMS + 1]}
-    short |= {word for kind in KINDS[:4] for word in _template_words(kind)}
+    short |= {word for kind in ONE_WORD for word in _template_words(kind)}
     long = {*SIDES, *_template_words("box"), *_template_words("read")} - short
     return [*sorted(short), *sorted(long), *map(str, range(GRID))]
 
