@@ -18,36 +18,22 @@ CROP = 8  # side of a crop, patches
 
 @dataclass
 class Batch:
-    """Tensors of B canvases. T is the sequence length, N = 256 the visual tokens.
+    """Tensors of B canvases. T is the sequence length, N = 256 the visual tokens; of crops N = 64."""
 
-    Attributes:
-        pixels: (B, 3, 128, 128) float32, normalised; crops are (B, 3, 64, 64) and have N = 64.
-        patch_index: (B, N) int64: which patches of the canvas these are.
-        patch_label: (B, N) int64: item label, number of labels for background, IGNORE on faint edges.
-        patch_quadrant: (B, N) int64: quadrant of the centre of the item that the patch shows, else IGNORE.
-        patch_centre: (B, N, 2) float32 in -1..1: the centre of the item that the patch shows, else the patch's own.
-        patch_is_centre: (B, N) float32: 1 where an item has its centre.
-        patch_box: (B, N, 4) int64: the box of the item that the patch shows, in patches, IGNORE where there is none.
-        present: (B, labels) float32. count: (B,) int64, items minus one.
-        input_ids, position_ids, block: (B, T) int64. Block 0 is the prefix, -1 padding, 1.. the questions.
-        target: (B, T) int64: the next token where an answer's or the </s> behind it is due, IGNORE elsewhere.
-        kind: (B, T) int64: the question's kind where a token of its answer is due, IGNORE elsewhere.
-    """
-
-    pixels: torch.Tensor
-    patch_index: torch.Tensor
-    patch_label: torch.Tensor
-    patch_quadrant: torch.Tensor
-    patch_centre: torch.Tensor
-    patch_is_centre: torch.Tensor
-    patch_box: torch.Tensor
-    present: torch.Tensor
-    count: torch.Tensor
-    input_ids: torch.Tensor
-    position_ids: torch.Tensor
-    block: torch.Tensor
-    target: torch.Tensor
-    kind: torch.Tensor
+    pixels: torch.Tensor  # (B, 3, 128, 128) float32, normalised; crops are (B, 3, 64, 64)
+    patch_index: torch.Tensor  # (B, N) int64: which patches of the canvas these are
+    patch_label: torch.Tensor  # (B, N) int64: item label, number of labels for background, IGNORE on faint edges
+    patch_quadrant: torch.Tensor  # (B, N) int64: quadrant of the centre of the item that the patch shows, else IGNORE
+    patch_centre: torch.Tensor  # (B, N, 2) float32 in -1..1: the centre of the item that it shows, else its own
+    patch_is_centre: torch.Tensor  # (B, N) float32: 1 where an item has its centre
+    patch_box: torch.Tensor  # (B, N, 4) int64: the box of the item that it shows, in patches, else IGNORE
+    present: torch.Tensor  # (B, labels) float32
+    count: torch.Tensor  # (B,) int64: items minus one
+    input_ids: torch.Tensor  # (B, T) int64
+    position_ids: torch.Tensor  # (B, T) int64: each question's go on from the picture's
+    block: torch.Tensor  # (B, T) int64: 0 in the prefix, -1 in padding, 1.. in the questions
+    target: torch.Tensor  # (B, T) int64: the next token where one of an answer or the </s> behind is due, else IGNORE
+    kind: torch.Tensor  # (B, T) int64: the question's kind where a token of its answer is due, else IGNORE
 
     def attention_mask(self) -> torch.Tensor:
         """Additive mask, (B, 1, T, T): every token sees the prefix, and causally its own block."""

@@ -124,12 +124,11 @@ def load_items(path: str | Path) -> Items:
     Raises:
         ValueError: If an array is missing or has another shape or type than said above.
     """
-    with np.load(path, allow_pickle=False) as data:
-        missing = {"images", "labels"} - set(data.files)
-        if missing:
-            raise ValueError(f"{path} needs the arrays 'images' and 'labels', it holds {sorted(data.files)}")
-        images, labels = data["images"], data["labels"]
-        names = tuple(str(name) for name in data["names"]) if "names" in data.files else NUMBERS
+    with np.load(path, allow_pickle=False) as file:
+        data = dict(file)
+    if not {"images", "labels"} <= set(data):
+        raise ValueError(f"{path} needs the arrays 'images' and 'labels', it holds {sorted(data)}")
+    images, labels, names = data["images"], data["labels"], tuple(map(str, data.get("names", NUMBERS)))
     if images.ndim != 3 or images.dtype != np.uint8 or min(images.shape) == 0:
         raise ValueError(f"images must be (N, h, w) uint8, got {images.shape} {images.dtype}")
     if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
@@ -237,13 +236,13 @@ class Canvases:
         per_patch = ink.reshape(count, GRID, PATCH, GRID, PATCH).mean(axis=(2, 4))
         return Canvas(image, self.items.labels[chosen], boxes, per_patch)
 
-    def questions(self, index: int, canvas: Canvas | None = None) -> list[Question]:
+    def questions(self, index: int) -> list[Question]:
         """The evaluation questions of canvas `index`.
 
         One about a present and one about an absent item, one of each other kind where it has one right answer.
         """
-        canvas = self.canvas(index) if canvas is None else canvas
-        return [questions[0] for questions in self.all_questions(index, canvas, 1, 4).values() if questions]
+        asked = self.all_questions(index, self.canvas(index), 1, 4)
+        return [questions[0] for questions in asked.values() if questions]
 
     def all_questions(self, index: int, canvas: Canvas, stream: int, long_stream: int) -> dict[str, list[Question]]:
         """Every question with one right answer, in random order and wording.
@@ -251,52 +250,43 @@ class Canvases:
         The keys are "yes" and "no" (both of kind exist), "quadrant", "where", "count", "box" and "read". Answers of
         more than one word have a stream of random numbers of their own; questions are the same whatever else is asked.
         """
-        asked = self._short(index, canvas, self.rng(index, stream))
-        asked |= self._long(index, canvas, self.rng(index, long_stream))
-        return {key: [question for question in each if question.kind in self.kinds] for key, each in asked.items()}
+        names, labels = self.items.names, canvas.labels.tolist()
+        near = [_quadrants_near(x, y) for x, y in canvas.centres]
+        touching = [[k for k, touched in enumerate(near) if q in touched] for q in range(len(QUADRANTS))]
+        # Quadrants that hold one item and are near no other.
+        alone = {q: ks[0] for q, ks in enumerate(touching) if len(ks) == 1 and len(near[ks[0]]) == 1}
+        once = [k for k, label in enumerate(labels) if labels.count(label) == 1]
 
-    def _short(self, index: int, canvas: Canvas, rng: np.random.Generator) -> dict[str, list[Question]]:
-        """The questions whose answer is one word."""
-        names = self.items.names
+        rng = self.rng(index, stream)
 
         def ask(kind: str, word: str, answer: str) -> Question:
-            return _ask(rng, index, kind, word, answer)
+            return Question(kind, TEMPLATES[kind][int(rng.integers(2))].format(word), answer, index)
 
-        labels = [int(label) for label in canvas.labels]
         present = sorted(set(labels))
         absent = sorted(set(range(len(names))) - set(present))
-        near = [_quadrants_near(x, y) for x, y in canvas.centres]
-        whole = [touched[0] if len(touched) == 1 else None for touched in near]
-        alone = _alone(near)
-        result: dict[str, list[Question]] = {
+        asked = {
             "yes": [ask("exist", _with_article(names[label]), "yes") for label in rng.permutation(present)],
             "no": [ask("exist", _with_article(names[label]), "no") for label in rng.permutation(absent)],
             "quadrant": [],
             "where": [],
             "count": [ask("count", "", NUMBERS[len(labels)])],
+            "box": [],
+            "read": [],
         }
         for q in rng.permutation(len(QUADRANTS)):
             if q in alone:
-                result["quadrant"].append(ask("quadrant", QUADRANTS[q], names[labels[alone[q]]]))
+                asked["quadrant"].append(ask("quadrant", QUADRANTS[q], names[labels[alone[q]]]))
         for k in rng.permutation(len(labels)):
-            if labels.count(labels[k]) == 1 and whole[k] is not None:
-                result["where"].append(ask("where", names[labels[k]], QUADRANTS[whole[k]]))
-        return result
-
-    def _long(self, index: int, canvas: Canvas, rng: np.random.Generator) -> dict[str, list[Question]]:
-        """The questions whose answer is more than one word."""
-        names, labels = self.items.names, canvas.labels.tolist()
-        alone = _alone([_quadrants_near(x, y) for x, y in canvas.centres])
-        result: dict[str, list[Question]] = {"box": [], "read": []}
+            if k in once and len(near[k]) == 1:
+                asked["where"].append(ask("where", names[labels[k]], QUADRANTS[near[k][0]]))
+        rng = self.rng(index, long_stream)
         for k in rng.permutation(len(labels)):
-            if labels.count(labels[k]) == 1 and canvas.ink[k].max() >= SHOWS:
-                answer = " ".join(str(side) for side in canvas.patch_boxes[k])
-                result["box"].append(_ask(rng, index, "box", names[labels[k]], answer))
-        for side in rng.permutation(list(SIDES)):
-            if all(q in alone for q in SIDES[side]):
-                answer = " ".join(names[labels[alone[q]]] for q in SIDES[side])
-                result["read"].append(_ask(rng, index, "read", str(side), answer))
-        return result
+            if k in once and canvas.ink[k].max() >= SHOWS:
+                asked["box"].append(ask("box", names[labels[k]], " ".join(map(str, canvas.patch_boxes[k]))))
+        for side in rng.permutation(list(SIDES)).tolist():
+            if set(SIDES[side]) <= set(alone):
+                asked["read"].append(ask("read", side, " ".join(names[labels[alone[q]]] for q in SIDES[side])))
+        return {key: [question for question in each if question.kind in self.kinds] for key, each in asked.items()}
 
     def _background(self, rng: np.random.Generator) -> np.ndarray:
         """A photo crop of random size and place, (128, 128, 3) float32, its contrast reduced by a random factor."""
@@ -333,17 +323,6 @@ def kinds_known(words: Container[str]) -> tuple[str, ...]:
 
 def _template_words(kind: str) -> list[str]:
     return [word for template in TEMPLATES[kind] for word in template.replace("{}", "").split()]
-
-
-def _ask(rng: np.random.Generator, index: int, kind: str, word: str, answer: str) -> Question:
-    """A question in one of its two wordings."""
-    return Question(kind, TEMPLATES[kind][int(rng.integers(2))].format(word), answer, index)
-
-
-def _alone(near: Sequence[Sequence[int]]) -> dict[int, int]:
-    """The quadrants that hold one item and are near no other, and its number; `near` as `_quadrants_near` gives it."""
-    touching = {q: [k for k, touched in enumerate(near) if q in touched] for q in range(len(QUADRANTS))}
-    return {q: ks[0] for q, ks in touching.items() if len(ks) == 1 and len(near[ks[0]]) == 1}
 
 
 def _with_article(name: str) -> str:

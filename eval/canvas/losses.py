@@ -8,6 +8,17 @@ from transformers import LlavaForConditionalGeneration
 from eval.canvas.batches import IGNORE, Batch
 from eval.canvas.data import GRID, KINDS, MAX_ITEMS
 
+WEIGHTS = {  # of the tower's losses
+    "dense_label": 1.0,
+    "dense_is_item": 1.0,
+    "dense_quadrant": 0.5,
+    "dense_centre": 2.0,
+    "dense_is_centre": 0.5,
+    "dense_box": 0.5,
+    "cls_present": 1.0,
+    "cls_count": 0.2,
+}
+
 
 class Heads(nn.Module):
     """Linear readouts that exist only during training.
@@ -49,36 +60,31 @@ def tower_loss(heads: Heads, patches: torch.Tensor, cls: torch.Tensor, batch: Ba
     """Dense loss on the patches plus presence and count on CLS, and their accuracies."""
     shown = batch.patch_quadrant != IGNORE
     sure = batch.patch_label != IGNORE
-    is_item = F.binary_cross_entropy_with_logits(heads.is_item(patches[sure])[..., 0], shown[sure].float())
-    logits = heads.label(patches[shown])
-    label = F.cross_entropy(logits, batch.patch_label[shown])
-    quadrant = F.cross_entropy(heads.quadrant(patches[shown]), batch.patch_quadrant[shown])
-    centre = F.smooth_l1_loss(heads.centre(patches), batch.patch_centre, beta=0.1)
-    is_centre = F.binary_cross_entropy_with_logits(
-        heads.is_centre(patches)[..., 0], batch.patch_is_centre, pos_weight=torch.tensor(10.0)
-    )
-    box_logits = heads.box(patches[shown]).unflatten(-1, (4, GRID))
-    box = F.cross_entropy(box_logits.flatten(0, 1), batch.patch_box[shown].flatten())
-    present = F.binary_cross_entropy_with_logits(heads.present(cls), batch.present)
-    count_logits = heads.count(cls)
     counted = batch.count != IGNORE  # crops are not
-    count = F.cross_entropy(count_logits[counted], batch.count[counted]) if counted.any() else torch.zeros(())
-    with torch.no_grad():
-        figures = {
-            "dense_label": label.item(),
-            "dense_is_item": is_item.item(),
-            "dense_quadrant": quadrant.item(),
-            "dense_centre": centre.item(),
-            "dense_is_centre": is_centre.item(),
-            "dense_box": box.item(),
-            "cls_present": present.item(),
-            "cls_count": count.item(),
-            "dense_label_acc": (logits.argmax(-1) == batch.patch_label[shown]).float().mean().item(),
-            "dense_box_acc": (box_logits.argmax(-1) == batch.patch_box[shown]).float().mean().item(),
-            "cls_present_acc": ((heads.present(cls) > 0).float() == batch.present).float().mean().item(),
-            "cls_count_acc": (count_logits.argmax(-1) == batch.count).float().mean().item(),
-        }
-    return label + is_item + 0.5 * (quadrant + is_centre + box) + 2 * centre + present + 0.2 * count, figures
+    label, box = heads.label(patches[shown]), heads.box(patches[shown]).unflatten(-1, (4, GRID))
+    present, count = heads.present(cls), heads.count(cls)
+    binary = F.binary_cross_entropy_with_logits
+    losses = {
+        "dense_label": F.cross_entropy(label, batch.patch_label[shown]),
+        "dense_is_item": binary(heads.is_item(patches[sure])[..., 0], shown[sure].float()),
+        "dense_quadrant": F.cross_entropy(heads.quadrant(patches[shown]), batch.patch_quadrant[shown]),
+        "dense_centre": F.smooth_l1_loss(heads.centre(patches), batch.patch_centre, beta=0.1),
+        "dense_is_centre": binary(
+            heads.is_centre(patches)[..., 0], batch.patch_is_centre, pos_weight=torch.tensor(10.0)
+        ),
+        "dense_box": F.cross_entropy(box.flatten(0, 1), batch.patch_box[shown].flatten()),
+        "cls_present": binary(present, batch.present),
+        "cls_count": F.cross_entropy(count[counted], batch.count[counted]) if counted.any() else torch.zeros(()),
+    }
+    right = {
+        "dense_label_acc": label.argmax(-1) == batch.patch_label[shown],
+        "dense_box_acc": box.argmax(-1) == batch.patch_box[shown],
+        "cls_present_acc": (present > 0) == (batch.present > 0),
+        "cls_count_acc": count.argmax(-1) == batch.count,
+    }
+    figures = {name: loss.item() for name, loss in losses.items()}
+    figures |= {name: hits.float().mean().item() for name, hits in right.items()}
+    return sum(WEIGHTS[name] * loss for name, loss in losses.items()), figures
 
 
 def alignment_loss(

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -117,39 +117,35 @@ def intersection_over_union(one: Sequence[str], other: Sequence[str]) -> float:
     return float(common / max(1, areas.sum() - common))
 
 
-# Each method by its name in the table, given a keep ratio and the seed of random pruning.
-Maker = Callable[[float, int], vltok.Method]
-METHODS: dict[str, Maker] = {
-    "ToDRE, stage 1": lambda ratio, seed: vltok.ToDRE(keep_ratio=ratio, relevance=False),
-    "ToDRE, stages 1+2": lambda ratio, seed: vltok.ToDRE(keep_ratio=ratio),
-    "DivPrune": lambda ratio, seed: vltok.DivPrune(keep_ratio=ratio),
-    "FasterVLM": lambda ratio, seed: vltok.FasterVLM(keep_ratio=ratio),
-    "VisionZip": lambda ratio, seed: vltok.VisionZip(keep_ratio=ratio),
-    "SCOPE": lambda ratio, seed: vltok.SCOPE(keep_ratio=ratio),
-    "CDPruner": lambda ratio, seed: vltok.CDPruner(keep_ratio=ratio),
-    "stride": lambda ratio, seed: vltok.StrideTokens(keep_ratio=ratio),
-    "pool": lambda ratio, seed: vltok.Pool(keep_ratio=ratio),
-    "random": lambda ratio, seed: vltok.RandomTokens(keep_ratio=ratio, seed=seed),
+# Methods by their names in the table, without a keep ratio.
+METHODS: dict[str, Callable[..., vltok.Method]] = {
+    "ToDRE, stage 1": partial(vltok.ToDRE, relevance=False),
+    "ToDRE, stages 1+2": vltok.ToDRE,
+    "DivPrune": vltok.DivPrune,
+    "FasterVLM": vltok.FasterVLM,
+    "VisionZip": vltok.VisionZip,
+    "SCOPE": vltok.SCOPE,
+    "CDPruner": vltok.CDPruner,
+    "stride": vltok.StrideTokens,
+    "pool": vltok.Pool,
+    "random": vltok.RandomTokens,
 }
 # The rest of the reference set, and switches on ToDRE's first stage and DivPrune.
-FURTHER: dict[str, Maker] = {
-    "VisPruner": lambda ratio, seed: vltok.VisPruner(keep_ratio=ratio),
-    "PruMerge+": lambda ratio, seed: vltok.PruMergePlus(keep_ratio=ratio),
-    "HoloV": lambda ratio, seed: vltok.HoloV(keep_ratio=ratio),
-    "MMTok": lambda ratio, seed: vltok.MMTok(keep_ratio=ratio),
-    "DART": lambda ratio, seed: vltok.DART(keep_ratio=ratio),
-    "OTPrune": lambda ratio, seed: vltok.OTPrune(keep_ratio=ratio),
-    "FastV": lambda ratio, seed: vltok.FastV(keep_ratio=ratio),
-    "FastV, 4 x 4 windows": lambda ratio, seed: vltok.FastV(keep_ratio=ratio, window=(4, 4)),
-    "PyramidDrop": lambda ratio, seed: vltok.PyramidDrop(ratios=(ratio ** (1 / 3), ratio ** (2 / 3), ratio)),
-    "DART in the decoder": lambda ratio, seed: vltok.DARTDecoder(keep_ratio=ratio),
-    "ToDRE, k-center": lambda ratio, seed: vltok.ToDRE(keep_ratio=ratio, relevance=False, strategy="k_center"),
+FURTHER: dict[str, Callable[..., vltok.Method]] = {
+    "VisPruner": vltok.VisPruner,
+    "PruMerge+": vltok.PruMergePlus,
+    "HoloV": vltok.HoloV,
+    "MMTok": vltok.MMTok,
+    "DART": vltok.DART,
+    "OTPrune": vltok.OTPrune,
+    "FastV": vltok.FastV,
+    "FastV, 4 x 4 windows": partial(vltok.FastV, window=(4, 4)),
+    "PyramidDrop": vltok.PyramidDrop,
+    "DART in the decoder": vltok.DARTDecoder,
+    "ToDRE, k-center": partial(vltok.ToDRE, relevance=False, strategy="k_center"),
     **{
-        f"{name}, {switch}": lambda ratio, seed, make=make, knobs=knobs: replace(make(ratio), **knobs)
-        for name, make in (
-            ("ToDRE", lambda ratio: vltok.ToDRE(keep_ratio=ratio, relevance=False)),
-            ("DivPrune", lambda ratio: vltok.DivPrune(keep_ratio=ratio)),
-        )
+        f"{name}, {switch}": partial(make, **knobs)
+        for name, make in (("ToDRE", partial(vltok.ToDRE, relevance=False)), ("DivPrune", vltok.DivPrune))
         for switch, knobs in {
             "centred": {"correction": "centred"},
             "standardised": {"correction": "standardised"},
@@ -163,6 +159,13 @@ FURTHER: dict[str, Maker] = {
 }
 
 
+def at(make: Callable[..., vltok.Method], ratio: float, seed: int) -> vltok.Method:
+    """A method that keeps a share of the visual tokens; in steps where it has several."""
+    if make is vltok.PyramidDrop:
+        return make(ratios=(ratio ** (1 / 3), ratio ** (2 / 3), ratio))
+    return make(keep_ratio=ratio, **({"seed": seed} if make is vltok.RandomTokens else {}))
+
+
 def cases(keep_ratios: Sequence[float], seed: int, adapters: Path | None = ADAPTERS, every: bool = False) -> list[Case]:
     """The unpruned model, the wrong-image control, methods at every keep ratio, then condensing projectors.
 
@@ -171,7 +174,7 @@ def cases(keep_ratios: Sequence[float], seed: int, adapters: Path | None = ADAPT
     """
     makers = METHODS | FURTHER if every else METHODS
     fixed = [Case("unpruned", 1.0), Case("unpruned, wrong image", 1.0, wrong_image=True)]
-    pruned = [Case(name, ratio, make(ratio, seed)) for ratio in keep_ratios for name, make in makers.items()]
+    pruned = [Case(name, ratio, at(make, ratio, seed)) for ratio in keep_ratios for name, make in makers.items()]
     condensed = []
     for scale in SCALES:
         if adapters is not None:
