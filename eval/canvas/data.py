@@ -21,7 +21,7 @@ MIDLINE_MARGIN = 5.0  # an asked item's centre is at least this many pixels from
 MAX_ITEMS = 6
 SPLITS = ("train", "val", "test")
 ONE_WORD = ("exist", "quadrant", "where", "count")  # kinds of question by the length of their answers
-KINDS = (*ONE_WORD, "box", "read")
+KINDS = (*ONE_WORD, "read", "box")
 QUADRANTS = ("top-left", "top-right", "bottom-left", "bottom-right")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TEMPLATES = {
@@ -247,8 +247,8 @@ class Canvases:
     def all_questions(self, index: int, canvas: Canvas, stream: int, long_stream: int) -> dict[str, list[Question]]:
         """Every question with one right answer, in random order and wording.
 
-        The keys are "yes" and "no" (both of kind exist), "quadrant", "where", "count", "box" and "read". Answers of
-        more than one word have a stream of random numbers of their own; questions are the same whatever else is asked.
+        The keys are "yes" and "no" (both of kind exist), and the other kinds. Those with answers of several words are
+        drawn from `long_stream`, so that a question is the same whatever else is asked.
         """
         names, labels = self.items.names, canvas.labels.tolist()
         near = [_quadrants_near(x, y) for x, y in canvas.centres]
