@@ -41,7 +41,9 @@ class Bench:
         items = None if plan.items is None else load_items(plan.items)
         known = kinds_known(self.processor.tokenizer.get_vocab())
         self.canvases = Canvases("test", plan.seed, items, kinds=known)
-        self.questions = draw_questions(self.canvases, plan.questions)
+        # Batches of short answers end early, and are the same whether or not longer ones are asked.
+        drawn = draw_questions(self.canvases, plan.questions)
+        self.questions = sorted(drawn, key=lambda question: len(question.answer.split()))
 
     def chunks(self) -> range:
         """First question of each chunk."""
