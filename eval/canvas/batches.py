@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from eval.canvas.data import GRID, KINDS, PATCH, QUADRANTS, SIZE, Canvas, Canvases, Question
+from eval.canvas.data import GRID, KINDS, PATCH, QUADRANTS, SHOWS, SIZE, Canvas, Canvases, Question
 from eval.canvas.model import PIXEL_MEAN, PIXEL_STD
 
 NUM_VISUAL = GRID * GRID
@@ -18,34 +18,22 @@ CROP = 8  # side of a crop, patches
 
 @dataclass
 class Batch:
-    """Tensors of B canvases. T is the sequence length, N = 256 the visual tokens.
+    """Tensors of B canvases. T is the sequence length, N = 256 the visual tokens; of crops N = 64."""
 
-    Attributes:
-        pixels: (B, 3, 128, 128) float32, normalised; crops are (B, 3, 64, 64) and have N = 64.
-        patch_index: (B, N) int64: which patches of the canvas these are.
-        patch_label: (B, N) int64: item label, number of labels for background, IGNORE on faint edges.
-        patch_quadrant: (B, N) int64: quadrant of the centre of the item that the patch shows, else IGNORE.
-        patch_centre: (B, N, 2) float32 in -1..1: the centre of the item that the patch shows, else the patch's own.
-        patch_is_centre: (B, N) float32: 1 where an item has its centre.
-        present: (B, labels) float32. count: (B,) int64, items minus one.
-        input_ids, position_ids, block: (B, T) int64. Block 0 is the prefix, -1 padding, 1.. the questions.
-        target: (B, T) int64: the next token after a question, IGNORE elsewhere.
-        kind: (B, T) int64: the question's kind where an answer is due, IGNORE elsewhere.
-    """
-
-    pixels: torch.Tensor
-    patch_index: torch.Tensor
-    patch_label: torch.Tensor
-    patch_quadrant: torch.Tensor
-    patch_centre: torch.Tensor
-    patch_is_centre: torch.Tensor
-    present: torch.Tensor
-    count: torch.Tensor
-    input_ids: torch.Tensor
-    position_ids: torch.Tensor
-    block: torch.Tensor
-    target: torch.Tensor
-    kind: torch.Tensor
+    pixels: torch.Tensor  # (B, 3, 128, 128) float32, normalised; crops are (B, 3, 64, 64)
+    patch_index: torch.Tensor  # (B, N) int64: which patches of the canvas these are
+    patch_label: torch.Tensor  # (B, N) int64: item label, number of labels for background, IGNORE on faint edges
+    patch_quadrant: torch.Tensor  # (B, N) int64: quadrant of the centre of the item that the patch shows, else IGNORE
+    patch_centre: torch.Tensor  # (B, N, 2) float32 in -1..1: the centre of the item that it shows, else its own
+    patch_is_centre: torch.Tensor  # (B, N) float32: 1 where an item has its centre
+    patch_box: torch.Tensor  # (B, N, 4) int64: the box of the item that it shows, in patches, else IGNORE
+    present: torch.Tensor  # (B, labels) float32
+    count: torch.Tensor  # (B,) int64: items minus one
+    input_ids: torch.Tensor  # (B, T) int64
+    position_ids: torch.Tensor  # (B, T) int64: each question's go on from the picture's
+    block: torch.Tensor  # (B, T) int64: 0 in the prefix, -1 in padding, 1.. in the questions
+    target: torch.Tensor  # (B, T) int64: the next token where one of an answer or the </s> behind is due, else IGNORE
+    kind: torch.Tensor  # (B, T) int64: the question's kind where a token of its answer is due, else IGNORE
 
     def attention_mask(self) -> torch.Tensor:
         """Additive mask, (B, 1, T, T): every token sees the prefix, and causally its own block."""
@@ -111,13 +99,18 @@ class BatchStream(Dataset):
         return crop(batch, torch.tensor(np.array(windows)), seen)
 
     def _pick(self, index: int, canvas: Canvas) -> list[Question]:
-        """Up to `blocks` questions: every quadrant and where, the count, and as many present as absent items."""
-        asked = self.canvases.all_questions(index, canvas, self.canvases.rng(index, stream=2))
-        others = (asked["quadrant"] + asked["where"])[: self.blocks - 3] + asked["count"]
-        pairs = max(1, (self.blocks - len(others)) // 2)
+        """Up to `blocks` questions.
+
+        A third are readings and boxes; then every quadrant and where, the count, and as many present as absent items.
+        """
+        asked = self.canvases.all_questions(index, canvas, 2, 5)
+        long = (asked["read"][:2] + asked["box"])[: self.blocks // 3]
+        blocks = self.blocks - len(long)
+        others = (asked["quadrant"] + asked["where"])[: blocks - 3] + asked["count"]
+        pairs = max(1, (blocks - len(others)) // 2)
         pairs = min(pairs, len(asked["no"]))
         yes = [asked["yes"][k % len(asked["yes"])] for k in range(pairs)]
-        return yes + asked["no"][:pairs] + others
+        return yes + asked["no"][:pairs] + others + long
 
 
 def collate(pictures: list[Canvas], asked: list[list[Question]], ids: dict[str, int], num_labels: int) -> Batch:
@@ -149,21 +142,21 @@ def _sequence(questions: list[Question], ids: dict[str, int]) -> tuple[list[int]
     positions, block = list(range(PREFIX)), [0] * PREFIX
     target, kind = [IGNORE] * PREFIX, [IGNORE] * PREFIX
     for number, question in enumerate(questions, start=1):
-        words = [ids[word] for word in question.text.split()]
-        answer = ids[question.answer]
-        tokens += [*words, answer]
-        positions += range(PREFIX, PREFIX + len(words) + 1)
-        block += [number] * (len(words) + 1)
-        target += [IGNORE] * (len(words) - 1) + [answer, ids["</s>"]]
-        kind += [IGNORE] * (len(words) - 1) + [KINDS.index(question.kind), IGNORE]
+        words, answer = ([ids[word] for word in text.split()] for text in (question.text, question.answer))
+        length = len(words) + len(answer)
+        tokens += words + answer
+        positions += range(PREFIX, PREFIX + length)
+        block += [number] * length
+        target += [IGNORE] * (len(words) - 1) + [*answer, ids["</s>"]]
+        kind += [IGNORE] * (len(words) - 1) + [KINDS.index(question.kind)] * len(answer) + [IGNORE]
     return tokens, positions, block, target, kind
 
 
-def _dense_targets(canvas: Canvas, num_labels: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """What each patch shows: label, quadrant, centre, whether it holds a centre."""
+def _dense_targets(canvas: Canvas, num_labels: int) -> tuple[np.ndarray, ...]:
+    """What each patch shows: label, quadrant, centre, whether it holds a centre, box."""
     ink = canvas.ink.reshape(len(canvas.labels), NUM_VISUAL)
     owner, most = ink.argmax(axis=0), ink.max(axis=0)
-    shows = most >= 0.08
+    shows = most >= SHOWS
     label = np.where(shows, canvas.labels[owner], num_labels)
     label[(most > 0.01) & ~shows] = IGNORE
     centres = canvas.centres
@@ -175,7 +168,8 @@ def _dense_targets(canvas: Canvas, num_labels: int) -> tuple[np.ndarray, np.ndar
     is_centre = np.zeros(NUM_VISUAL, np.float32)
     cell = np.minimum(centres // PATCH, GRID - 1).astype(np.int64)
     is_centre[cell[:, 1] * GRID + cell[:, 0]] = 1
-    return label.astype(np.int64), quadrant, (centre / (SIZE / 2) - 1).astype(np.float32), is_centre
+    box = np.where(shows[:, None], canvas.patch_boxes[owner], IGNORE)
+    return label.astype(np.int64), quadrant, (centre / (SIZE / 2) - 1).astype(np.float32), is_centre, box
 
 
 def crop(batch: Batch, windows: torch.Tensor, seen: torch.Tensor) -> Batch:
@@ -209,6 +203,7 @@ def crop(batch: Batch, windows: torch.Tensor, seen: torch.Tensor) -> Batch:
         patch_quadrant=batch.patch_quadrant.gather(1, index).masked_fill(hidden, IGNORE),
         patch_centre=batch.patch_centre.gather(1, index[..., None].expand(-1, -1, 2)),
         patch_is_centre=batch.patch_is_centre.gather(1, index),
+        patch_box=batch.patch_box.gather(1, index[..., None].expand(-1, -1, 4)),
         present=seen,
         count=torch.full_like(batch.count, IGNORE),
     )

@@ -6,19 +6,19 @@ also the language model. The tower is frozen in both. A run whose results are in
 projector for several scale factors sees each batch at one of them and is tested at each.
 """
 
+import argparse
+import hashlib
 import json
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated
 
 import torch
-import typer
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
@@ -26,16 +26,18 @@ from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration
 
 import vltok
+from eval import options
 from eval.canvas import condense_table
 from eval.canvas.attention import use_block_attention
 from eval.canvas.batches import Batch, BatchStream
-from eval.canvas.data import KINDS, Canvases
+from eval.canvas.data import KINDS, Canvases, kinds_known
 from eval.canvas.losses import answer_loss
-from eval.canvas.model import load
-from eval.canvas.muon import Muon
+from eval.canvas.model import MODEL_DIR, load
 from eval.canvas.runner import Case, Result, draw_questions, encode, evaluate
-from eval.canvas.train import BLOCKS, Phase, rate_factor
+from eval.canvas.steps import Phase, make_optimizers, take_step
+from eval.canvas.train import BLOCKS
 from eval.canvas.variants import METHODS, Variant, levels, tokens_at
+from eval.store import Store
 
 PARTS = ("projector", "lm")
 VAL_BATCHES = 16  # of 8 canvases
@@ -72,19 +74,8 @@ class Learner:
             self.model = deepcopy(base)
             trained.append(self.model.model.language_model.requires_grad_(True))
         self.trained = nn.ModuleList(trained)
+        self.optimizers = make_optimizers(trained, muon=bool(budget.muon_rate))
         self.seconds = 0.0
-        matrices, others = [], []
-        for name, parameter in self.trained.named_parameters():
-            # in_proj holds three matrices, whose changes have to be independent of each other's sizes.
-            is_matrix = parameter.ndim == 2 and "embed" not in name and "in_proj" not in name
-            (matrices if is_matrix else others).append(parameter)
-        self.optimizers = [torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0)]
-        self.rates = [budget.adam_rate]
-        if budget.muon_rate:
-            self.optimizers.append(Muon(matrices))
-            self.rates.append(budget.muon_rate)
-        else:
-            self.optimizers[0].add_param_group({"params": matrices})
 
     def answers(self, states: Sequence[torch.Tensor], batch: Batch, scale: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The answers' loss and the hits per kind at a scale; `states` are the tower's hidden states, CLS first."""
@@ -96,17 +87,8 @@ class Learner:
     def step(self, number: int, states: Sequence[torch.Tensor], batch: Batch) -> float:
         """Learn from one batch; returns the loss. Of several scales the number of the step draws one."""
         started = time.perf_counter()
-        factor = rate_factor(number, self.budget)
         loss = self.answers(states, batch, random.Random(number).choice(self.run.variant.scales))[0]
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss of {self.run.name} became {loss.item()} at step {number}")
-        for optimizer, rate in zip(self.optimizers, self.rates, strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = rate * factor
-            optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        for optimizer in self.optimizers:
-            optimizer.step()
+        take_step(loss, self.optimizers, number, self.budget, self.run.name)
         self.seconds += time.perf_counter() - started
         return loss.item()
 
@@ -121,7 +103,7 @@ class Learner:
             loss, part = self.answers(states, batch, scale)
             losses.append(loss.item())
             hits += part
-        figures = {kind: (hits[0, k] / hits[1, k]).item() for k, kind in enumerate(KINDS)}
+        figures = {kind: (hits[0, k] / hits[1, k]).item() for k, kind in enumerate(KINDS) if hits[1, k]}
         return {"loss": sum(losses) / len(losses), **figures}
 
 
@@ -147,7 +129,9 @@ def train(runs: Sequence[Run], budget: Phase, out: Path) -> None:
     use_block_attention(base.model.language_model)
     (seed,) = {run.seed for run in runs}
     learners = [Learner(run, base, budget) for run in runs]
-    validation = BatchStream(Canvases("val", 0), processor.tokenizer, 8, VAL_BATCHES, BLOCKS)
+    tokenizer = processor.tokenizer
+    known = kinds_known(tokenizer.get_vocab())
+    validation = BatchStream(Canvases("val", 0, kinds=known), tokenizer, 8, VAL_BATCHES, BLOCKS)
     seen = [(tower_states(base, batch), batch) for batch in (validation[number] for number in range(len(validation)))]
     log = (out / "log.jsonl").open("a", buffering=1)
 
@@ -157,9 +141,8 @@ def train(runs: Sequence[Run], budget: Phase, out: Path) -> None:
     before = {learner.run: learner.validate(seen) for learner in learners}
     for learner in learners:
         note(learner, 0, val=before[learner.run])
-    stream = BatchStream(
-        Canvases("train", FIRST_SEED + seed), processor.tokenizer, budget.batch_size, budget.steps, BLOCKS
-    )
+    canvases = Canvases("train", FIRST_SEED + seed, kinds=known)
+    stream = BatchStream(canvases, tokenizer, budget.batch_size, budget.steps, BLOCKS)
     recent: dict[Run, list[float]] = {run: [] for run in runs}
     batches = DataLoader(stream, batch_size=None, shuffle=False)
     for number, batch in enumerate(tqdm(batches, desc=f"{runs[0].part}, seed {seed}", mininterval=5)):
@@ -174,21 +157,32 @@ def train(runs: Sequence[Run], budget: Phase, out: Path) -> None:
     for learner in learners:
         figures = learner.validate(seen)
         note(learner, budget.steps, val=figures)
-        save_file(learner.trained.state_dict(), out / f"{learner.run.name}.safetensors")
-        variant = learner.run.variant
-        kind = variant.kind if len(variant.scales) == 1 else variant.name
-        for scale in variant.scales:
-            record = {
-                "run": {"kind": kind, "scale": scale, "part": learner.run.part}
-                | {"seed": seed, "tokens": tokens_at(scale)},
-                "budget": asdict(budget),
-                "seconds": learner.seconds,
-                "parameters": sum(p.numel() for p in learner.trained.parameters()),
-                "untrained": before[learner.run][scale],
-                "val": figures[scale],
-            }
-            write_result(out, learner.run, scale, record)
+        save_file(learner.trained.state_dict(), weights_file(out, learner.run))
+        parameters = sum(p.numel() for p in learner.trained.parameters())
+        for scale, after in figures.items():
+            record = {"untrained": before[learner.run][scale], "val": after}
+            record |= {"seconds": learner.seconds, "parameters": parameters}
+            Store(out).write(learner.run.name, settings(learner.run, scale, budget), record)
     log.close()
+
+
+def settings(run: Run, scale: int, budget: Phase) -> dict[str, object]:
+    """What the result of a run at a scale hangs on."""
+    variant = run.variant
+    return {
+        "kind": variant.kind if len(variant.scales) == 1 else variant.name,
+        "scale": scale,
+        "part": run.part,
+        "seed": run.seed,
+        "tokens": tokens_at(scale),
+        "budget": asdict(budget),
+        "model": hashlib.sha256((MODEL_DIR / "model.safetensors").read_bytes()).hexdigest()[:16],
+    }
+
+
+def weights_file(out: Path, run: Run) -> Path:
+    """Where the trained weights of a run are."""
+    return out / f"{run.name}.safetensors"
 
 
 def test(run: Run, scale: int, out: Path, questions: int, seed: int = 0) -> Result:
@@ -197,31 +191,13 @@ def test(run: Run, scale: int, out: Path, questions: int, seed: int = 0) -> Resu
     trained = nn.ModuleList([run.variant.put_on(model, processor)])
     if run.part == "lm":
         trained.append(model.model.language_model)
-    trained.load_state_dict(load_file(out / f"{run.name}.safetensors"))
+    trained.load_state_dict(load_file(weights_file(out, run)))
     (handle,) = vltok.handles(model)
     with at_scale(handle, scale):
-        canvases = Canvases("test", seed)
+        canvases = Canvases("test", seed, kinds=kinds_known(processor.tokenizer.get_vocab()))
         asked = draw_questions(canvases, questions)
         batches = encode(processor, canvases, asked, 8, wrong_image=False)
         return evaluate(model.eval(), processor, Case(run.name, 1 / scale**2), batches, asked)
-
-
-def write_result(out: Path, run: Run, scale: int, record: dict[str, object]) -> None:
-    """Write a run's result at a scale; a crash while writing leaves none."""
-    path = _result_file(out, run, scale)
-    new = path.with_name(f"{path.name}.new")
-    new.write_text(json.dumps(record, indent=1) + "\n")
-    new.rename(path)
-
-
-def read_result(out: Path, run: Run, scale: int) -> dict[str, object] | None:
-    """A run's result at a scale, or None where it has not been trained."""
-    path = _result_file(out, run, scale)
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def _result_file(out: Path, run: Run, scale: int) -> Path:
-    return out / f"{run.name}{f'-at{scale}' if len(run.variant.scales) > 1 else ''}.json"
 
 
 def ship(run: Run, out: Path, folder: Path) -> Path:
@@ -229,87 +205,100 @@ def ship(run: Run, out: Path, folder: Path) -> Path:
     model, processor = load()
     handle = vltok.apply(model, run.variant.method(), processor=processor)
     (projector,) = handle.added_modules
-    nn.ModuleList([projector]).load_state_dict(load_file(out / f"{run.name}.safetensors"))
+    nn.ModuleList([projector]).load_state_dict(load_file(weights_file(out, run)))
     projector.to(torch.bfloat16)
     folder = folder / run.variant.name
     vltok.save(handle, folder)
     return folder
 
 
-def main(
-    out: Annotated[Path, typer.Option(help="Folder of the runs: results, weights, log.jsonl.")] = Path(
-        "canvas-run/condense"
-    ),
-    kinds: Annotated[str, typer.Option(help=f"Projectors, with commas: {', '.join(METHODS)}.")] = "average,tokenpacker",
-    scales: Annotated[
-        str,
-        typer.Option(
-            help="Sides of a region of patches, with commas; 1 is the plain projector, 2+4 one projector for both."
-        ),
-    ] = "1,2,4",
-    seeds: Annotated[str, typer.Option(help="Of part projector, with commas; part lm takes the first.")] = "0,1,2",
-    parts: Annotated[
-        str, typer.Option(help="What learns, with commas: projector (alone), lm (with it).")
-    ] = "projector,lm",
-    steps: Annotated[int, typer.Option(min=1, help="Steps of each run.")] = 400,
-    batch_size: Annotated[int, typer.Option(min=1, help="Canvases of a step.")] = 8,
-    muon_rate: Annotated[float, typer.Option(help="Peak rate of Muon for matrices; 0 leaves them to AdamW.")] = 0.005,
-    adam_rate: Annotated[float, typer.Option(help="Peak rate of AdamW for everything else.")] = 1e-3,
-    questions: Annotated[int, typer.Option(min=0, help="At least this many test questions; 0 tests nothing.")] = 1000,
-    adapters: Annotated[
-        Path | None, typer.Option(help="Where the projectors of the first seed, trained alone, go in bfloat16.")
-    ] = None,
-    threads: Annotated[int, typer.Option(min=1, help="torch threads.")] = 1,
-) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Train condensing projectors, test them, and print accuracies as mean and range over seeds."""
-    torch.set_num_threads(threads)
+    given = _options(argv)
     torch.set_flush_denormal(True)
-    out.mkdir(parents=True, exist_ok=True)
-    budget = Phase("condense", steps, batch_size, muon_rate, adam_rate, 0.0, min_items=1)
-    asked_kinds = _names(kinds, "--kinds", tuple(METHODS))
-    offered = [
-        Variant(kind, sides[0] if len(sides) == 1 else tuple(sides))
-        for sides in (_numbers(text.replace("+", ","), "--scales", (1, 2, 4, 8, 16)) for text in scales.split(","))
-        for kind in asked_kinds
-        if (sides != [1] or kind == "average") and (len(sides) == 1 or kind != "shuffle")
+    given.out.mkdir(parents=True, exist_ok=True)
+    budget = Phase("condense", given.steps, given.batch_size, given.muon_rate, given.adam_rate, 0.0, min_items=1)
+    # The plain projector is one, whatever the kind; pixel shuffle is made for one scale.
+    variants = [
+        Variant(kind, sides[0] if len(sides) == 1 else sides)
+        for sides in given.scales
+        for kind in given.kinds
+        if (sides != (1,) or kind == "average") and (len(sides) == 1 or kind != "shuffle")
     ]
-    variants = list(dict.fromkeys(offered))
-    drawn = _numbers(seeds, "--seeds")
-    every: list[Run] = []
-    for part in _names(parts, "--parts", PARTS):
-        for seed in drawn if part == "projector" else drawn[:1]:
-            runs = [Run(variant, part, seed) for variant in variants]
-            every += runs
-            if missing := [run for run in runs if None in (read_result(out, run, s) for s in run.variant.scales)]:
-                train(missing, budget, out)
-    points = [(run, scale) for run in every for scale in run.variant.scales]
-    for run, scale in points:
-        record = read_result(out, run, scale)
-        if questions and "test" not in record:
-            result = test(run, scale, out, questions)
-            write_result(out, run, scale, record | {"test": {"hits": result.hits, "asked": result.asked}})
-    if adapters is not None:
-        for run in every:
-            if (run.part, run.seed) == ("projector", drawn[0]) and run.variant.scale != 1:
-                typer.echo(f"wrote {ship(run, out, adapters)}")
-    Console(width=170).print(condense_table.render([read_result(out, *point) for point in points]))
+    store, every = Store(given.out), []
+    for part in given.parts:
+        for seed in given.seeds if part == "projector" else given.seeds[:1]:
+            runs = [Run(variant, part, seed) for variant in dict.fromkeys(variants)]
+            every += [(run, scale) for run in runs for scale in run.variant.scales]
+            done = {run: [store.read(run.name, settings(run, s, budget)) for s in run.variant.scales] for run in runs}
+            if missing := [run for run in runs if None in done[run]]:
+                train(missing, budget, given.out)
+    records = []
+    for run, scale in every:
+        record = {"run": settings(run, scale, budget)} | store.read(run.name, settings(run, scale, budget))
+        if given.questions:
+            asked = {**settings(run, scale, budget), "questions": given.questions}
+            record["test"] = store.get(
+                f"{run.name}-test", asked, partial(_tested, run, scale, given.out, given.questions)
+            )
+        records.append(record)
+    if given.adapters is not None:
+        for run in dict.fromkeys(run for run, _ in every):
+            if (run.part, run.seed) == ("projector", given.seeds[0]) and run.variant.scale != 1:
+                print(f"wrote {ship(run, given.out, given.adapters)}")
+    print(condense_table.render(records).text())
 
 
-def _names(text: str, option: str, allowed: Sequence[str]) -> list[str]:
-    names = list(dict.fromkeys(text.split(",")))
-    if not set(names) <= set(allowed):
-        raise typer.BadParameter(f"must be of {', '.join(allowed)}, with commas, got {text!r}", param_hint=option)
-    return names
+def _tested(run: Run, scale: int, out: Path, questions: int) -> dict[str, dict[str, int]]:
+    result = test(run, scale, out, questions)
+    return {"hits": dict(result.hits), "asked": dict(result.asked)}
 
 
-def _numbers(text: str, option: str, allowed: Sequence[int] | None = None) -> list[int]:
-    names = [part.strip() for part in text.split(",")]
-    numbers = list(dict.fromkeys(int(name) for name in names if name.isdecimal()))
-    if not all(name.isdecimal() for name in names) or (allowed and not set(numbers) <= set(allowed)):
-        what = f"of {', '.join(map(str, allowed))}," if allowed else "numbers from 0"
-        raise typer.BadParameter(f"must be {what} with commas, got {text!r}", param_hint=option)
-    return numbers
+def _options(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    command = options.parser(__doc__, options.common("out", "threads", out=Path("canvas-run/condense")))
+    command.add_argument("--kinds", type=_names(METHODS), default="average,tokenpacker", help="projectors, with commas")
+    command.add_argument(
+        "--scales",
+        type=_scales,
+        default="1,2,4",
+        help="sides of a region of patches, with commas; 1 is the plain projector, 2+4 one projector for both",
+    )
+    command.add_argument("--seeds", type=_seeds, default="0,1,2", help="of part projector; part lm takes the first")
+    command.add_argument(
+        "--parts", type=_names(PARTS), default="projector,lm", help="what learns: projector (alone), lm (with it)"
+    )
+    command.add_argument("--steps", type=options.count, default=400, help="of each run (%(default)s)")
+    command.add_argument("--batch-size", type=options.count, default=8, help="canvases of a step (%(default)s)")
+    command.add_argument("--muon-rate", type=float, default=0.005, help="peak, of matrices; 0: none (%(default)s)")
+    command.add_argument("--adam-rate", type=float, default=1e-3, help="peak, of everything else (%(default)s)")
+    command.add_argument("--questions", type=int, default=1000, help="of the test; 0: none (%(default)s)")
+    command.add_argument("--adapters", type=Path, help="where the first seed's projectors go, in bfloat16")
+    return options.parse(command, argv)
+
+
+def _names(allowed: Iterable[str]) -> Callable[[str], list[str]]:
+    def read(text: str) -> list[str]:
+        names = list(dict.fromkeys(text.split(",")))
+        if not set(names) <= set(allowed):
+            raise argparse.ArgumentTypeError(f"must be of {', '.join(allowed)}, with commas, got {text!r}")
+        return names
+
+    return read
+
+
+def _scales(text: str) -> list[tuple[int, ...]]:
+    sides = [tuple(dict.fromkeys(options.numbers(part.replace("+", ",")))) for part in text.split(",")]
+    if not {side for part in sides for side in part} <= {1, 2, 4, 8, 16}:
+        raise argparse.ArgumentTypeError(f"must be of 1, 2, 4, 8, 16, with commas, got {text!r}")
+    return sides
+
+
+def _seeds(text: str) -> list[int]:
+    if not all(part.strip().isdecimal() for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"must be numbers from 0, with commas, got {text!r}")
+    return list(dict.fromkeys(int(part) for part in text.split(",")))
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    main()

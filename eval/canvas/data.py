@@ -6,7 +6,7 @@ A canvas is a pure function of (split, seed, index), so any of them can be drawn
 Test canvases use digits and photo regions that no training or validation canvas uses.
 """
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,7 +20,8 @@ GRID = SIZE // PATCH
 MIDLINE_MARGIN = 5.0  # an asked item's centre is at least this many pixels from both midlines
 MAX_ITEMS = 6
 SPLITS = ("train", "val", "test")
-KINDS = ("exist", "quadrant", "where", "count")
+ONE_WORD = ("exist", "quadrant", "where", "count")  # kinds of question by the length of their answers
+KINDS = (*ONE_WORD, "read", "box")
 QUADRANTS = ("top-left", "top-right", "bottom-left", "bottom-right")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TEMPLATES = {
@@ -28,7 +29,11 @@ TEMPLATES = {
     "quadrant": ("what is in the {}", "which item is in the {}"),
     "where": ("where is the {}", "where do you see the {}"),
     "count": ("how many items are there", "how many items do you see"),
+    "box": ("box the {}", "draw a box around the {}"),
+    "read": ("read the {}", "read along the {}"),
 }
+SIDES = {"top": (0, 1), "bottom": (2, 3), "left": (0, 2), "right": (1, 3)}  # of read: its two quadrants, in order
+SHOWS = 0.08  # a patch shows an item that covers at least this much of it
 
 # Regions are shares of a photo's width, left to right. The photos ship inside the wheels; each has its credit here.
 REGIONS = {"train": (0.0, 0.58), "val": (0.58, 0.74), "test": (0.74, 1.0)}
@@ -78,10 +83,20 @@ class Canvas:
         """Item centres in pixels, (n, 2), x before y."""
         return (self.boxes[:, :2] + self.boxes[:, 2:]) / 2
 
+    @property
+    def patch_boxes(self) -> np.ndarray:
+        """First column, first row, last column and last row of the patches that show each item, (n, 4) int64."""
+        shown = self.ink >= SHOWS
+        sides = []
+        for along in (shown.any(axis=1), shown.any(axis=2)):  # (n, columns), then (n, rows)
+            sides.append((along.argmax(axis=1), GRID - 1 - along[:, ::-1].argmax(axis=1)))
+        (left, right), (top, bottom) = sides
+        return np.stack([left, top, right, bottom], axis=1)
+
 
 @dataclass(frozen=True)
 class Question:
-    """A question about one canvas with its one-word answer."""
+    """A question about one canvas with its answer: four words for a box, two for a reading, else one."""
 
     kind: str
     text: str
@@ -109,12 +124,11 @@ def load_items(path: str | Path) -> Items:
     Raises:
         ValueError: If an array is missing or has another shape or type than said above.
     """
-    with np.load(path, allow_pickle=False) as data:
-        missing = {"images", "labels"} - set(data.files)
-        if missing:
-            raise ValueError(f"{path} needs the arrays 'images' and 'labels', it holds {sorted(data.files)}")
-        images, labels = data["images"], data["labels"]
-        names = tuple(str(name) for name in data["names"]) if "names" in data.files else NUMBERS
+    with np.load(path, allow_pickle=False) as file:
+        data = dict(file)
+    if not {"images", "labels"} <= set(data):
+        raise ValueError(f"{path} needs the arrays 'images' and 'labels', it holds {sorted(data)}")
+    images, labels, names = data["images"], data["labels"], tuple(map(str, data.get("names", NUMBERS)))
     if images.ndim != 3 or images.dtype != np.uint8 or min(images.shape) == 0:
         raise ValueError(f"images must be (N, h, w) uint8, got {images.shape} {images.dtype}")
     if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
@@ -175,14 +189,24 @@ class Canvases:
         seed: Another seed gives other canvases from the same digits and photo regions.
         items: Item pictures; the digits when None.
         min_items: Fewest items on a canvas, 1..6. More items give denser training signal.
+        kinds: Which kinds of question are asked. Pictures and other questions do not depend on it.
     """
 
-    def __init__(self, split: str, seed: int = 0, items: Items | None = None, min_items: int = 1) -> None:
+    def __init__(
+        self,
+        split: str,
+        seed: int = 0,
+        items: Items | None = None,
+        min_items: int = 1,
+        kinds: Sequence[str] = ONE_WORD,
+    ) -> None:
         if split not in SPLITS:
             raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
         if not 1 <= min_items <= MAX_ITEMS:
             raise ValueError(f"min_items must be in 1..{MAX_ITEMS}, got {min_items}")
-        self.split, self.seed, self.min_items = split, seed, min_items
+        if not set(kinds) <= set(KINDS):
+            raise ValueError(f"kinds must be of {KINDS}, got {kinds!r}")
+        self.split, self.seed, self.min_items, self.kinds = split, seed, min_items, kinds
         self.items = digits() if items is None else items
         self.pool = split_items(self.items.labels, split)
         if len(self.pool) == 0:
@@ -212,50 +236,57 @@ class Canvases:
         per_patch = ink.reshape(count, GRID, PATCH, GRID, PATCH).mean(axis=(2, 4))
         return Canvas(image, self.items.labels[chosen], boxes, per_patch)
 
-    def questions(self, index: int, canvas: Canvas | None = None) -> list[Question]:
+    def questions(self, index: int) -> list[Question]:
         """The evaluation questions of canvas `index`.
 
         One about a present and one about an absent item, one of each other kind where it has one right answer.
         """
-        canvas = self.canvas(index) if canvas is None else canvas
-        rng = self.rng(index, stream=1)
-        asked = self.all_questions(index, canvas, rng)
-        chosen = [
-            questions[0] for questions in (asked["yes"], asked["no"], asked["quadrant"], asked["where"]) if questions
-        ]
-        return chosen + asked["count"]
+        asked = self.all_questions(index, self.canvas(index), 1, 4)
+        return [questions[0] for questions in asked.values() if questions]
 
-    def all_questions(self, index: int, canvas: Canvas, rng: np.random.Generator) -> dict[str, list[Question]]:
+    def all_questions(self, index: int, canvas: Canvas, stream: int, long_stream: int) -> dict[str, list[Question]]:
         """Every question with one right answer, in random order and wording.
 
-        The keys are "yes" and "no" (both of kind exist), "quadrant", "where" and "count".
+        The keys are "yes" and "no" (both of kind exist), and the other kinds. Those with answers of several words are
+        drawn from `long_stream`, so that a question is the same whatever else is asked.
         """
-        names = self.items.names
+        names, labels = self.items.names, canvas.labels.tolist()
+        near = [_quadrants_near(x, y) for x, y in canvas.centres]
+        touching = [[k for k, touched in enumerate(near) if q in touched] for q in range(len(QUADRANTS))]
+        # Quadrants that hold one item and are near no other.
+        alone = {q: ks[0] for q, ks in enumerate(touching) if len(ks) == 1 and len(near[ks[0]]) == 1}
+        once = [k for k, label in enumerate(labels) if labels.count(label) == 1]
+
+        rng = self.rng(index, stream)
 
         def ask(kind: str, word: str, answer: str) -> Question:
-            template = TEMPLATES[kind][int(rng.integers(2))]
-            return Question(kind, template.format(word), answer, index)
+            return Question(kind, TEMPLATES[kind][int(rng.integers(2))].format(word), answer, index)
 
-        labels = [int(label) for label in canvas.labels]
         present = sorted(set(labels))
         absent = sorted(set(range(len(names))) - set(present))
-        near = [_quadrants_near(x, y) for x, y in canvas.centres]
-        whole = [touched[0] if len(touched) == 1 else None for touched in near]
-        result: dict[str, list[Question]] = {
+        asked = {
             "yes": [ask("exist", _with_article(names[label]), "yes") for label in rng.permutation(present)],
             "no": [ask("exist", _with_article(names[label]), "no") for label in rng.permutation(absent)],
             "quadrant": [],
             "where": [],
             "count": [ask("count", "", NUMBERS[len(labels)])],
+            "box": [],
+            "read": [],
         }
         for q in rng.permutation(len(QUADRANTS)):
-            inside = [k for k, touched in enumerate(near) if q in touched]
-            if len(inside) == 1 and whole[inside[0]] == q:
-                result["quadrant"].append(ask("quadrant", QUADRANTS[q], names[labels[inside[0]]]))
+            if q in alone:
+                asked["quadrant"].append(ask("quadrant", QUADRANTS[q], names[labels[alone[q]]]))
         for k in rng.permutation(len(labels)):
-            if labels.count(labels[k]) == 1 and whole[k] is not None:
-                result["where"].append(ask("where", names[labels[k]], QUADRANTS[whole[k]]))
-        return result
+            if k in once and len(near[k]) == 1:
+                asked["where"].append(ask("where", names[labels[k]], QUADRANTS[near[k][0]]))
+        rng = self.rng(index, long_stream)
+        for k in rng.permutation(len(labels)):
+            if k in once and canvas.ink[k].max() >= SHOWS:
+                asked["box"].append(ask("box", names[labels[k]], " ".join(map(str, canvas.patch_boxes[k]))))
+        for side in rng.permutation(list(SIDES)).tolist():
+            if set(SIDES[side]) <= set(alone):
+                asked["read"].append(ask("read", side, " ".join(names[labels[alone[q]]] for q in SIDES[side])))
+        return {key: [question for question in each if question.kind in self.kinds] for key, each in asked.items()}
 
     def _background(self, rng: np.random.Generator) -> np.ndarray:
         """A photo crop of random size and place, (128, 128, 3) float32, its contrast reduced by a random factor."""
@@ -274,12 +305,24 @@ class Canvases:
 
 
 def vocabulary(names: Sequence[str]) -> list[str]:
-    """Every word that a question or an answer can hold, sorted and without repeats."""
-    words = {"yes", "no", "a", "an", *QUADRANTS, *names, *NUMBERS[1 : MAX_ITEMS + 1]}
-    for templates in TEMPLATES.values():
-        for template in templates:
-            words |= set(template.replace("{}", "").split())
-    return sorted(words)
+    """Every word that a question or an answer can hold, without repeats: those of one-word answers first, each sorted.
+
+    A model that was trained without boxes and readings therefore has the same numbers for the words it knows.
+    """
+    short = {"yes", "no", "a", "an", *QUADRANTS, *names, *NUMBERS[1 : MAX_ITEMS + 1]}
+    short |= {word for kind in ONE_WORD for word in _template_words(kind)}
+    long = {*SIDES, *_template_words("box"), *_template_words("read")} - short
+    return [*sorted(short), *sorted(long), *map(str, range(GRID))]
+
+
+def kinds_known(words: Container[str]) -> tuple[str, ...]:
+    """The kinds of question that a model can be asked and can answer, by the words that it knows."""
+    answers = {"box": [str(number) for number in range(GRID)], "read": list(SIDES)}
+    return tuple(k for k in KINDS if all(w in words for w in (*_template_words(k), *answers.get(k, ()))))
+
+
+def _template_words(kind: str) -> list[str]:
+    return [word for template in TEMPLATES[kind] for word in template.replace("{}", "").split()]
 
 
 def _with_article(name: str) -> str:

@@ -6,14 +6,25 @@ from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration
 
 from eval.canvas.batches import IGNORE, Batch
-from eval.canvas.data import KINDS, MAX_ITEMS
+from eval.canvas.data import GRID, KINDS, MAX_ITEMS
+
+WEIGHTS = {  # of the tower's losses
+    "dense_label": 1.0,
+    "dense_is_item": 1.0,
+    "dense_quadrant": 0.5,
+    "dense_centre": 2.0,
+    "dense_is_centre": 0.5,
+    "dense_box": 0.5,
+    "cls_present": 1.0,
+    "cls_count": 0.2,
+}
 
 
 class Heads(nn.Module):
     """Linear readouts that exist only during training.
 
-    On the patch features that the projector reads: whether an item shows, its label, quadrant and centre, and whether
-    its centre is here.
+    On the patch features that the projector reads: whether an item shows, its label, quadrant, centre and box, and
+    whether its centre is here.
     On the tower's pooled CLS: which labels are present, and how many items.
     """
 
@@ -24,6 +35,7 @@ class Heads(nn.Module):
         self.quadrant = nn.Linear(width, 4)
         self.centre = nn.Linear(width, 2)
         self.is_centre = nn.Linear(width, 1)
+        self.box = nn.Linear(width, 4 * GRID)
         self.present = nn.Linear(width, num_labels)
         self.count = nn.Linear(width, MAX_ITEMS)
 
@@ -48,32 +60,31 @@ def tower_loss(heads: Heads, patches: torch.Tensor, cls: torch.Tensor, batch: Ba
     """Dense loss on the patches plus presence and count on CLS, and their accuracies."""
     shown = batch.patch_quadrant != IGNORE
     sure = batch.patch_label != IGNORE
-    is_item = F.binary_cross_entropy_with_logits(heads.is_item(patches[sure])[..., 0], shown[sure].float())
-    logits = heads.label(patches[shown])
-    label = F.cross_entropy(logits, batch.patch_label[shown])
-    quadrant = F.cross_entropy(heads.quadrant(patches[shown]), batch.patch_quadrant[shown])
-    centre = F.smooth_l1_loss(heads.centre(patches), batch.patch_centre, beta=0.1)
-    is_centre = F.binary_cross_entropy_with_logits(
-        heads.is_centre(patches)[..., 0], batch.patch_is_centre, pos_weight=torch.tensor(10.0)
-    )
-    present = F.binary_cross_entropy_with_logits(heads.present(cls), batch.present)
-    count_logits = heads.count(cls)
     counted = batch.count != IGNORE  # crops are not
-    count = F.cross_entropy(count_logits[counted], batch.count[counted]) if counted.any() else torch.zeros(())
-    with torch.no_grad():
-        figures = {
-            "dense_label": label.item(),
-            "dense_is_item": is_item.item(),
-            "dense_quadrant": quadrant.item(),
-            "dense_centre": centre.item(),
-            "dense_is_centre": is_centre.item(),
-            "cls_present": present.item(),
-            "cls_count": count.item(),
-            "dense_label_acc": (logits.argmax(-1) == batch.patch_label[shown]).float().mean().item(),
-            "cls_present_acc": ((heads.present(cls) > 0).float() == batch.present).float().mean().item(),
-            "cls_count_acc": (count_logits.argmax(-1) == batch.count).float().mean().item(),
-        }
-    return label + is_item + 0.5 * quadrant + 2 * centre + 0.5 * is_centre + present + 0.2 * count, figures
+    label, box = heads.label(patches[shown]), heads.box(patches[shown]).unflatten(-1, (4, GRID))
+    present, count = heads.present(cls), heads.count(cls)
+    binary = F.binary_cross_entropy_with_logits
+    losses = {
+        "dense_label": F.cross_entropy(label, batch.patch_label[shown]),
+        "dense_is_item": binary(heads.is_item(patches[sure])[..., 0], shown[sure].float()),
+        "dense_quadrant": F.cross_entropy(heads.quadrant(patches[shown]), batch.patch_quadrant[shown]),
+        "dense_centre": F.smooth_l1_loss(heads.centre(patches), batch.patch_centre, beta=0.1),
+        "dense_is_centre": binary(
+            heads.is_centre(patches)[..., 0], batch.patch_is_centre, pos_weight=torch.tensor(10.0)
+        ),
+        "dense_box": F.cross_entropy(box.flatten(0, 1), batch.patch_box[shown].flatten()),
+        "cls_present": binary(present, batch.present),
+        "cls_count": F.cross_entropy(count[counted], batch.count[counted]) if counted.any() else torch.zeros(()),
+    }
+    right = {
+        "dense_label_acc": label.argmax(-1) == batch.patch_label[shown],
+        "dense_box_acc": box.argmax(-1) == batch.patch_box[shown],
+        "cls_present_acc": (present > 0) == (batch.present > 0),
+        "cls_count_acc": count.argmax(-1) == batch.count,
+    }
+    figures = {name: loss.item() for name, loss in losses.items()}
+    figures |= {name: hits.float().mean().item() for name, hits in right.items()}
+    return sum(WEIGHTS[name] * loss for name, loss in losses.items()), figures
 
 
 def alignment_loss(
@@ -96,7 +107,7 @@ def alignment_loss(
 def answer_loss(
     model: LlavaForConditionalGeneration, projected: torch.Tensor, batch: Batch
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy of the answers (and, lightly, of the </s> after them), and the per-kind hits.
+    """Cross-entropy of the answers' words (and, lightly, of the </s> after them), and the per-kind hits.
 
     Args:
         model: Its decoder and output head are used.
@@ -104,7 +115,7 @@ def answer_loss(
         batch: The questions.
 
     Returns:
-        The loss, and (2, kinds): answers right and answers asked per kind.
+        The loss, and (2, kinds): answers right in every word, and answers asked, per kind.
     """
     decoder = model.model.language_model
     words = decoder.embed_tokens(batch.input_ids)
@@ -122,6 +133,14 @@ def answer_loss(
     losses = F.cross_entropy(logits, target, reduction="none")
     is_answer = kind != IGNORE
     loss = losses[is_answer].mean() + 0.1 * losses[~is_answer].mean()
-    hits = (logits.argmax(-1) == target) & is_answer
-    per_kind = torch.stack([torch.stack([hits[kind == k].sum(), (kind == k).sum()]) for k in range(len(KINDS))], dim=1)
+    # A question is the kind and the misses of its block: (B, blocks + 1), the prefix being block 0.
+    row, block = (index[is_answer] for index in (scored.nonzero()[:, 0], batch.block[scored]))
+    asked = batch.block.new_full((len(batch.block), int(batch.block.max()) + 1), IGNORE)
+    asked[row, block] = kind[is_answer]
+    missed = (logits.argmax(-1) != target)[is_answer].long()
+    misses = torch.zeros_like(asked).index_put_((row, block), missed, accumulate=True)
+    kinds = range(len(KINDS))
+    per_kind = torch.tensor(
+        [[((asked == k) & (misses == 0)).sum() for k in kinds], [(asked == k).sum() for k in kinds]]
+    )
     return loss, per_kind

@@ -184,7 +184,7 @@ def export(model: LlavaForConditionalGeneration, processor: LlavaProcessor, fold
     weights = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items()}
     config = model.config
     model.generation_config = GenerationConfig(
-        max_new_tokens=2,
+        max_new_tokens=5,
         do_sample=False,
         pad_token_id=config.text_config.pad_token_id,
         bos_token_id=config.text_config.bos_token_id,

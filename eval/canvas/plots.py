@@ -9,9 +9,11 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.ticker import FixedLocator, NullLocator
+from matplotlib.ticker import NullLocator
 
-from eval.canvas.data import GRID, KINDS, PATCH
+from eval.canvas.data import GRID, PATCH
+from eval.canvas.runner import SCORES
+from eval.canvas.table import TITLES
 
 STYLES = {
     "ToDRE, stage 1": ("#c1272d", "o", "-"),
@@ -39,60 +41,58 @@ def plot_accuracy(
         path: Where the PNG goes.
         along: What they stand over: visual tokens, or the time of the prefill as a ratio to the unpruned model's.
     """
-    figure, axes = plt.subplots(1, len(KINDS), figsize=(15, 4.4), sharey=True, layout="constrained")
+    shown = [score for score in SCORES if any(row[f"{score}_accuracy"] is not None for row in rows)]
+    size = -(-len(shown) // 4), min(4, len(shown))
+    figure, grid = plt.subplots(
+        *size, figsize=(15, 1 + 3.6 * size[0]), sharey=True, squeeze=False, layout="constrained"
+    )
+    over_tokens = along == "visual_tokens"
     named = {row["method"]: row for row in rows if row["keep_ratio"] == 1.0}
-    for axis, kind in zip(axes, KINDS, strict=True):
+    for axis in grid.flat[len(shown) :]:
+        axis.axis("off")
+    for axis, score in zip(grid.flat, shown, strict=False):
         for number, (name, (colour, marker, line)) in enumerate(STYLES.items()):
-            beside = 1.025 ** (number - (len(STYLES) - 1) / 2)  # points stand side by side, not on top of each other
             points = [row for row in rows if row["method"] == name and row[along] is not None]
-            points.sort(key=lambda row: row["visual_tokens"])
-            if along == "prefill_ratio":  # no two are measured alike
-                beside = 1.0
-            if not points or points[0][f"{kind}_accuracy"] is None:
+            if not points:
                 continue
-            accuracy = 100 * np.array([row[f"{kind}_accuracy"] for row in points])
-            low = 100 * np.array([row[f"{kind}_low"] for row in points])
-            high = 100 * np.array([row[f"{kind}_high"] for row in points])
-            axis.errorbar(
-                [row[along] * beside for row in points],
-                accuracy,
-                yerr=np.maximum(0, [accuracy - low, high - accuracy]),
-                label=name,
-                color=colour,
-                marker=marker,
-                linestyle=line,
-                markersize=5,
-                capsize=2,
-                linewidth=1.4,
-                elinewidth=0.7,
+            points.sort(key=lambda row: row["visual_tokens"])
+            accuracy, low, high = (
+                100 * np.array([row[f"{score}_{what}"] for row in points]) for what in ("accuracy", "low", "high")
             )
-        for name, style in (("unpruned", "--"), ("unpruned, wrong image", ":")):
-            if name in named and named[name][f"{kind}_accuracy"] is not None:
-                axis.axhline(
-                    100 * named[name][f"{kind}_accuracy"], color="black", linestyle=style, linewidth=1, label=name
-                )
-        if along == "visual_tokens":
+            # Points of the same number of tokens stand side by side, not on top of each other.
+            beside = 1.025 ** (number - (len(STYLES) - 1) / 2) if over_tokens else 1.0
+            style = {"label": name, "color": colour, "marker": marker, "linestyle": line, "markersize": 5}
+            style |= {"yerr": np.maximum(0, [accuracy - low, high - accuracy]), "capsize": 2, "elinewidth": 0.7}
+            axis.errorbar([row[along] * beside for row in points], accuracy, linewidth=1.4, **style)
+        for name, line in (("unpruned", "--"), ("unpruned, wrong image", ":")):
+            if name in named:
+                height = 100 * named[name][f"{score}_accuracy"]
+                axis.axhline(height, color="black", linestyle=line, linewidth=1, label=name)
+        if over_tokens:
             ticks = sorted({round(row["visual_tokens"]) for row in rows if row["method"] != "pool"})
             axis.set_xscale("log")
-            axis.xaxis.set_major_locator(FixedLocator(ticks))
             axis.xaxis.set_minor_locator(NullLocator())
-            axis.set_xticklabels([str(tick) for tick in ticks])
-        axis.set_title(kind)
-        axis.set_xlabel("visual tokens" if along == "visual_tokens" else "time of the prefill, unpruned = 1")
+            axis.set_xticks(ticks, [str(tick) for tick in ticks])
+        axis.set_title(TITLES.get(score, score))
+        axis.set_xlabel("visual tokens" if over_tokens else "time of the prefill, unpruned = 1")
         axis.set_ylim(0, 102)
         axis.grid(alpha=0.25)
-    axes[0].set_ylabel("accuracy, %")
-    handles, labels = axes[0].get_legend_handles_labels()
+    for axis in grid[:, 0]:
+        axis.set_ylabel("accuracy, %")
+    handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=-(-len(labels) // 2), frameon=False)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
-KIND_STYLES = {
+SCORE_STYLES = {
     "exist": ("#c1272d", "o"),
     "quadrant": ("#0000a7", "s"),
     "where": ("#008176", "D"),
     "count": ("#eeaa22", "^"),
+    "read": ("#777777", "v"),
+    "box": ("#7b3294", "p"),
+    "box_iou": ("#d95f02", "h"),
 }
 RATIO_STYLES = (("black", "-"), ("#7b3294", "--"), ("#d95f02", ":"), ("#777777", "-."))
 
@@ -121,13 +121,12 @@ def plot_depth(rows: Sequence[dict[str, object]], path: Path, tau: float, defaul
         label = f"{100 * ratio:g} % of the tokens kept; by default dropped at {fires:.1f} % of the prompts"
         left.plot(layers, mean, color=colour, linestyle=line, marker="o", label=label)
         left.fill_between(layers, low, high, color=colour, alpha=0.15, linewidth=0)
-        for kind, (shade, marker) in KIND_STYLES.items():
+        for kind, (shade, marker) in SCORE_STYLES.items():
             points = [(row["dropped_after"] or never, row[f"{kind}_accuracy"]) for row in own]
-            points = sorted((place, 100 * share) for place, share in points if share is not None)
-            label = f"{kind}, {100 * ratio:g} %"
-            right.plot(
-                *zip(*points, strict=True), color=shade, marker=marker, linestyle=line, markersize=5, label=label
-            )
+            if points := sorted((place, 100 * share) for place, share in points if share is not None):
+                style = {"color": shade, "marker": marker, "linestyle": line, "markersize": 5}
+                label = f"{TITLES.get(kind, kind)}, {100 * ratio:g} %"
+                right.plot(*zip(*points, strict=True), label=label, **style)
     left.axhline(100 * tau, color="#c1272d", linewidth=1, linestyle="--")
     left.annotate(f"tau, {100 * tau:g} %: dropped below it", (layers[0], 100 * tau + 1.5), color="#c1272d", fontsize=9)
     left.axvline(default_layer, color="#777777", linewidth=1, linestyle=":")

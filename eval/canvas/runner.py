@@ -1,21 +1,24 @@
 """Run canvas questions through `model.generate` with and without a pruning method, and time the prefill."""
 
-import statistics
-import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import BatchFeature, Cache, LlavaForConditionalGeneration, ProcessorMixin
 from transformers.utils import ModelOutput
 
 import vltok
-from eval.canvas.data import KINDS, Canvases, Question
+from eval.canvas.data import KINDS, ONE_WORD, Canvases, Question
+from eval.measure import ratio, timed
 from vltok.report import RelevanceRecord
 
-MAX_NEW_TOKENS = 2  # the answer and </s>
+MAX_NEW_TOKENS = 5  # the longest answer and </s>
+SCORES = (*KINDS, "box_iou")  # right answers of each kind, and boxes that overlap the right one by half or more
 ADAPTERS = Path(__file__).parent / "adapters"  # of `python -m eval.canvas.condense --adapters`
 SCALES = (2, 4)  # sides of the regions of patches that condensing projectors make one token of
 
@@ -64,8 +67,8 @@ class Result:
     """What one case gave, summed over all questions."""
 
     case: Case
-    hits: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
-    asked: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
+    hits: Counter[str] = field(default_factory=Counter)  # of each score
+    asked: Counter[str] = field(default_factory=Counter)
     visual_tokens: int = 0  # of all questions, at the entry of the language model
     layer_tokens: float = 0.0  # of all questions, mean over the decoder's layers
     kv_bytes: int = 0  # of all questions, after the prefill
@@ -75,56 +78,74 @@ class Result:
     @property
     def total(self) -> int:
         """Questions asked."""
-        return sum(self.asked.values())
+        return sum(self.asked[kind] for kind in KINDS)
 
     def add(self, part: "Result") -> None:
         """Count the questions of another part of the same case."""
-        for kind in KINDS:
-            self.hits[kind] += part.hits[kind]
-            self.asked[kind] += part.asked[kind]
+        self.hits.update(part.hits)
+        self.asked.update(part.asked)
         self.visual_tokens += part.visual_tokens
         self.layer_tokens += part.layer_tokens
         self.kv_bytes += part.kv_bytes
         self.relevance += part.relevance
 
-    def accuracy(self, kind: str) -> float:
+    def note(self, question: Question, words: Sequence[str]) -> None:
+        """Score the words that a model generated."""
+        right = question.answer.split()
+        scores = {question.kind: list(words[: len(right)]) == right}
+        if question.kind == "box":
+            scores["box_iou"] = 2 * intersection_over_union(words[:4], right) >= 1
+        self.asked.update(scores.keys())
+        self.hits.update(name for name, hit in scores.items() if hit)
+
+    def accuracy(self, score: str) -> float:
         """Share of right answers, 0..1; NaN where nothing was asked."""
-        return self.hits[kind] / self.asked[kind] if self.asked[kind] else float("nan")
+        return self.hits[score] / self.asked[score] if self.asked[score] else float("nan")
+
+    def overall(self) -> float:
+        """Share of right answers over all questions, 0..1."""
+        return sum(self.hits[kind] for kind in KINDS) / self.total
 
 
-# Each method by its name in the table, given a keep ratio and the seed of random pruning.
-Maker = Callable[[float, int], vltok.Method]
-METHODS: dict[str, Maker] = {
-    "ToDRE, stage 1": lambda ratio, seed: vltok.ToDRE(keep_ratio=ratio, relevance=False),
-    "ToDRE, stages 1+2": lambda ratio, seed: vltok.ToDRE(keep_ratio=ratio),
-    "DivPrune": lambda ratio, seed: vltok.DivPrune(keep_ratio=ratio),
-    "FasterVLM": lambda ratio, seed: vltok.FasterVLM(keep_ratio=ratio),
-    "VisionZip": lambda ratio, seed: vltok.VisionZip(keep_ratio=ratio),
-    "SCOPE": lambda ratio, seed: vltok.SCOPE(keep_ratio=ratio),
-    "CDPruner": lambda ratio, seed: vltok.CDPruner(keep_ratio=ratio),
-    "stride": lambda ratio, seed: vltok.StrideTokens(keep_ratio=ratio),
-    "pool": lambda ratio, seed: vltok.Pool(keep_ratio=ratio),
-    "random": lambda ratio, seed: vltok.RandomTokens(keep_ratio=ratio, seed=seed),
+def intersection_over_union(one: Sequence[str], other: Sequence[str]) -> float:
+    """How much two boxes overlap, 0..1: words as `Canvas.patch_boxes` has numbers; 0 where one is no box."""
+    if not all(len(box) == 4 and all(word.isdecimal() for word in box) for box in (one, other)):
+        return 0.0
+    boxes = np.array([one, other], np.int64)
+    areas = (boxes[:, 2:] - boxes[:, :2] + 1).clip(0).prod(axis=1)
+    common = (boxes[:, 2:].min(axis=0) - boxes[:, :2].max(axis=0) + 1).clip(0).prod() if areas.all() else 0
+    return float(common / max(1, areas.sum() - common))
+
+
+# Methods by their names in the table, without a keep ratio.
+METHODS: dict[str, Callable[..., vltok.Method]] = {
+    "ToDRE, stage 1": partial(vltok.ToDRE, relevance=False),
+    "ToDRE, stages 1+2": vltok.ToDRE,
+    "DivPrune": vltok.DivPrune,
+    "FasterVLM": vltok.FasterVLM,
+    "VisionZip": vltok.VisionZip,
+    "SCOPE": vltok.SCOPE,
+    "CDPruner": vltok.CDPruner,
+    "stride": vltok.StrideTokens,
+    "pool": vltok.Pool,
+    "random": vltok.RandomTokens,
 }
 # The rest of the reference set, and switches on ToDRE's first stage and DivPrune.
-FURTHER: dict[str, Maker] = {
-    "VisPruner": lambda ratio, seed: vltok.VisPruner(keep_ratio=ratio),
-    "PruMerge+": lambda ratio, seed: vltok.PruMergePlus(keep_ratio=ratio),
-    "HoloV": lambda ratio, seed: vltok.HoloV(keep_ratio=ratio),
-    "MMTok": lambda ratio, seed: vltok.MMTok(keep_ratio=ratio),
-    "DART": lambda ratio, seed: vltok.DART(keep_ratio=ratio),
-    "OTPrune": lambda ratio, seed: vltok.OTPrune(keep_ratio=ratio),
-    "FastV": lambda ratio, seed: vltok.FastV(keep_ratio=ratio),
-    "FastV, 4 x 4 windows": lambda ratio, seed: vltok.FastV(keep_ratio=ratio, window=(4, 4)),
-    "PyramidDrop": lambda ratio, seed: vltok.PyramidDrop(ratios=(ratio ** (1 / 3), ratio ** (2 / 3), ratio)),
-    "DART in the decoder": lambda ratio, seed: vltok.DARTDecoder(keep_ratio=ratio),
-    "ToDRE, k-center": lambda ratio, seed: vltok.ToDRE(keep_ratio=ratio, relevance=False, strategy="k_center"),
+FURTHER: dict[str, Callable[..., vltok.Method]] = {
+    "VisPruner": vltok.VisPruner,
+    "PruMerge+": vltok.PruMergePlus,
+    "HoloV": vltok.HoloV,
+    "MMTok": vltok.MMTok,
+    "DART": vltok.DART,
+    "OTPrune": vltok.OTPrune,
+    "FastV": vltok.FastV,
+    "FastV, 4 x 4 windows": partial(vltok.FastV, window=(4, 4)),
+    "PyramidDrop": vltok.PyramidDrop,
+    "DART in the decoder": vltok.DARTDecoder,
+    "ToDRE, k-center": partial(vltok.ToDRE, relevance=False, strategy="k_center"),
     **{
-        f"{name}, {switch}": lambda ratio, seed, make=make, knobs=knobs: replace(make(ratio), **knobs)
-        for name, make in (
-            ("ToDRE", lambda ratio: vltok.ToDRE(keep_ratio=ratio, relevance=False)),
-            ("DivPrune", lambda ratio: vltok.DivPrune(keep_ratio=ratio)),
-        )
+        f"{name}, {switch}": partial(make, **knobs)
+        for name, make in (("ToDRE", partial(vltok.ToDRE, relevance=False)), ("DivPrune", vltok.DivPrune))
         for switch, knobs in {
             "centred": {"correction": "centred"},
             "standardised": {"correction": "standardised"},
@@ -138,6 +159,13 @@ FURTHER: dict[str, Maker] = {
 }
 
 
+def at(make: Callable[..., vltok.Method], ratio: float, seed: int) -> vltok.Method:
+    """A method that keeps a share of the visual tokens; in steps where it has several."""
+    if make is vltok.PyramidDrop:
+        return make(ratios=(ratio ** (1 / 3), ratio ** (2 / 3), ratio))
+    return make(keep_ratio=ratio, **({"seed": seed} if make is vltok.RandomTokens else {}))
+
+
 def cases(keep_ratios: Sequence[float], seed: int, adapters: Path | None = ADAPTERS, every: bool = False) -> list[Case]:
     """The unpruned model, the wrong-image control, methods at every keep ratio, then condensing projectors.
 
@@ -146,7 +174,7 @@ def cases(keep_ratios: Sequence[float], seed: int, adapters: Path | None = ADAPT
     """
     makers = METHODS | FURTHER if every else METHODS
     fixed = [Case("unpruned", 1.0), Case("unpruned, wrong image", 1.0, wrong_image=True)]
-    pruned = [Case(name, ratio, make(ratio, seed)) for ratio in keep_ratios for name, make in makers.items()]
+    pruned = [Case(name, ratio, at(make, ratio, seed)) for ratio in keep_ratios for name, make in makers.items()]
     condensed = []
     for scale in SCALES:
         if adapters is not None:
@@ -156,11 +184,16 @@ def cases(keep_ratios: Sequence[float], seed: int, adapters: Path | None = ADAPT
 
 
 def draw_questions(canvases: Canvases, count: int) -> list[Question]:
-    """The questions of canvases 0, 1, ... until there are at least `count`; a canvas is asked all of its questions."""
+    """The questions of canvases 0, 1, ... until at least `count` have answers of one word.
+
+    So the pictures are the same whether or not boxes and readings are asked besides.
+    """
     questions: list[Question] = []
-    index = 0
-    while len(questions) < count:
-        questions += canvases.questions(index)
+    index = short = 0
+    while short < count:
+        asked = canvases.questions(index)
+        questions += asked
+        short += sum(question.kind in ONE_WORD for question in asked)
         index += 1
     return questions
 
@@ -222,12 +255,8 @@ def evaluate(
                 inputs = batch.to(model.device, model.dtype)
                 cache_bytes.clear()
                 output = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
-                answers = output[:, inputs["input_ids"].shape[1]]
-                words = processor.tokenizer.convert_ids_to_tokens(answers.tolist())
-                for word in words:
-                    question = next(asked)
-                    result.asked[question.kind] += 1
-                    result.hits[question.kind] += word == question.answer
+                for answer in output[:, inputs["input_ids"].shape[1] :].tolist():
+                    result.note(next(asked), processor.tokenizer.convert_ids_to_tokens(answer))
                 result.kv_bytes += cache_bytes[0]  # the first forward is the prefill
                 report = vltok.Report() if handle is None else handle.report(file=None)
                 if handle is None or report.condensed is not None:  # the prompt says what the decoder works on
@@ -249,11 +278,10 @@ def time_prefill(
     plain: BatchFeature,
     others: Sequence[tuple[Case, BatchFeature]],
     rounds: int,
-    advance: Callable[[int], None] = lambda count: None,
 ) -> list[float]:
     """Prefill time of each case as a ratio to the unpruned model, the picture's encoding included.
 
-    Each ratio is to an unpruned run at most three runs before, in this process; the median over `rounds` is returned.
+    Each ratio is within a round, in this process; the median over `rounds` is returned.
 
     Args:
         model: In eval mode; each case is put on it and taken off again.
@@ -261,29 +289,18 @@ def time_prefill(
         plain: What the unpruned model gets.
         others: The cases, each with the same questions as encoded for it.
         rounds: Times that each case is run.
-        advance: Called after each run with 1.
     """
-
-    def seconds(batch: BatchFeature) -> float:
-        inputs = batch.to(model.device, model.dtype)
-        if model.device.type == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        model(**inputs, use_cache=True, logits_to_keep=1)
-        if model.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-    seconds(plain)
-    ratios: list[list[float]] = [[] for _ in others]
-    for _ in range(rounds):
-        for number, ((case, batch), found) in enumerate(zip(others, ratios, strict=True)):
-            if number % 3 == 0:
-                unpruned = seconds(plain)
-            with case.put_on(model, processor):
-                found.append(seconds(batch) / unpruned)
-            advance(1)
-    return [statistics.median(found) for found in ratios]
+    every = {"": (Case("", 1.0), plain)} | {str(number): other for number, other in enumerate(others)}
+    times = timed(
+        {
+            name: partial(model, **batch.to(model.device, model.dtype), use_cache=True, logits_to_keep=1)
+            for name, (_, batch) in every.items()
+        },
+        device=str(model.device),
+        rounds=rounds,
+        around=lambda name: every[name][0].put_on(model, processor),
+    )
+    return [ratio(times[name], times[""]) for name in every if name]
 
 
 @torch.inference_mode()

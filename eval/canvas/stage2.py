@@ -8,12 +8,11 @@ After the last layer nothing is left to drop, so it is not looked at.
 from collections.abc import Sequence
 
 import numpy as np
-from rich.table import Table
 
 import vltok
-from eval.canvas.data import KINDS
 from eval.canvas.runner import Case, Result
-from eval.canvas.table import accuracy_of, number
+from eval.canvas.table import asked, cells, figures, heads, number
+from eval.tables import Table
 from vltok.report import RelevanceRecord
 
 TAU = vltok.ToDRE(stages=(2,)).tau
@@ -53,12 +52,7 @@ def records(results: Sequence[Result]) -> list[dict[str, object]]:
         row: dict[str, object] = {"keep_ratio": result.case.keep_ratio, "dropped_after": layer}
         row |= _looked_at(seen[layer]) if layer else dict.fromkeys(_looked_at([]))
         row["dropped"] = number(np.mean([record.dropped for record in result.relevance]))
-        for kind in KINDS:
-            row |= accuracy_of(result, kind)
-        row["accuracy"] = number(sum(result.hits.values()) / result.total)
-        row["tokens_per_layer"] = number(result.layer_tokens / result.total)
-        row["kv_bytes"] = number(result.kv_bytes / result.total)
-        rows.append(row)
+        rows.append(row | figures(result))
     return rows
 
 
@@ -78,24 +72,24 @@ def _looked_at(seen: Sequence[RelevanceRecord]) -> dict[str, object]:
 
 def render(rows: Sequence[dict[str, object]]) -> Table:
     """The table for people."""
-    asked = ", ".join(f"{rows[0][f'{kind}_questions']} {kind}" for kind in KINDS)
     table = Table(
-        title=f"All visual tokens dropped after a decoder layer: accuracy in % (95 % interval). Questions: {asked}",
-        caption=f"text to visual: share of the text's attention on visual tokens, mean (10-90 % of the prompts); "
-        f"fires: prompts at which stage 2 would drop there, tau {TAU:g}",
+        ["keep", "dropped\nafter", "text to visual, %", "fires", *heads(), "tokens\n/layer", "KV\nKiB"],
+        title="All visual tokens dropped after a decoder layer: accuracy in % (95 % interval). "
+        f"Questions: {asked(rows[0])}",
+        notes=[
+            "text to visual: share of the text's attention on visual tokens, mean (10-90 % of the prompts); "
+            f"fires: prompts at which stage 2 would drop there, tau {TAU:g}"
+        ],
+        left=0,
     )
-    for name in ("keep", "dropped\nafter", "text to visual, %", "fires", *KINDS, "all", "tokens\n/layer", "KV\nKiB"):
-        table.add_column(name, justify="right", no_wrap=True)
     for k, row in enumerate(rows):
-        cells = [f"{100 * row['keep_ratio']:g} %", NEVER, "-", "-"]
+        if k and rows[k - 1]["keep_ratio"] != row["keep_ratio"]:
+            table.section()
+        looked = [NEVER, None, None]
         if row["dropped_after"]:
             mean, low, high = (100 * row[f"text_to_visual{end}"] for end in ("", "_low", "_high"))
-            cells[1:] = [str(row["dropped_after"]), f"{mean:.0f} ({low:.0f}-{high:.0f})"]
-            cells.append(f"{100 * row['fires_by_default']:.1f} %")
-        for kind in KINDS:
-            share, low, high = (row[f"{kind}_{what}"] for what in ("accuracy", "low", "high"))
-            cells.append("-" if share is None else f"{100 * share:.1f} ({100 * low:.0f}-{100 * high:.0f})")
-        cells += [f"{100 * row['accuracy']:.1f}", f"{row['tokens_per_layer']:.0f}", f"{row['kv_bytes'] / 1024:.0f}"]
-        last = k + 1 == len(rows) or rows[k + 1]["keep_ratio"] != row["keep_ratio"]
-        table.add_row(*cells, end_section=last)
+            fires = f"{100 * row['fires_by_default']:.1f} %"
+            looked = [row["dropped_after"], f"{mean:.0f} ({low:.0f}-{high:.0f})", fires]
+        costs = [f"{row['tokens_per_layer']:.0f}", f"{row['kv_bytes'] / 1024:.0f}"]
+        table.add(f"{100 * row['keep_ratio']:g} %", *looked, *cells(row), *costs)
     return table

@@ -1,15 +1,15 @@
 """Canvas VQA results as one table, as JSON and as CSV."""
 
 import csv
-import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from rich.table import Table
-
 from eval.canvas.data import KINDS
-from eval.canvas.runner import Result
+from eval.canvas.runner import SCORES, Result
+from eval.tables import Table, write_json
+
+TITLES = {"box_iou": "box, IoU"}  # of scores that are not called what their kind is
 
 
 def wilson(hits: int, asked: int) -> tuple[float, float]:
@@ -28,15 +28,12 @@ def records(results: Sequence[Result]) -> list[dict[str, object]]:
     reference = results[0]
     rows = []
     for result in results:
-        row: dict[str, object] = {"method": result.case.name, "keep_ratio": result.case.keep_ratio}
-        for kind in KINDS:
-            base = reference.accuracy(kind)
-            row |= accuracy_of(result, kind)
-            row[f"{kind}_of_unpruned"] = number(result.accuracy(kind) / base if base else math.nan)
-        row["visual_tokens"] = number(result.visual_tokens / result.total)
-        row["tokens_per_layer"] = number(result.layer_tokens / result.total)
-        row["kv_bytes"] = number(result.kv_bytes / result.total)
+        row: dict[str, object] = {"method": result.case.name, "keep_ratio": result.case.keep_ratio} | figures(result)
+        for score in SCORES:
+            base = reference.accuracy(score)
+            row[f"{score}_of_unpruned"] = number(result.accuracy(score) / base if base else math.nan)
         shares = [record.alpha_tv for record in result.relevance]
+        row["visual_tokens"] = number(result.visual_tokens / result.total)
         row["stage2_text_to_visual"] = number(sum(shares) / len(shares) if shares else math.nan)
         row["stage2_dropped"] = sum(record.dropped for record in result.relevance) if shares else None
         row["prefill_ratio"] = number(result.prefill_ratio)
@@ -44,66 +41,83 @@ def records(results: Sequence[Result]) -> list[dict[str, object]]:
     return rows
 
 
-def accuracy_of(result: Result, kind: str) -> dict[str, object]:
-    """How many questions of a kind were asked, the share of right answers, and its 95 % interval."""
-    low, high = wilson(result.hits[kind], result.asked[kind])
-    shares = {"accuracy": result.accuracy(kind), "low": low, "high": high}
-    return {f"{kind}_questions": result.asked[kind]} | {f"{kind}_{name}": number(each) for name, each in shares.items()}
+def figures(result: Result) -> dict[str, object]:
+    """Of each score how many questions were asked, the share of right answers and its 95 % interval; what it cost."""
+    row: dict[str, object] = {}
+    for score in SCORES:
+        low, high = wilson(result.hits[score], result.asked[score])
+        row[f"{score}_questions"] = result.asked[score]
+        for name, value in (("accuracy", result.accuracy(score)), ("low", low), ("high", high)):
+            row[f"{score}_{name}"] = number(value)
+    row["accuracy"] = number(result.overall())
+    row["tokens_per_layer"] = number(result.layer_tokens / result.total)
+    row["kv_bytes"] = number(result.kv_bytes / result.total)
+    return row
 
 
 def write(rows: Sequence[dict[str, object]], settings: dict[str, object], folder: Path, name: str = "results") -> None:
     """Write NAME.json (settings and rows) and NAME.csv (rows)."""
-    (folder / f"{name}.json").write_text(json.dumps({"settings": settings, "results": list(rows)}, indent=1) + "\n")
+    write_json(folder / f"{name}.json", {"settings": settings, "results": list(rows)})
     with (folder / f"{name}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
 
 
+def heads() -> list[str]:
+    """Heads of the columns that `cells` fills."""
+    return [*(TITLES.get(score, score) for score in SCORES), "all"]
+
+
+def cells(row: Mapping[str, object]) -> list[str | None]:
+    """Accuracies of a record in % with their 95 % intervals, and that over all questions."""
+    shown = []
+    for score in SCORES:
+        share, low, high = (row[f"{score}_{what}"] for what in ("accuracy", "low", "high"))
+        shown.append(None if share is None else f"{100 * share:.1f} ({100 * low:.0f}-{100 * high:.0f})")
+    return [*shown, f"{100 * row['accuracy']:.1f}"]
+
+
+def asked(row: Mapping[str, object]) -> str:
+    """How many questions of each kind."""
+    return ", ".join(f"{row[f'{kind}_questions']} {kind}" for kind in KINDS)
+
+
 def render(rows: Sequence[dict[str, object]]) -> Table:
-    """The table for people: accuracy in % with its 95 % interval, beside it the share of the unpruned accuracy."""
-    asked = ", ".join(f"{rows[0][f'{kind}_questions']} {kind}" for kind in KINDS)
+    """The table for people."""
     table = Table(
-        title=f"Canvas VQA, test split: accuracy in % (95 % interval), share of the unpruned. Questions: {asked}",
-        caption="tokens, KV cache: mean per question; tokens/layer counts text, mean over layers; "
-        "prefill: time as a ratio to unpruned, picture encoding included. Fewer pixels (vltok.resize) are no row, as "
-        "this model's resolution is fixed",
+        ["keep", "method", *heads(), "visual\ntokens", "tokens\n/layer", "KV\nKiB", "prefill"],
+        title=f"Canvas VQA, test split: accuracy in % (95 % interval). Questions: {asked(rows[0])}",
+        notes=[
+            "box, IoU: half of the union of both boxes or more is common to them; all: right answers of all questions",
+            "tokens, KV cache: mean per question; tokens/layer counts text, mean over layers",
+            "prefill: time as a ratio to unpruned, picture encoding included",
+            "Fewer pixels (vltok.resize) are no row, as this model's resolution is fixed",
+            *stage2_note(rows),
+        ],
+        left=2,
     )
-    table.add_column("keep", justify="right", no_wrap=True)
-    table.add_column("method", no_wrap=True)
-    for kind in KINDS:
-        table.add_column(kind, justify="right", no_wrap=True)
-        table.add_column("of full", justify="right", no_wrap=True)
-    for name in ("visual\ntokens", "tokens\n/layer", "KV\nKiB", "prefill"):
-        table.add_column(name, justify="right", no_wrap=True)
     for k, row in enumerate(rows):
-        cells = [f"{100 * row['keep_ratio']:g} %", str(row["method"])]
-        for kind in KINDS:
-            low, high = row[f"{kind}_low"], row[f"{kind}_high"]
-            cells.append(
-                "-" if low is None else f"{100 * row[f'{kind}_accuracy']:.1f} ({100 * low:.0f}-{100 * high:.0f})"
-            )
-            share = row[f"{kind}_of_unpruned"]
-            cells.append("-" if share is None else f"{100 * share:.0f} %")
-        cells += [f"{row['visual_tokens']:.0f}", f"{row['tokens_per_layer']:.0f}", f"{row['kv_bytes'] / 1024:.0f}"]
-        cells.append("-" if row["prefill_ratio"] is None else f"{row['prefill_ratio']:.2f}x")
-        last = k + 1 == len(rows) or rows[k + 1]["keep_ratio"] != row["keep_ratio"]
-        table.add_row(*cells, end_section=last)
+        if k and rows[k - 1]["keep_ratio"] != row["keep_ratio"]:
+            table.section()
+        costs = [f"{row['visual_tokens']:.0f}", f"{row['tokens_per_layer']:.0f}", f"{row['kv_bytes'] / 1024:.0f}"]
+        prefill = None if row["prefill_ratio"] is None else f"{row['prefill_ratio']:.2f}x"
+        table.add(f"{100 * row['keep_ratio']:g} %", row["method"], *cells(row), *costs, prefill)
     return table
 
 
-def stage2_note(rows: Sequence[dict[str, object]]) -> str:
-    """What ToDRE's second stage did, in a sentence; empty where it did not run."""
+def stage2_note(rows: Sequence[dict[str, object]]) -> list[str]:
+    """What ToDRE's second stage did, in a sentence; none where it did not run."""
     looked = [row for row in rows if row["stage2_dropped"] is not None]
     if not looked:
-        return ""
+        return []
     low, high = (pick(row["stage2_text_to_visual"] for row in looked) for pick in (min, max))
     dropped = sum(row["stage2_dropped"] for row in looked)
-    asked = sum(row[f"{kind}_questions"] for row in looked for kind in KINDS)
-    return (
-        f"ToDRE's stage 2 dropped the visual tokens of {dropped} of {asked} prompts: where it looks, the text still "
+    prompts = sum(row[f"{kind}_questions"] for row in looked for kind in KINDS)
+    return [
+        f"ToDRE's stage 2 dropped the visual tokens of {dropped} of {prompts} prompts: where it looks, the text still "
         f"gives {100 * low:.0f} to {100 * high:.0f} % of its attention to them (mean per keep ratio)."
-    )
+    ]
 
 
 def number(value: float) -> float | None:

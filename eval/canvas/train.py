@@ -2,46 +2,33 @@
 
 Four phases. "crops" and "tower": the CLIP tower alone on 64-pixel windows, then on whole canvases, with dense targets
 on its patches and presence and count on its CLS. "language": the projector and the language model on answers, over the
-frozen tower. "joint": everything together, all losses on. The language model always sees all 256 visual tokens.
-A stopped run goes on from its last checkpoint with `--resume`.
+frozen tower, whose readouts go on learning. "joint": everything together, all losses on. The language model always sees
+all 256 visual tokens. A stopped run goes on from its last checkpoint with `--resume`; with `--start` it begins with the
+weights of a trained model, so that it can do with fewer phases.
 """
 
 import json
 import os
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
 
 import torch
-import typer
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from eval import options
 from eval.canvas.attention import use_block_attention
 from eval.canvas.batches import Batch, BatchStream, quadrant_word_ids
 from eval.canvas.data import KINDS, Canvases, Items, digits, load_items
 from eval.canvas.losses import Heads, alignment_loss, answer_loss, tower_features, tower_loss
-from eval.canvas.model import build_model, build_processor, build_tokenizer, export
-from eval.canvas.muon import Muon
+from eval.canvas.model import build_model, build_processor, build_tokenizer, export, load
+from eval.canvas.steps import Phase, average, make_optimizers, take_step
 
 TOWER_PHASES = ("crops", "tower")
 BLOCKS = 12  # question blocks per picture, at most
-
-
-@dataclass(frozen=True)
-class Phase:
-    """One training phase: how many steps of which batch, at which peak rate; the rate falls to `end` of it."""
-
-    name: str
-    steps: int
-    batch_size: int
-    muon_rate: float
-    adam_rate: float
-    end: float
-    min_items: int
 
 
 class Trainer:
@@ -62,6 +49,20 @@ class Trainer:
         self.optimizers = self._new_optimizers()
         out.mkdir(parents=True, exist_ok=True)
 
+    def start_from(self, folder: Path) -> None:
+        """Take the weights of a trained model; words that it does not know keep their start values.
+
+        Raises:
+            ValueError: If the words that it knows have other numbers here.
+        """
+        trained, processor = load(folder)
+        known, ids = processor.tokenizer.get_vocab(), self.tokenizer.get_vocab()
+        if not known.items() <= ids.items():
+            raise ValueError(f"the words of the model in {folder} are other ones: {sorted(known)}, not {sorted(ids)}")
+        weights = trained.state_dict()
+        for name, own in self.model.state_dict().items():
+            own[: len(weights[name])] = weights[name]
+
     def run(self, minutes: float | None = None) -> bool:
         """Train to the end, or for about `minutes`. Returns whether all phases are done."""
         started = time.monotonic()
@@ -80,7 +81,7 @@ class Trainer:
                 clock = time.monotonic()
                 bar.update()
                 if self.step % 25 == 0:
-                    self._log({"phase": phase.name, "step": self.step, "seconds": self.seconds, **_average(recent)})
+                    self._log({"phase": phase.name, "step": self.step, "seconds": self.seconds, **average(recent)})
                     recent = []
                 if self.step % 250 == 0 or self.step == phase.steps:
                     figures = self.validate(phase)
@@ -103,7 +104,7 @@ class Trainer:
     def validate(self, phase: Phase, batches: int = 8) -> dict[str, float]:
         """Accuracies on the same 128 validation canvases each time."""
         self.model.eval()
-        stream = BatchStream(Canvases("val", 0, self.items), self.tokenizer, 16, batches, BLOCKS)
+        stream = BatchStream(Canvases("val", 0, self.items, kinds=KINDS), self.tokenizer, 16, batches, BLOCKS)
         towers, hits = [], torch.zeros(2, len(KINDS))
         for number in range(batches):
             batch = stream[number]
@@ -112,7 +113,7 @@ class Trainer:
             if phase.name not in TOWER_PHASES:
                 hits += answer_loss(self.model, self.model.model.multi_modal_projector(patches), batch)[1]
         self.model.train()
-        figures = _average(towers)
+        figures = average(towers)
         if phase.name not in TOWER_PHASES:
             figures |= {kind: (hits[0, k] / hits[1, k]).item() for k, kind in enumerate(KINDS)}
         return figures
@@ -151,16 +152,9 @@ class Trainer:
                 optimizer.load_state_dict(saved)
 
     def _train_step(self, phase: Phase, batch: Batch) -> dict[str, float]:
-        factor = rate_factor(self.step, phase)
-        for optimizer, rate in zip(self.optimizers, (phase.muon_rate, phase.adam_rate), strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = rate * factor
-        figures: dict[str, float] = {}
         with torch.set_grad_enabled(phase.name != "language"):
             patches, cls = tower_features(self.model, batch)
-        loss = torch.zeros(())
-        if phase.name != "language":
-            loss, figures = tower_loss(self.heads, patches, cls, batch)
+        loss, figures = tower_loss(self.heads, patches, cls, batch)
         if phase.name not in TOWER_PHASES:
             projected = self.model.model.multi_modal_projector(patches)
             answers, hits = answer_loss(self.model, projected, batch)
@@ -168,30 +162,20 @@ class Trainer:
             loss = 0.5 * loss + answers + 0.3 * align
             figures |= {"answers": answers.item(), "align": align.item()}
             figures |= {kind: (hits[0, k] / hits[1, k]).item() for k, kind in enumerate(KINDS) if hits[1, k]}
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss became {loss.item()} at step {self.step} of phase {phase.name}")
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        for optimizer in self.optimizers:
-            optimizer.step()
+        take_step(loss, self.optimizers, self.step, phase, f"phase {phase.name}")
         return figures | {"loss": loss.item()}
 
     def _new_optimizers(self) -> list[torch.optim.Optimizer]:
-        """Muon for the matrices of the current phase's parts, AdamW for embeddings, norms, biases and heads."""
+        """Those of the current phase's parts and of the readouts."""
         name = self.phases[min(self.phase, len(self.phases) - 1)].name
         inner = self.model.model
         tower, language = [inner.vision_tower], [inner.multi_modal_projector, inner.language_model]
         parts = {"crops": tower, "tower": tower, "language": language, "joint": tower + language}[name]
-        matrices, others = [], [] if name == "language" else list(self.heads.parameters())
-        for part in parts:
-            for key, parameter in part.named_parameters():
-                (matrices if parameter.ndim == 2 and "embed" not in key else others).append(parameter)
-        return [Muon(matrices, weight_decay=0.02), torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0)]
+        return make_optimizers(parts, self.heads.parameters(), weight_decay=0.02)
 
     def _batches(self, phase: Phase) -> Iterator[Batch]:
         seed = 1000 * self.seed + self.phase + 1
-        canvases = Canvases("train", seed, self.items, phase.min_items)
+        canvases = Canvases("train", seed, self.items, phase.min_items, KINDS)
         stream = BatchStream(
             canvases, self.tokenizer, phase.batch_size, phase.steps, BLOCKS, crops=phase.name == "crops"
         )
@@ -203,52 +187,37 @@ class Trainer:
             file.write(json.dumps(record) + "\n")
 
 
-def _average(records: list[dict[str, float]]) -> dict[str, float]:
-    names = {name: None for record in records for name in record}
-    pairs = {name: [record[name] for record in records if name in record] for name in names}
-    return {name: round(sum(values) / len(values), 4) for name, values in pairs.items()}
-
-
-def rate_factor(step: int, phase: Phase) -> float:
-    """Linear warm-up over the first 5 % (at most 100 steps), then linear down to `end`."""
-    warm = min(100, max(1, phase.steps // 20))
-    if step < warm:
-        return (step + 1) / warm
-    done = (step - warm) / max(1, phase.steps - warm)
-    return 1 - done * (1 - phase.end)
-
-
-def main(
-    out: Annotated[Path, typer.Option(help="Folder of the run: log.jsonl and checkpoints.")] = Path("canvas-run"),
-    model_out: Annotated[Path, typer.Option(help="Where the trained model goes.")] = Path("canvas-run/model"),
-    items: Annotated[
-        Path | None, typer.Option(help="Other item pictures, .npz (see eval.canvas.data.load_items).")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of start values and canvases.")] = 0,
-    crop_steps: Annotated[int, typer.Option(help="Steps of the crops phase.")] = 1200,
-    tower_steps: Annotated[int, typer.Option(help="Steps of the tower phase.")] = 1200,
-    language_steps: Annotated[int, typer.Option(help="Steps of the language phase.")] = 500,
-    joint_steps: Annotated[int, typer.Option(help="Steps of the joint phase.")] = 2000,
-    threads: Annotated[int, typer.Option(help="torch threads.")] = 1,
-    workers: Annotated[int, typer.Option(help="Processes that draw canvases; 0 draws in the training process.")] = 1,
-    minutes: Annotated[float | None, typer.Option(help="Stop with a checkpoint after about this long.")] = None,
-    resume: Annotated[bool, typer.Option(help="Go on from the checkpoint in --out.")] = False,
-) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Train the tiny LLaVA of canvas VQA on digits and photos from installed packages."""
-    torch.set_num_threads(threads)
+    common = options.common("out", "threads", out=Path("canvas-run"))
+    command = options.parser(__doc__, common)
+    command.add_argument("--model-out", type=Path, help="where the trained model goes (OUT/model)")
+    command.add_argument("--items", type=Path, help="other item pictures, .npz (see eval.canvas.data.load_items)")
+    command.add_argument("--seed", type=int, default=0, help="of start values and canvases (%(default)s)")
+    for phase, steps in (("crop", 1200), ("tower", 1200), ("language", 500), ("joint", 2000)):
+        command.add_argument(f"--{phase}-steps", type=int, default=steps, help="steps of that phase (%(default)s)")
+    command.add_argument("--workers", type=int, default=1, help="processes that draw; 0: none (%(default)s)")
+    command.add_argument("--minutes", type=float, help="stop with a checkpoint after about this long")
+    command.add_argument("--start", type=Path, help="folder of a trained model whose weights are taken to start with")
+    command.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    given = options.parse(command, argv)
     phases = [
-        Phase("crops", crop_steps, 32, 0.02, 2e-3, 0.3, min_items=6),
-        Phase("tower", tower_steps, 8, 0.01, 1e-3, 0.1, min_items=1),
-        Phase("language", language_steps, 8, 0.01, 2e-3, 0.6, min_items=1),
-        Phase("joint", joint_steps, 8, 0.006, 1e-3, 0.0, min_items=1),
+        Phase("crops", given.crop_steps, 32, 0.02, 2e-3, 0.3, min_items=6),
+        Phase("tower", given.tower_steps, 8, 0.01, 1e-3, 0.1, min_items=1),
+        Phase("language", given.language_steps, 8, 0.01, 2e-3, 0.6, min_items=1),
+        Phase("joint", given.joint_steps, 8, 0.006, 1e-3, 0.0, min_items=1),
     ]
-    trainer = Trainer(out, digits() if items is None else load_items(items), seed, phases, workers)
-    if resume:
+    items = digits() if given.items is None else load_items(given.items)
+    trainer = Trainer(given.out, items, given.seed, phases, given.workers)
+    if given.start is not None:
+        trainer.start_from(given.start)
+    if given.resume:
         trainer.resume()
-    if trainer.run(minutes):
-        export(trainer.model, trainer.processor, model_out)
-        typer.echo(f"trained for {trainer.seconds / 60:.1f} minutes; the model is in {model_out}")
+    if trainer.run(given.minutes):
+        folder = given.model_out or given.out / "model"
+        export(trainer.model, trainer.processor, folder)
+        print(f"trained for {trainer.seconds / 60:.1f} minutes; the model is in {folder}")
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    main()

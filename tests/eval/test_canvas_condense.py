@@ -1,25 +1,25 @@
 """Training of condensing projectors on the canvas model: pooling, shorter sequences, runs, adapters, the command."""
 
 import json
+from collections import Counter
 
 import pytest
 import torch
-import typer
-from rich.console import Console
+from asking import said
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
 import vltok
 from eval.canvas import condense, condense_table
 from eval.canvas.attention import use_block_attention
 from eval.canvas.batches import BatchStream
-from eval.canvas.condense import Learner, Run, main, read_result, ship, tower_states, train
-from eval.canvas.data import KINDS, Canvases
+from eval.canvas.condense import Learner, Run, main, settings, ship, tower_states, train
+from eval.canvas.data import KINDS, Canvases, kinds_known
 from eval.canvas.losses import answer_loss
 from eval.canvas.model import load
-from eval.canvas.runner import ADAPTERS, SCALES
-from eval.canvas.train import Phase
+from eval.canvas.runner import ADAPTERS, SCALES, draw_questions
+from eval.canvas.steps import Phase
 from eval.canvas.variants import Variant, levels, tokens_at
+from eval.store import Store
 
 BUDGET = Phase("condense", 2, 2, 0.01, 1e-3, 0.0, min_items=1)
 VARIANTS = [Variant("average", 1), Variant("average", 4), Variant("tokenpacker", 4)]
@@ -38,7 +38,8 @@ def shipped():
 
 @pytest.fixture(scope="module")
 def batch(shipped):
-    return BatchStream(Canvases("train", 1), shipped[1].tokenizer, 3, 2, 6)[1]
+    tokenizer = shipped[1].tokenizer
+    return BatchStream(Canvases("train", 1, kinds=kinds_known(tokenizer.get_vocab())), tokenizer, 3, 2, 9)[1]
 
 
 @pytest.fixture(scope="module")
@@ -89,8 +90,12 @@ def test_shorter_sequences_keep_questions_and_targets(batch):
     assert shorter.patch_label is batch.patch_label and batch.input_ids.shape[1] > 257
 
 
+def _read(folder, run, scale, budget=BUDGET):
+    return Store(folder).read(run.name, settings(run, scale, budget))
+
+
 def test_tokenpacker_and_average_pooling_start_from_the_same_answers(runs):
-    pooling, packer = (read_result(runs, Run(variant, "projector", 0), 4) for variant in VARIANTS[1:])
+    pooling, packer = (_read(runs, Run(variant, "projector", 0), 4) for variant in VARIANTS[1:])
     assert packer["untrained"] == pytest.approx(pooling["untrained"], abs=1e-3)
     assert packer["val"]["loss"] != pytest.approx(pooling["val"]["loss"], abs=1e-3)
 
@@ -132,19 +137,17 @@ def test_training_canvases_are_none_that_the_model_was_trained_on():
 
 
 def test_a_projector_for_several_scales_is_trained_tested_and_shipped_for_each(tmp_path):
-    app = typer.Typer()
-    app.command()(main)
     arguments = ["--out", str(tmp_path), "--kinds", "tokenpacker,shuffle", "--scales", "4,2+4", "--seeds", "0"]
     arguments += ["--parts", "projector", "--steps", "2", "--batch-size", "1", "--questions", "4"]
-    run = CliRunner().invoke(app, [*arguments, "--adapters", str(tmp_path / "adapters")])
-    assert run.exit_code == 0, run.output
-    tokens = {}
+    main([*arguments, "--adapters", str(tmp_path / "adapters")])
+    seen = {}
     for path in tmp_path.glob("projector-*.json"):
         record = json.loads(path.read_text())
-        tokens[path.stem.removeprefix("projector-")] = record["run"]["tokens"]
-        assert sum(record["test"]["asked"].values()) >= 4 and record["val"]["loss"] > 0
-    single = {"tokenpacker-s4-seed0": 16, "shuffle-s4-seed0": 16}
-    assert tokens == single | {"tokenpacker-s2+4-seed0-at2": 64, "tokenpacker-s2+4-seed0-at4": 16}
+        point = (record["settings"]["kind"], record["settings"]["tokens"])
+        seen[point] = seen.get(point, {}) | record["result"]
+    assert set(seen) == {("tokenpacker", 16), ("shuffle", 16), ("tokenpacker-s2+4", 64), ("tokenpacker-s2+4", 16)}
+    for figures in seen.values():
+        assert sum(figures["asked"].values()) >= 4 and figures["val"]["loss"] > 0
     names = {"tokenpacker-s4", "shuffle-s4", "tokenpacker-s2+4"}
     assert {path.name for path in (tmp_path / "adapters").iterdir()} == names
     model, processor = load()
@@ -208,39 +211,32 @@ def test_a_test_answers_with_the_trained_weights_through_generate(runs, batch):
     )
     language = {k[2:]: v for k, v in load_file(runs / f"{run.name}.safetensors").items() if k.startswith("1.")}
     model.model.language_model.load_state_dict(language)
-    right = dict.fromkeys(KINDS, 0)
-    canvases = Canvases("test", 1)
-    asked = [question for index in range(9) for question in canvases.questions(index)][: result.total]
-    for question in asked:
-        inputs = processor(
-            images=[canvases.canvas(question.canvas).image], text=[f"<image> {question.text}"], return_tensors="pt"
-        )
-        with torch.no_grad():
-            right[question.kind] += processor.decode(model(**inputs).logits[0, -1].argmax()) == question.answer
-    assert result.hits == right
+    canvases = Canvases("test", 1, kinds=kinds_known(processor.tokenizer.get_vocab()))
+    right = Counter()
+    for question in draw_questions(canvases, 8):
+        right[question.kind] += said(model, processor, canvases, question) == question.answer
+    assert {kind: result.hits[kind] for kind in KINDS} == {kind: right[kind] for kind in KINDS}
 
 
-def test_the_command_trains_tests_and_prints_and_skips_finished_runs(tmp_path, monkeypatch):
-    app = typer.Typer()
-    app.command()(main)
+def test_the_command_trains_tests_and_prints_and_skips_finished_runs(tmp_path, monkeypatch, capsys):
     arguments = ["--out", str(tmp_path), "--scales", "1,4", "--seeds", "0", "--parts", "projector", "--steps", "1"]
     arguments += ["--batch-size", "1", "--questions", "4", "--adapters", str(tmp_path / "adapters")]
-    run = CliRunner().invoke(app, arguments)
-    assert run.exit_code == 0, run.output
-    names = [f"projector-{variant.name}-seed0" for variant in VARIANTS]
-    for name in names:
-        record = json.loads((tmp_path / f"{name}.json").read_text())
-        assert record["budget"]["steps"] == 1 and sum(record["test"]["asked"].values()) >= 4
+    main(arguments)
+    printed = capsys.readouterr().out
+    runs = [Run(variant, "projector", 0) for variant in VARIANTS]
+    budget = Phase("condense", 1, 1, 0.005, 1e-3, 0.0, min_items=1)
+    for run in runs:
+        assert _read(tmp_path, run, run.variant.scale, budget)["val"]["loss"] > 0
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert {record["run"] for record in log} == set(names)
+    assert {record["run"] for record in log} == {run.name for run in runs}
     assert (tmp_path / "adapters" / "tokenpacker-s4" / "vltok_config.json").exists()
-    assert "tokenpacker" in run.output and "untrained, val" in run.output
+    assert "tokenpacker" in printed and "untrained, val" in printed
 
-    (tmp_path / f"{names[2]}.json").unlink()
+    Store(tmp_path).path(runs[2].name, settings(runs[2], 4, budget)).unlink()
     trained = []
     monkeypatch.setattr(condense, "train", lambda runs, *rest: trained.extend(runs) or train(runs, *rest))
-    assert CliRunner().invoke(app, arguments).exit_code == 0
-    assert [run.name for run in trained] == [names[2]]
+    main(arguments)
+    assert trained == [runs[2]]
 
 
 @pytest.mark.parametrize(
@@ -252,11 +248,10 @@ def test_the_command_trains_tests_and_prints_and_skips_finished_runs(tmp_path, m
         (["--parts", "tower"], "projector, lm"),
     ],
 )
-def test_bad_options_are_refused_by_name(arguments, message, tmp_path):
-    app = typer.Typer()
-    app.command()(main)
-    run = CliRunner().invoke(app, ["--out", str(tmp_path), *arguments])
-    assert run.exit_code == 2 and message in run.output
+def test_bad_options_are_refused_by_name(arguments, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(["--out", str(tmp_path), *arguments])
+    assert error.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_the_table_gives_mean_and_range_over_seeds():
@@ -264,13 +259,12 @@ def test_the_table_gives_mean_and_range_over_seeds():
         figures = dict.fromkeys(KINDS, share)
         run = {"kind": "average", "scale": 4, "part": "projector", "seed": seed, "tokens": 16}
         test = {"hits": dict.fromkeys(KINDS, round(10 * share)), "asked": dict.fromkeys(KINDS, 10)}
-        return {"run": run, "budget": {"steps": 5, "batch_size": 2}, "untrained": figures, "val": figures, "test": test}
+        run["budget"] = {"steps": 5, "batch_size": 2}
+        return {"run": run, "untrained": figures, "val": figures, "test": test}
 
-    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(condense_table.render([record(0, 0.9), record(1, 0.5)]))
-    text = console.export_text()
+    text = condense_table.render([record(0, 0.9), record(1, 0.5)]).text()
     assert text.count("70.0 (50.0-90.0)") == 3 * len(KINDS) + 1 and "5 x 2" in text  # once more for all of test
-    assert condense_table.spread([0.25]) == "25.0"
+    assert condense_table.spread([0.25]) == "25.0" and condense_table.spread([]) is None
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -278,7 +272,7 @@ def test_shipped_adapters_answer_better_than_pooling(scale):
     model, processor = load()
     folder = ADAPTERS / f"tokenpacker-s{scale}"
     assert sum(file.stat().st_size for file in folder.iterdir()) < 2 * 2**20
-    canvases = Canvases("val", 3)
+    canvases = Canvases("val", 3, kinds=kinds_known(processor.tokenizer.get_vocab()))
     batch = BatchStream(canvases, processor.tokenizer, 8, 1, 12)[0]
     with torch.no_grad():
         states = tower_states(model, batch)

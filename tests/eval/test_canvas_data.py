@@ -6,14 +6,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eval.canvas import data
-from eval.canvas.data import KINDS, NUMBERS, QUADRANTS, SIZE, SPLITS, Canvases, load_items, photo_regions, split_items
+from eval.canvas.data import (
+    KINDS,
+    NUMBERS,
+    ONE_WORD,
+    QUADRANTS,
+    SIZE,
+    SPLITS,
+    Canvases,
+    kinds_known,
+    load_items,
+    photo_regions,
+    split_items,
+)
 
 SOME = range(60)
 
 
 @pytest.fixture(scope="module")
 def test_canvases():
-    return Canvases("test", seed=3)
+    return Canvases("test", seed=3, kinds=KINDS)
 
 
 @settings(max_examples=12, deadline=None)
@@ -139,7 +151,7 @@ def test_every_question_has_exactly_one_right_answer(test_canvases):
         canvas = test_canvases.canvas(index)
         items = _truth(canvas)
         names = [name for name, _ in items]
-        every = test_canvases.all_questions(index, canvas, np.random.default_rng(index))
+        every = test_canvases.all_questions(index, canvas, 1, 4)
         for question in (q for questions in every.values() for q in questions):
             asked[question.kind] += 1
             word = question.text.split()[-1]
@@ -152,21 +164,94 @@ def test_every_question_has_exactly_one_right_answer(test_canvases):
                 # No item near enough to the quadrant's border to be counted in or out.
                 assert [name for name, place in items if place == word] == [question.answer]
                 assert word in QUADRANTS
+            elif question.kind == "box":
+                assert names.count(word) == 1
+                assert question.answer == _box(canvas.ink[names.index(word)])
+            elif question.kind == "read":
+                # In each of the side's two quadrants one item, as for questions about a quadrant.
+                there = [[name for name, place in items if place == quadrant] for quadrant in READ[word]]
+                assert [len(found) for found in there] == [1, 1]
+                assert question.answer == f"{there[0][0]} {there[1][0]}"
             else:
                 assert question.answer == NUMBERS[len(items)]
-    assert min(asked.values()) >= 40
+    assert min(asked.values()) >= 25
+
+
+READ = {
+    "top": ("top-left", "top-right"),
+    "bottom": ("bottom-left", "bottom-right"),
+    "left": ("top-left", "bottom-left"),
+    "right": ("top-right", "bottom-right"),
+}
+
+
+def _box(ink):
+    """First and last column and row of the patches that an item covers by 8 % or more, one patch after the other."""
+    columns, rows = [], []
+    for row in range(16):
+        for column in range(16):
+            if ink[row, column] >= 0.08:
+                columns.append(column)
+                rows.append(row)
+    return f"{min(columns)} {min(rows)} {max(columns)} {max(rows)}"
+
+
+def test_a_box_holds_what_the_item_changes_in_the_picture_and_little_else(test_canvases, monkeypatch):
+    shares = []
+    for index in range(12):
+        canvas = test_canvases.canvas(index)
+        with monkeypatch.context() as patch:
+            patch.setattr(data, "_stretch", lambda item, width, height, degrees: np.zeros((height, width), np.float32))
+            empty = test_canvases.canvas(index).image
+        changed = np.abs(canvas.image.astype(int) - empty).max(axis=-1)
+        for (left, top, right, bottom), (x0, y0, x1, y1) in zip(canvas.patch_boxes, canvas.boxes, strict=True):
+            own = np.zeros_like(changed)
+            own[y0:y1, x0:x1] = changed[y0:y1, x0:x1]
+            inside = own[8 * top : 8 * bottom + 8, 8 * left : 8 * right + 8]
+            shares.append(inside.sum() / own.sum())
+            # each side of the box shows something: a box one patch smaller would cut it off
+            assert min(own[8 * top : 8 * top + 8].max(), own[8 * bottom : 8 * bottom + 8].max()) > 20
+            assert min(own[:, 8 * left : 8 * left + 8].max(), own[:, 8 * right : 8 * right + 8].max()) > 20
+    assert min(shares) > 0.9 and np.mean(shares) > 0.97
+
+
+def test_boxes_and_readings_change_no_picture_and_no_other_question(test_canvases):
+    plain = Canvases("test", seed=3)
+    for index in SOME:
+        assert np.array_equal(plain.canvas(index).image, test_canvases.canvas(index).image)
+        asked = test_canvases.questions(index)
+        assert plain.questions(index) == [question for question in asked if question.kind in ONE_WORD]
+    first = [(q.text, q.answer) for q in Canvases("test", seed=0).questions(1)]
+    assert first == [  # of the published tables
+        ("is there a zero", "yes"),
+        ("is there a seven", "no"),
+        ("which item is in the bottom-right", "zero"),
+        ("where do you see the nine", "top-right"),
+        ("how many items do you see", "two"),
+    ]
+
+
+def test_words_of_boxes_and_readings_stand_behind_the_others_so_that_a_model_without_them_can_be_told():
+    words = data.vocabulary(NUMBERS)
+    short = words[:33]
+    assert short == sorted(short) and "yes" in short and "0" not in short and "box" not in short
+    assert kinds_known(words) == KINDS and kinds_known(short) == ONE_WORD
+    assert kinds_known([word for word in words if word != "15"]) == (*ONE_WORD, "read")
+    with pytest.raises(ValueError, match="kinds must be of"):
+        Canvases("test", kinds=("exist", "colour"))
 
 
 def test_a_quadrant_is_not_asked_about_when_another_centre_is_near_its_border(monkeypatch):
-    canvases = Canvases("val")
+    canvases = Canvases("val", kinds=KINDS)
     canvas = data.Canvas(
         image=np.zeros((SIZE, SIZE, 3), np.uint8),
         labels=np.array([3, 5]),
         boxes=np.array([[10, 10, 30, 30], [56, 10, 76, 30]]),  # the second centre is 2 px right of the midline
         ink=np.zeros((2, 16, 16), np.float32),
     )
-    every = canvases.all_questions(0, canvas, np.random.default_rng(0))
-    assert every["quadrant"] == []
+    every = canvases.all_questions(0, canvas, 1, 4)
+    assert every["quadrant"] == every["read"] == []
+    assert every["box"] == []  # nothing to see
     assert [(q.text.split()[-1], q.answer) for q in every["where"]] == [("three", "top-left")]
 
 
@@ -182,12 +267,12 @@ def test_exist_is_balanced_and_absent_items_are_spread_over_the_labels(test_canv
         assert max(shares) < share + 0.12 and min(shares) > share - 0.12
 
 
-def test_answers_and_questions_use_the_vocabulary_of_about_forty_words(test_canvases):
+def test_answers_and_questions_use_the_vocabulary_of_about_sixty_words(test_canvases):
     words = data.vocabulary(NUMBERS)
-    assert 30 <= len(words) <= 45
+    assert 50 <= len(words) == len(set(words)) <= 65
     for index in SOME:
         for question in test_canvases.questions(index):
-            assert {*question.text.split(), question.answer} <= set(words)
+            assert {*question.text.split(), *question.answer.split()} <= set(words)
 
 
 def test_covered_area_alone_does_not_tell_the_count():

@@ -3,22 +3,20 @@
 import csv
 import json
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-import typer
+from asking import said
 from PIL import Image
-from rich.console import Console
-from typer.testing import CliRunner
 
 import vltok
 from eval.canvas import plots, table
 from eval.canvas.__main__ import main
-from eval.canvas.data import KINDS, Canvases
+from eval.canvas.data import KINDS, ONE_WORD, Canvases, Question, kinds_known
 from eval.canvas.memory import early_layers_remembered
 from eval.canvas.model import MODEL_DIR, load
-from eval.canvas.pool import Bench, Plan, run_cases
 from eval.canvas.runner import (
     FURTHER,
     METHODS,
@@ -28,9 +26,11 @@ from eval.canvas.runner import (
     draw_questions,
     encode,
     evaluate,
+    intersection_over_union,
     kept_patches,
     time_prefill,
 )
+from eval.canvas.workers import Bench, Plan, run_cases
 from vltok.report import RelevanceRecord
 
 CONDENSED = [("TokenPacker", 0.25), ("average pooling", 0.25), ("TokenPacker", 0.0625), ("average pooling", 0.0625)]
@@ -104,11 +104,13 @@ def test_condensed_cases_count_placeholders_text_and_cache_and_leave_model_and_p
 
 
 def test_questions_are_those_of_whole_canvases():
-    canvases = Canvases("test", 1)
+    canvases = Canvases("test", 1, kinds=KINDS)
     questions = draw_questions(canvases, 23)
     last = questions[-1].canvas
     assert questions == [q for index in range(last + 1) for q in canvases.questions(index)]
-    assert len(questions) >= 23 > sum(q.canvas < last for q in questions)
+    short = [q for q in questions if q.kind in ONE_WORD]
+    assert len(short) >= 23 > sum(q.canvas < last for q in short)
+    assert short == draw_questions(Canvases("test", 1), 23) != questions
 
 
 def test_the_wrong_image_control_shows_each_question_another_canvas(shipped):
@@ -159,7 +161,7 @@ def test_several_processes_count_what_one_counts():
 
 def test_evaluate_counts_hits_tokens_and_cache_bytes(shipped):
     model, processor = shipped
-    canvases = Canvases("val", 2)
+    canvases = Canvases("val", 2, kinds=kinds_known(processor.tokenizer.get_vocab()))
     questions = draw_questions(canvases, 14)
     batches = encode(processor, canvases, questions, 4, wrong_image=False)
     hooks = len(model._forward_hooks)
@@ -167,13 +169,13 @@ def test_evaluate_counts_hits_tokens_and_cache_bytes(shipped):
     pruned = evaluate(model, processor, Case("stride", 0.25, vltok.StrideTokens(keep_ratio=0.25)), batches, questions)
     assert len(model._forward_hooks) == hooks
 
-    right = dict.fromkeys(KINDS, 0)
+    right = Counter()
     for question in questions:  # one by one, by hand
-        inputs = processor(
-            images=[canvases.canvas(question.canvas).image], text=[f"<image> {question.text}"], return_tensors="pt"
+        words = said(model, processor, canvases, question)
+        right[question.kind] += words == question.answer
+        right["box_iou"] += (
+            question.kind == "box" and 2 * intersection_over_union(words.split(), question.answer.split()) >= 1
         )
-        with torch.no_grad():
-            right[question.kind] += processor.decode(model(**inputs).logits[0, -1].argmax()) == question.answer
     assert plain.hits == right
     assert plain.total == len(questions) and plain.visual_tokens == 256 * len(questions)
     per_entry = 6 * 2 * 128 * 4  # layers, key and value, width, float32
@@ -203,8 +205,8 @@ def test_prefill_ratios_and_kept_patches_come_one_per_case_and_picture(shipped):
 
 
 def _result(name, ratio, hits):
-    asked = {"exist": 10, "quadrant": 5, "where": 4, "count": 0}
-    return Result(Case(name, ratio), hits, asked, visual_tokens=1900, layer_tokens=950.0, kv_bytes=19 * 2048)
+    asked = Counter({"exist": 10, "quadrant": 5, "where": 4})
+    return Result(Case(name, ratio), Counter(hits), asked, visual_tokens=1900, layer_tokens=950.0, kv_bytes=19 * 2048)
 
 
 def test_fewer_pixels_are_no_row_of_the_table_as_the_resolution_is_fixed(shipped):
@@ -222,29 +224,66 @@ def test_records_relate_accuracy_to_the_unpruned_model_and_costs_to_one_question
     assert rows[1]["exist_accuracy"] == 0.6 and rows[1]["exist_of_unpruned"] == 0.75
     assert rows[1]["quadrant_of_unpruned"] is None and rows[1]["count_accuracy"] is None
     assert (rows[1]["visual_tokens"], rows[1]["tokens_per_layer"], rows[1]["kv_bytes"]) == (100, 50, 2048)
-    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(table.render(rows))
-    assert "60.0 (31-83)" in console.export_text()
+    assert rows[1]["accuracy"] == pytest.approx(8 / 19, rel=1e-5)
+    text = table.render(rows).text()
+    assert "60.0 (31-83)" in text and "10 exist, 5 quadrant, 4 where, 0 count" in text
+
+
+@pytest.mark.parametrize(
+    ("answer", "right", "share"),
+    [
+        ("2 3 5 6", "2 3 5 6", 1.0),
+        ("2 3 5 6", "3 3 5 6", 12 / 16),
+        ("2 3 5 6", "3 3 6 6", 12 / 20),
+        ("2 3 5 6", "6 3 9 6", 0.0),
+        ("5 3 2 6", "2 3 5 6", 0.0),  # the last column before the first
+        ("0 0 15 15", "4 4 4 4", 1 / 256),
+        ("2 3 </s> <pad>", "2 3 5 6", 0.0),
+        ("2 3 seven 6", "2 3 5 6", 0.0),
+        ("", "2 3 5 6", 0.0),
+    ],
+)
+def test_the_overlap_of_boxes_counts_their_patches(answer, right, share):
+    boxes = [answer.split(), right.split()]
+    assert intersection_over_union(*boxes) == pytest.approx(share)
+    if all(word.isdecimal() for word in boxes[0]) and boxes[0]:
+        left, top, last, bottom = ([int(box[k]) for box in boxes] for k in range(4))
+        patches = [
+            {(x, y) for x in range(left[k], last[k] + 1) for y in range(top[k], bottom[k] + 1)} for k in range(2)
+        ]
+        shared = len(patches[0] & patches[1]) / len(patches[0] | patches[1])
+        assert intersection_over_union(*boxes) == pytest.approx(shared if all(patches) else 0.0)
+
+
+def test_answers_of_several_words_are_right_as_a_whole_and_boxes_also_by_overlap():
+    result = Result(Case("", 1.0))
+    pairs = (("box", "1 2 3 4"), ("read", "three seven"), ("exist", "yes"))
+    box, read, word = (Question(kind, "", answer, 0) for kind, answer in pairs)
+    result.note(box, ["1", "2", "3", "4", "</s>"])
+    result.note(box, ["1", "2", "3", "6", "</s>"])  # 9 of 15 patches
+    result.note(box, ["1", "2", "3", "9", "</s>"])  # 9 of 24
+    result.note(box, ["1", "2", "</s>", "<pad>", "<pad>"])
+    result.note(read, ["three", "seven", "</s>"])
+    result.note(read, ["seven", "three", "</s>"])
+    result.note(word, ["yes", "</s>"])
+    assert result.asked == {"box": 4, "box_iou": 4, "read": 2, "exist": 1} and result.total == 7
+    assert result.hits == {"box": 1, "box_iou": 2, "read": 1, "exist": 1}
+    assert result.overall() == pytest.approx(3 / 7)
 
 
 def test_the_note_on_stage_2_counts_what_it_dropped():
     looked = _result("ToDRE, stages 1+2", 0.1, {"exist": 6, "quadrant": 1, "where": 1, "count": 0})
     looked.relevance = [RelevanceRecord(5, 0.1, 0.0, True)] * 5 + [RelevanceRecord(5, 0.4, 0.0, False)] * 14
     plain = _result("unpruned", 1.0, {"exist": 8, "quadrant": 0, "where": 4, "count": 0})
-    assert table.stage2_note(table.records([plain])) == ""
-    note = table.stage2_note(table.records([plain, looked]))
+    assert table.stage2_note(table.records([plain])) == []
+    (note,) = table.stage2_note(table.records([plain, looked]))
     assert "dropped the visual tokens of 5 of 19 prompts" in note and "32 to 32 %" in note
 
 
-def test_the_command_writes_the_table_and_draws_the_pictures(tmp_path):
-    app = typer.Typer()
-    app.command()(main)
+def test_the_command_writes_the_table_and_draws_the_pictures(tmp_path, capsys):
     out = tmp_path / "out"
-    run = CliRunner().invoke(
-        app, ["--questions", "8", "--keep-ratios", "0.1", "--quick", "--jobs", "1", "--out", str(out)]
-    )
-    assert run.exit_code == 0, run.output
-    assert "unpruned, wrong image" in run.output
+    main(["--questions", "8", "--keep-ratios", "0.1", "--quick", "--jobs", "1", "--out", str(out)])
+    assert "unpruned, wrong image" in capsys.readouterr().out
     written = json.loads((out / "results.json").read_text())
     assert [row["method"] for row in written["results"]] == [
         "unpruned",
@@ -270,21 +309,19 @@ def test_the_command_writes_the_table_and_draws_the_pictures(tmp_path):
         (["--stage-2", "--all"], "--all"),
     ],
 )
-def test_bad_options_are_refused_by_name(arguments, message):
-    app = typer.Typer()
-    app.command()(main)
-    run = CliRunner().invoke(app, arguments)
-    assert run.exit_code == 2 and message in run.output
+def test_bad_options_are_refused_by_name(arguments, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(arguments)
+    assert error.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_items_that_the_model_has_no_words_for_are_refused(tmp_path):
+def test_items_that_the_model_has_no_words_for_are_refused(tmp_path, capsys):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 255, (40, 28, 28), dtype=np.uint8)
     np.savez(tmp_path / "items.npz", images=images, labels=np.arange(40) % 2, names=np.array(["shoe", "bag"]))
-    app = typer.Typer()
-    app.command()(main)
-    run = CliRunner().invoke(app, ["--items", str(tmp_path / "items.npz")])
-    assert run.exit_code == 2 and "shoe" in run.output
+    with pytest.raises(SystemExit) as error:
+        main(["--items", str(tmp_path / "items.npz")])
+    assert error.value.code == 2 and "shoe" in capsys.readouterr().err
 
 
 def test_the_overlay_shows_kept_patches_unchanged_and_fades_the_others():

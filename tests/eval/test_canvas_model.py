@@ -5,8 +5,8 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from eval.canvas.data import NUMBERS, Canvases, vocabulary
-from eval.canvas.model import MODEL_DIR
+from eval.canvas.data import NUMBERS, ONE_WORD, Canvases, kinds_known
+from eval.canvas.model import MODEL_DIR, build_tokenizer
 from eval.canvas.runner import Case, draw_questions, encode, evaluate
 
 
@@ -32,7 +32,8 @@ def test_the_classes_are_those_of_a_real_llava(shipped):
     tokenizer = processor.tokenizer
     assert tokenizer.padding_side == "left"
     assert len({tokenizer.pad_token, tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token, "<image>"}) == 5
-    assert set(vocabulary(NUMBERS)) <= set(tokenizer.get_vocab())
+    assert tokenizer.get_vocab().items() <= build_tokenizer(NUMBERS).get_vocab().items()
+    assert set(ONE_WORD) <= set(kinds_known(tokenizer.get_vocab()))
     assert tokenizer("what is xylophone")["input_ids"][-1] == tokenizer.unk_token_id
 
 

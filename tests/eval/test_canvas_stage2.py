@@ -2,14 +2,12 @@
 
 import csv
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-import typer
 from PIL import Image
-from rich.console import Console
-from typer.testing import CliRunner
 
 from eval.canvas import stage2
 from eval.canvas.__main__ import main
@@ -79,11 +77,11 @@ def test_layers_behind_the_drop_work_on_the_words_alone(asked):
 
 def test_the_share_of_prompts_counts_those_below_the_default_in_both_ratios():
     never, one = stage2.cases([0.1], 2)
-    asked = {"exist": 4, "quadrant": 0, "where": 0, "count": 0}
+    asked = Counter(exist=4)
     looked = [(0.05, 0.0), (0.05, 0.2), (0.3, 0.0), (0.0999, 0.0999)]
     results = [
         Result(never, asked, asked, relevance=[RelevanceRecord(1, tv, vt, False) for tv, vt in looked]),
-        Result(one, asked | {"exist": 1}, asked, relevance=[RelevanceRecord(1, *each, True) for each in looked]),
+        Result(one, Counter(exist=1), asked, relevance=[RelevanceRecord(1, *each, True) for each in looked]),
     ]
     plain, dropping = stage2.records(results)
     assert stage2.TAU == 0.1 and plain["fires_by_default"] is None
@@ -94,20 +92,15 @@ def test_the_share_of_prompts_counts_those_below_the_default_in_both_ratios():
     assert dropping["text_to_visual_low"] == 0.05
     assert dropping["text_to_visual_high"] == pytest.approx(0.0999 + 0.7 * 0.2001, rel=1e-4)
     assert (plain["accuracy"], dropping["accuracy"]) == (1.0, 0.25)
-    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(stage2.render([plain, dropping]))
-    written = console.export_text()
+    written = stage2.render([plain, dropping]).text()
     assert "50.0 %" in written and "25.0 (5-70)" in written and "never" in written
 
 
-def test_the_command_writes_the_numbers_and_draws_them(tmp_path):
-    app = typer.Typer()
-    app.command()(main)
+def test_the_command_writes_the_numbers_and_draws_them(tmp_path, capsys):
     out = tmp_path / "out"
     arguments = ["--stage-2", "--questions", "4", "--quick", "--jobs", "1", "--keep-ratios", "0.25", "--out", str(out)]
-    run = CliRunner().invoke(app, arguments)
-    assert run.exit_code == 0, run.output
-    assert "text to visual" in run.output
+    main(arguments)
+    assert "text to visual" in capsys.readouterr().out
     assert {path.name for path in out.iterdir()} == {"stage2.json", "stage2.csv", "stage2.png"}
     written = json.loads((out / "stage2.json").read_text())
     keys = [(row["keep_ratio"], row["dropped_after"]) for row in written["results"]]

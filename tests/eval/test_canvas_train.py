@@ -8,11 +8,12 @@ import torch
 
 from eval.canvas import attention, batches
 from eval.canvas.batches import IGNORE, PREFIX, BatchStream
-from eval.canvas.data import GRID, KINDS, NUMBERS, Canvases, digits
+from eval.canvas.data import GRID, KINDS, NUMBERS, Canvases, digits, vocabulary
 from eval.canvas.losses import Heads, answer_loss, tower_features, tower_loss
 from eval.canvas.model import NEIGHBOURS, build_model, build_processor, build_tokenizer, export, load
 from eval.canvas.muon import Muon, orthogonalize
-from eval.canvas.train import Phase, Trainer
+from eval.canvas.steps import Phase
+from eval.canvas.train import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +29,11 @@ def model(tokenizer):
 
 @pytest.fixture(scope="module")
 def batch(tokenizer):
-    return BatchStream(Canvases("train", 1), tokenizer, 3, 2, 6)[1]
+    return BatchStream(Canvases("train", 1, kinds=KINDS), tokenizer, 3, 2, 9)[1]
 
 
 def test_dense_targets_say_what_each_patch_shows():
-    canvases = Canvases("train", 1)
+    canvases = Canvases("train", 1, kinds=KINDS)
     batch = BatchStream(canvases, build_tokenizer(NUMBERS), 2, 1, 6)[0]
     for row in range(2):
         canvas = canvases.canvas(row)
@@ -45,9 +46,13 @@ def test_dense_targets_say_what_each_patch_shows():
                 cx, cy = canvas.centres[owner]
                 assert batch.patch_quadrant[row, patch] == 2 * (cy > 64) + (cx > 64)
                 expected = [cx / 64 - 1, cy / 64 - 1]
+                rows, columns = np.nonzero(canvas.ink[owner] >= 0.08)
+                box = [columns.min(), rows.min(), columns.max(), rows.max()]
+                assert batch.patch_box[row, patch].tolist() == box
             else:
                 assert batch.patch_label[row, patch] in (10, IGNORE)
                 assert batch.patch_quadrant[row, patch] == IGNORE
+                assert batch.patch_box[row, patch].tolist() == [IGNORE] * 4
                 expected = [(8 * x + 4) / 64 - 1, (8 * y + 4) / 64 - 1]
             assert batch.patch_centre[row, patch].tolist() == pytest.approx(expected)
         assert batch.patch_is_centre[row].sum() <= len(canvas.labels)
@@ -134,20 +139,24 @@ def test_block_attention_equals_sdpa_with_the_mask(model, batch):
 
 def test_only_answers_and_the_ends_after_them_are_scored(batch, tokenizer):
     words = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    canvases = Canvases("train", 1)
+    canvases, kinds = Canvases("train", 1, kinds=KINDS), set()
     for row in range(3):
         asked = {}
-        every = canvases.all_questions(3 + row, canvases.canvas(3 + row), canvases.rng(3 + row, stream=2))
+        every = canvases.all_questions(3 + row, canvases.canvas(3 + row), 2, 5)
         for questions in every.values():
             asked |= {q.text: (q.kind, q.answer) for q in questions}
         for block in range(1, int(batch.block[row].max()) + 1):
             at = batch.block[row] == block
             tokens = [words[i] for i in batch.input_ids[row, at]]
             target, kind = batch.target[row, at].tolist(), batch.kind[row, at].tolist()
-            name, answer = asked[" ".join(tokens[:-1])]
-            assert tokens[-1] == answer == words[target[-2]] and words[target[-1]] == "</s>"
-            assert KINDS[kind[-2]] == name and kind[-1] == IGNORE
-            assert set(target[:-2]) <= {IGNORE}
+            length = sum(each != IGNORE for each in kind)
+            name, answer = asked[" ".join(tokens[:-length])]
+            assert tokens[-length:] == answer.split() == [words[each] for each in target[-length - 1 : -1]]
+            assert words[target[-1]] == "</s>" and kind[-1] == IGNORE
+            assert {KINDS[each] for each in kind[-length - 1 : -1]} == {name}
+            assert set(target[: -length - 1]) <= {IGNORE}
+            kinds.add(name)
+    assert kinds == set(KINDS)
     assert (batch.target[:, :PREFIX] == IGNORE).all()
 
 
@@ -163,8 +172,40 @@ def test_losses_reach_every_part_and_report_per_kind(model, batch):
     without = [n for n, _ in model.named_parameters() if n not in reached and "k_proj.bias" not in n]
     model.zero_grad()
     assert without == []
-    assert hits[1].sum() == (batch.kind != IGNORE).sum()
+    assert hits[1].sum() == batch.block.max(dim=1).values.sum()
     assert all(np.isfinite(value) for value in figures.values())
+
+
+def test_an_answer_is_right_if_all_of_its_words_are(model, batch, tokenizer):
+    """Of each question in turn the model is made to say the right words, or all but one of them."""
+    real = model.lm_head.forward
+    scored, hits = batch.target != IGNORE, []
+    for wrong in range(-1, 5):
+
+        def say(hidden, wrong=wrong):
+            target = batch.target[scored].clone()
+            for row, block in {(r, b) for r, b in zip(*map(list, _places(batch)), strict=True)}:
+                own = ((scored.nonzero()[:, 0] == row) & (batch.block[scored] == block)).nonzero().flatten()
+                if 0 <= wrong < len(own):
+                    target[own[wrong]] = tokenizer.unk_token_id
+            return torch.nn.functional.one_hot(target, len(tokenizer)).float() + 0 * real(hidden)
+
+        model.lm_head.forward = say
+        try:
+            projected = torch.zeros(3, 256, 128)
+            hits.append(answer_loss(model, projected, batch)[1])
+        finally:
+            model.lm_head.forward = real
+    asked = hits[0][1]
+    length = torch.tensor([{"box": 4, "read": 2}.get(kind, 1) for kind in KINDS])
+    assert asked.min() > 0 and torch.equal(hits[0][0], asked)
+    for wrong, (right, again) in enumerate(hits[1:]):
+        assert torch.equal(right, asked * (wrong >= length)) and torch.equal(again, asked)  # behind the answer is </s>
+
+
+def _places(batch):
+    rows, columns = (batch.block > 0).nonzero(as_tuple=True)
+    return rows.tolist(), batch.block[rows, columns].tolist()
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (8, 24), (24, 8)])
@@ -243,6 +284,27 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(trained, tm
     assert sum(record.get("event") == "start" for record in log) > 4
 
 
+def test_a_run_starts_from_a_trained_model_that_knows_fewer_words(tmp_path, monkeypatch):
+    monkeypatch.setattr("eval.canvas.model.vocabulary", lambda names: vocabulary(names)[:33])
+    short = build_tokenizer(NUMBERS)
+    torch.manual_seed(5)
+    old = build_model(short)
+    export(old, build_processor(short), tmp_path / "old")
+    monkeypatch.undo()
+    trainer = Trainer(tmp_path, digits(), 0, _phases(1), workers=0)
+    fresh = trainer.model.lm_head.weight[38:].clone()
+    trainer.start_from(tmp_path / "old")
+    for name, value in trainer.model.state_dict().items():
+        trained = old.state_dict()[name].bfloat16().float()
+        assert torch.equal(value[: len(trained)], trained), name
+    assert torch.equal(trainer.model.lm_head.weight[38:], fresh) and len(fresh) == 25
+
+    other = build_tokenizer(("shoe", "bag"))
+    export(build_model(other), build_processor(other), tmp_path / "other")
+    with pytest.raises(ValueError, match="are other ones"):
+        trainer.start_from(tmp_path / "other")
+
+
 def test_resume_without_a_checkpoint_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no checkpoint"):
         Trainer(tmp_path, digits(), 0, _phases(1), workers=0).resume()
@@ -259,4 +321,4 @@ def test_an_exported_model_loads_with_the_auto_classes_and_answers_alike(model, 
     )
     torch.testing.assert_close(inputs["pixel_values"][0], batch.pixels[0], atol=1e-5, rtol=0)
     assert (inputs["input_ids"] == model.config.image_token_id).sum() == batches.NUM_VISUAL
-    assert loaded.generation_config.max_new_tokens == 2
+    assert loaded.generation_config.max_new_tokens == 5

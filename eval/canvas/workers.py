@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import BatchFeature
 
-from eval.canvas.data import Canvases, Question, load_items
+from eval.canvas.data import Canvases, Question, kinds_known, load_items
 from eval.canvas.memory import early_layers_remembered
 from eval.canvas.model import load
 from eval.canvas.runner import Case, Result, draw_questions, encode, evaluate
@@ -28,7 +28,7 @@ class Plan:
     device: str
     items: Path | None
     seed: int
-    questions: int
+    questions: int  # at least so many with answers of one word
     batch_size: int
 
 
@@ -38,8 +38,12 @@ class Bench:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.model, self.processor = load(plan.model, getattr(torch, plan.dtype), plan.device)
-        self.canvases = Canvases("test", plan.seed, None if plan.items is None else load_items(plan.items))
-        self.questions = draw_questions(self.canvases, plan.questions)
+        items = None if plan.items is None else load_items(plan.items)
+        known = kinds_known(self.processor.tokenizer.get_vocab())
+        self.canvases = Canvases("test", plan.seed, items, kinds=known)
+        # Batches of short answers end early, and are the same whether or not longer ones are asked.
+        drawn = draw_questions(self.canvases, plan.questions)
+        self.questions = sorted(drawn, key=lambda question: len(question.answer.split()))
 
     def chunks(self) -> range:
         """First question of each chunk."""
