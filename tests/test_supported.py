@@ -221,7 +221,7 @@ def test_a_missing_package_of_the_command_line_is_named(missing):
     code = f"import sys, runpy; sys.modules[{missing!r}] = None; runpy.run_module('vltok', run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr == f"python -m vltok needs {missing}: python -m pip install 'vltok[cli]'\n"
+    assert done.stderr == f"vltok's command line needs {missing}: python -m pip install 'vltok[cli]'\n"
 
 
 def test_help_names_the_commands():

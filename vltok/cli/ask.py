@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from vltok.report import Report
 
 
 def ask(
@@ -56,18 +61,22 @@ def ask(
         typer.echo(f"drew {out}")
 
 
-def _costs(report: object) -> tuple[str, str]:
-    counts = f"{sum(report.kept_tokens[0])} of {sum(report.visual_tokens[0])}"
-    return counts, f"{report.kv_bytes / 2**20:.2f} MiB"
+def _costs(report: Report) -> tuple[str, str]:
+    """How many visual tokens there were, and the size of the KV cache where pruning saw it."""
+    if report.visual_tokens:
+        tokens = f"{sum(report.kept_tokens[0])} of {sum(report.visual_tokens[0])}"
+        return tokens, f"{report.kv_bytes / 2**20:.2f} MiB"
+    condensed = report.condensed
+    return ("" if condensed is None else f"{condensed.tokens} for {condensed.patches} patches"), ""
 
 
-def _drawing(picture: object, report: object) -> object:
+def _drawing(picture: Image.Image, report: Report) -> Image.Image:
     from vltok.drawing import draw_kept
 
     return draw_kept(picture, report.keep_indices[0][0], report.grids[0][0])
 
 
-def _side_by_side(drawings: list) -> object:
+def _side_by_side(drawings: list[Image.Image]) -> Image.Image:
     from PIL import Image
 
     width, height = drawings[0].size
@@ -77,6 +86,6 @@ def _side_by_side(drawings: list) -> object:
     return whole
 
 
-def _stop(message: str, error: Exception) -> None:
+def _stop(message: str, error: Exception) -> NoReturn:
     typer.secho(f"error: {message}", err=True, fg="red")
     raise typer.Exit(1) from error
