@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-import vltok
+from vltok.api import apply
 from vltok.files import find_model
 from vltok.method import Method
+from vltok.methods import StrideTokens
 from vltok.report import Report
 
 
@@ -79,8 +80,8 @@ class Asked:
             method: A method, or its text; None keeps all visual tokens, and only counts them.
             max_words: The most tokens of the answer.
         """
-        method = vltok.StrideTokens(keep_ratio=1.0) if method is None else method
-        with vltok.apply(self.model, method, processor=self.processor) as handle:
+        method = StrideTokens(keep_ratio=1.0) if method is None else method
+        with apply(self.model, method, processor=self.processor) as handle:
             prompt = self.prompt(question, len(images))
             inputs = self.processor(images=list(images), text=prompt, return_tensors="pt")
             inputs = inputs.to(self.model.device, self.model.dtype)

@@ -87,14 +87,14 @@ def _fill(model: Any, view: Any) -> None:
 
 def _tried(model: Any, processor: Any) -> dict[str, str]:
     """Why each method does not go on a model, by its name; "" for those that do."""
-    import vltok
+    from vltok.api import apply
     from vltok.errors import VltokError
     from vltok.method import methods_by_name
 
     found = {}
     for name, cls in sorted(methods_by_name().items()):
         try:
-            vltok.apply(
+            apply(
                 model,
                 cls(**({"keep_ratio": 0.5} if "keep_ratio" in cls.__dataclass_fields__ else {})),
                 processor=processor,
