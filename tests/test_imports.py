@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -32,7 +33,20 @@ MAY_IMPORT = {
         "visual",
     },
     "__main__": {"cli"},
-    "cli": {"errors", "families", "serving"},
+    "cli": {
+        "api",
+        "convert",
+        "drawing",
+        "errors",
+        "families",
+        "files",
+        "method",
+        "methods",
+        "report",
+        "serving",
+        "train",
+    },
+    "drawing": {"errors", "tokens"},
     "api": {"calls", "edits", "families", "handle", "method", "run"},
     "handle": {"calls", "edits", "method", "report", "run", "version"},
     "serialization": {"api", "checks", "engine", "errors", "families", "files", "handle", "method"},
@@ -79,9 +93,11 @@ MAY_IMPORT = {
 }
 # All else but the standard library that a part may import: all but engine and families is pure tensor code.
 LIBRARIES = {
+    "__init__": {"lazy_loader"},
     "engine": {"torch", "transformers"},
     "families": {"torch", "transformers", "timm"},
-    "cli": {"rich", "typer"},
+    "cli": {"PIL", "rich", "torch", "transformers", "typer"},
+    "drawing": {"torch", "PIL"},
     "files": {"torch", "huggingface_hub", "safetensors"},
     "serialization": {"torch", "safetensors", "transformers"},
     "convert": {"torch", "safetensors", "tqdm", "transformers", "typer"},
@@ -122,6 +138,14 @@ def forbidden(part: str, source: str) -> list[str]:
         elif library not in LIBRARIES.get(part, {"torch"}) | sys.stdlib_module_names:
             found.append(name)
     return found
+
+
+def test_the_public_names_follow_the_dependency_direction():
+    """Those of the stub, which have to be named relative to the package."""
+    source = (ROOT / "vltok" / "__init__.pyi").read_text(encoding="utf-8")
+    source = re.sub(r"from \.(\w)", r"from vltok.\1", source).replace("from . import", "from vltok import")
+    assert len(list(imports(source))) > 50
+    assert forbidden("__init__", source) == []
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
@@ -176,9 +200,10 @@ def loaded_after(statement: str) -> set[str]:
     return set(json.loads(run.stdout.splitlines()[-1]))
 
 
-def test_importing_vltok_loads_torch_and_nothing_else():
-    loaded = loaded_after("import vltok")
-    libraries = {name.partition(".")[0] for name in loaded - loaded_after("import torch")}
+def test_importing_vltok_loads_nothing_and_its_names_torch_alone():
+    assert not {"torch", "transformers", "numpy"} & loaded_after("import vltok")
+    loaded = loaded_after("import vltok\nfor name in vltok.__all__:\n    getattr(vltok, name)")
+    libraries = {name.partition(".")[0] for name in loaded - loaded_after("import torch, lazy_loader")}
     assert "torch" in loaded
     assert libraries - sys.stdlib_module_names == {"vltok"}
     assert not {"transformers", "timm", "PIL", "safetensors", "triton", "matplotlib"} & loaded

@@ -181,10 +181,10 @@ def test_models_of_another_design_are_refused_with_the_reason(make, reason, wrap
 # The table for people
 
 
-def test_the_readme_has_the_table():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    told = readme.partition(f"{BEGIN}\n")[2].partition(END)[0]
-    assert told == markdown(), "run: python -m vltok families --into README.md"
+def test_the_page_has_the_table():
+    page = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
+    told = page.partition(f"{BEGIN}\n")[2].partition(END)[0]
+    assert told == markdown(), "run: python -m vltok families --into docs/families.md"
 
 
 def test_the_command_writes_the_table_between_the_markers_and_nothing_else(tmp_path):
@@ -221,7 +221,7 @@ def test_a_missing_package_of_the_command_line_is_named(missing):
     code = f"import sys, runpy; sys.modules[{missing!r}] = None; runpy.run_module('vltok', run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr == f"python -m vltok needs {missing}: python -m pip install 'vltok[cli]'\n"
+    assert done.stderr == f"vltok's command line needs {missing}: python -m pip install 'vltok[cli]'\n"
 
 
 def test_help_names_the_commands():

@@ -1,4 +1,4 @@
-"""Runs the command line: `python -m vltok`."""
+"""Runs the command line: `vltok`, or `python -m vltok`."""
 
 try:
     from vltok.cli import app
@@ -6,7 +6,13 @@ except ModuleNotFoundError as error:
     library = (error.name or "").partition(".")[0]
     if library not in ("typer", "rich"):
         raise
-    raise SystemExit(f"python -m vltok needs {library}: python -m pip install 'vltok[cli]'") from error
+    raise SystemExit(f"vltok's command line needs {library}: python -m pip install 'vltok[cli]'") from error
+
+
+def main() -> None:
+    """Run it."""
+    app(prog_name="vltok")
+
 
 if __name__ == "__main__":
-    app(prog_name="python -m vltok")
+    main()

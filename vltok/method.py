@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from importlib import import_module
 from typing import Any, ClassVar, TypeVar
 
 from vltok.edits import Edits
@@ -70,11 +71,12 @@ class Method:
         settings = dict(data)
         name = settings.pop("method", None)
         source = "" if writer is None else f" (written by vltok {writer})"
-        if not isinstance(name, str) or name not in _METHODS:
+        known_methods = methods_by_name()
+        if not isinstance(name, str) or name not in known_methods:
             raise CheckpointError(
-                f"unknown method {name!r}{source}{_nearest([name], _METHODS)} {', '.join(sorted(_METHODS))}"
+                f"unknown method {name!r}{source}{_nearest([name], known_methods)} {', '.join(sorted(known_methods))}"
             )
-        cls = _METHODS[name]
+        cls = known_methods[name]
         version = settings.pop("version", None)
         if version != cls.version:
             raise CheckpointError(
@@ -114,8 +116,14 @@ class Method:
     @staticmethod
     def from_settings(name: str, settings: Mapping[str, Any]) -> Method:
         """Build the method that a person names, with these settings; errors are those of `from_dict` and its own."""
-        version = _METHODS[name].version if name in _METHODS else None
+        version = getattr(methods_by_name().get(name), "version", None)
         return Method.from_dict({"method": name, "version": version, **settings}, writer=None)
+
+
+def methods_by_name() -> dict[str, type[Method]]:
+    """The methods that saved files and texts may name, those of vltok and those that were registered."""
+    import_module("vltok.methods")  # each file of it registers its own
+    return _METHODS
 
 
 def _nearest(given: Iterable[object], known: Iterable[str]) -> str:
@@ -141,10 +149,11 @@ def register(name: str) -> Callable[[M], M]:
     """
 
     def decorate(cls: M) -> M:
-        if name in _METHODS:
-            raise ValueError(f"a method named {name!r} is already registered: {_METHODS[name].__name__}")
+        known = methods_by_name()
+        if name in known:
+            raise ValueError(f"a method named {name!r} is already registered: {known[name].__name__}")
         cls.name = name
-        _METHODS[name] = cls
+        known[name] = cls
         return cls
 
     return decorate

@@ -1,4 +1,4 @@
-"""`python -m vltok serve`: the command that starts vLLM's server with pruning."""
+"""`vltok serve`: the command that starts vLLM's server with pruning."""
 
 from __future__ import annotations
 
@@ -6,9 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-
-from vltok.errors import VltokError
-from vltok.serving.overrides import vllm_command, vllm_overrides
 
 
 def serve(
@@ -25,6 +22,9 @@ def serve(
     ] = False,
 ) -> None:
     """Print the command line that serves a model pruned with vLLM. What follows behind -- is handed on to vLLM."""
+    from vltok.errors import VltokError
+    from vltok.serving.overrides import vllm_command, vllm_overrides
+
     try:
         overrides = vllm_overrides(model, method, max_keep_ratio, max_num_keep)
     except (VltokError, ValueError) as error:
