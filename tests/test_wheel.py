@@ -15,6 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Who looks for what, and which of these programs must be installed to load it.
 ENTRY_POINTS = {
+    "console_scripts": {"vltok": "vltok.__main__:main"},
     "lmms_eval.models": {"vltok": "vltok.integrations.lmms_eval:manifests"},
     "vllm.general_plugins": {"vltok": "vltok.serving.vllm:register"},
 }
@@ -37,7 +38,7 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
 def test_the_wheel_holds_every_module_and_nothing_else(wheel):
     names = {name for name in wheel.namelist() if ".dist-info/" not in name}
     expected = {str(path.relative_to(ROOT)) for path in (ROOT / "vltok").rglob("*.py")}
-    assert names == {*expected, "vltok/py.typed"}
+    assert names == {*expected, "vltok/__init__.pyi", "vltok/py.typed"}
 
 
 def test_the_wheel_tells_other_programs_where_vltok_is(wheel):
