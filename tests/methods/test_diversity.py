@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from visual import exact_row
 
+from vltok.kernels import greedy as kernel
 from vltok.methods.pruning import greedy
 from vltok.methods.pruning.divprune import max_min_order, select_max_min
 from vltok.methods.pruning.todre import diverse_order, select_diverse
@@ -100,7 +101,7 @@ def test_divprune_takes_one_token_of_every_group_of_equal_ones():
 
 @pytest.mark.parametrize("fault", ["bfloat16 similarity", "not masked", "first row for all", "not normalised"])
 def test_planted_faults_miss_the_golden_picks(fault, monkeypatch):
-    right = greedy._follow
+    right = kernel.follow
 
     def follow(row_of, first, num_keep, score, scale):
         def wrong_row_of(index):
@@ -111,7 +112,7 @@ def test_planted_faults_miss_the_golden_picks(fault, monkeypatch):
 
         return right(wrong_row_of, first, num_keep, score, scale)
 
-    monkeypatch.setattr(greedy, "_follow", follow)
+    monkeypatch.setattr(kernel, "follow", follow)
     if fault == "not normalised":
         monkeypatch.setattr(greedy, "_inverse", torch.ones_like)
     wrong = 0
