@@ -408,5 +408,10 @@ def test_bad_arguments_say_what_is_allowed(tokens, num_keep, pivot, strategy, me
         select_diverse(tokens, num_keep, torch.tensor(pivot), strategy)
 
 
+def test_first_picks_may_be_of_a_dtype_that_holds_no_length():
+    tokens, first = clustered(2, 300, 16), torch.tensor([3, 100])
+    assert torch.equal(diverse_order(tokens, 9, first.to(torch.int8)), diverse_order(tokens, 9, first))
+
+
 def test_an_empty_batch_is_fine():
     assert select_diverse(torch.ones(0, 5, 3), 2, torch.empty(0, dtype=torch.int64)).shape == (0, 2)

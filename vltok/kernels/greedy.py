@@ -58,14 +58,16 @@ def follow(
     row_of: RowOf, first: torch.Tensor, num_keep: int, score: Score, scale: torch.Tensor | None = None
 ) -> torch.Tensor:
     """What `pick_apart` computes, where `row_of` gives the rows (B, N) at (B,); they may be lost at its next call."""
-    fold = torch.add if score == "sum" else torch.maximum
-    picks, total = [first.long()], None
-    while len(picks) < num_keep:
-        row = row_of(picks[-1])
+    fold = torch.Tensor.add_ if score == "sum" else torch.Tensor.clamp_min_  # in place, the larger of two numbers
+    pick = first.long()
+    picks, total = [pick], None
+    for step in range(1, num_keep):
+        row = row_of(pick)
         # +inf stays +inf, so no item is picked twice.
-        total = row.clone() if total is None else fold(total, row, out=total)
-        nearness = total if scale is None else (total - (len(picks) if score == "sum" else 1)) * scale
-        picks.append(nearness.argmin(1))  # documented to return the first of equal values, on any device
+        total = row.clone() if total is None else fold(total, row)
+        nearness = total if scale is None else (total - (step if score == "sum" else 1)) * scale
+        pick = nearness.argmin(1)  # documented to return the first of equal values, on any device
+        picks.append(pick)
     return torch.stack(picks, 1)
 
 
