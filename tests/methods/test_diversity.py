@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from visual import exact_row
 
+from vltok.kernels import greedy as kernel
 from vltok.methods.pruning import greedy
 from vltok.methods.pruning.divprune import max_min_order, select_max_min
 from vltok.methods.pruning.todre import diverse_order, select_diverse
@@ -100,7 +101,7 @@ def test_divprune_takes_one_token_of_every_group_of_equal_ones():
 
 @pytest.mark.parametrize("fault", ["bfloat16 similarity", "not masked", "first row for all", "not normalised"])
 def test_planted_faults_miss_the_golden_picks(fault, monkeypatch):
-    right = greedy._follow
+    right = kernel.follow
 
     def follow(row_of, first, num_keep, score, scale):
         def wrong_row_of(index):
@@ -111,7 +112,7 @@ def test_planted_faults_miss_the_golden_picks(fault, monkeypatch):
 
         return right(wrong_row_of, first, num_keep, score, scale)
 
-    monkeypatch.setattr(greedy, "_follow", follow)
+    monkeypatch.setattr(kernel, "follow", follow)
     if fault == "not normalised":
         monkeypatch.setattr(greedy, "_inverse", torch.ones_like)
     wrong = 0
@@ -405,6 +406,11 @@ def test_very_small_and_large_embeddings_are_compared_all_the_same(scale, route)
 def test_bad_arguments_say_what_is_allowed(tokens, num_keep, pivot, strategy, message):
     with pytest.raises(ValueError, match=message):
         select_diverse(tokens, num_keep, torch.tensor(pivot), strategy)
+
+
+def test_first_picks_may_be_of_a_dtype_that_holds_no_length():
+    tokens, first = clustered(2, 300, 16), torch.tensor([3, 100])
+    assert torch.equal(diverse_order(tokens, 9, first.to(torch.int8)), diverse_order(tokens, 9, first))
 
 
 def test_an_empty_batch_is_fine():

@@ -13,9 +13,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
+
+from vltok.kernels.greedy import RowOf, Score, follow, pick_apart, rows_of
 
 GRAM_ENTRIES = 2**28  # entries of the Gram matrices held at a time: 1 GiB of float32
 _PRECISION_LOCK = threading.RLock()
@@ -25,14 +27,14 @@ def greedy_order(
     tokens: torch.Tensor,
     num_keep: int,
     start: torch.Tensor | None,
-    score: Literal["sum", "max"],
+    score: Score,
     weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Pick again and again the token that is least similar to those picked before.
 
     Costs one (symmetric) product X X^T per image, or `num_keep` products of X with a row, whichever is cheaper at this
-    size, and a few operations on N numbers per pick. The host waits for the device once, at the end, to report unusable
-    embeddings.
+    size, and a few operations on N numbers per pick, or one Triton program for all picks, see
+    `vltok.kernels.greedy.pick_apart`. The host waits for the device once, at the end, to report unusable embeddings.
 
     Args:
         tokens: B sets of tokens, (B, N, D), any float dtype. A row of norm zero is similar to none.
@@ -54,20 +56,24 @@ def greedy_order(
     batch, length, _ = tokens.shape
     if start is not None and (start.shape != (batch,) or start.is_floating_point()):
         raise ValueError(f"the first picks must be ({batch},) indices, got {start.dtype} of shape {tuple(start.shape)}")
-    start = None if start is None else start.to(tokens.device)
+    if start is not None:
+        start = start.to(tokens.device, torch.int64)
+        inside = start.clamp(0, length - 1)
 
     scales = None if weights is None else weights.float().clamp_min(1e-12)  # +inf times 0 would be no number
 
-    def follow(rows: CosineRows, part: slice) -> torch.Tensor:
+    def pick(rows: CosineRows, part: slice) -> torch.Tensor:
         scale = None if scales is None else scales[part]
-        first = rows.isolated(scale) if start is None else start[part].clamp(0, length - 1)
-        return _follow(rows.row_of, first, num_keep, score, scale)
+        first = rows.isolated(scale) if start is None else inside[part]
+        if rows.matrix is None:
+            return follow(rows.row_of, first, num_keep, score, scale)
+        return pick_apart(rows.matrix, first, num_keep, score, scale)
 
-    picks, usable = pick_by_cosine(tokens, num_keep, follow, isolated=start is None)
+    picks, usable = pick_by_cosine(tokens, num_keep, pick, isolated=start is None)
     if start is not None:
-        usable = usable & ((start >= 0) & (start < length)).all()
+        usable = usable & (inside == start).all()
     if not usable:  # the one point where the host waits
-        if start is not None and ((start < 0) | (start >= length)).any():
+        if start is not None and (inside != start).any():
             raise ValueError(f"the first picks must be in 0..{length - 1}, got {start.tolist()}")
         raise unusable(tokens)
     return picks
@@ -88,9 +94,6 @@ def cosine_matrix(tokens: torch.Tensor) -> torch.Tensor:
         return _cosines(tokens)[0]
 
 
-RowOf = Callable[[torch.Tensor], torch.Tensor]
-
-
 class CosineRows(NamedTuple):
     """The cosines among the tokens of each of B sets.
 
@@ -98,12 +101,14 @@ class CosineRows(NamedTuple):
         row_of: Gives the cosines of one token of each set, (B,), with its set, (B, N), +inf with itself. What it gives
             may be written to, and is lost at the next call.
         norms: Norms of the tokens, (B, N), float32.
+        matrix: All of them, (B, N, N), +inf on the diagonal. None where rows are made one by one.
         isolated: Gives the token of each set whose nearest neighbour is farthest away, (B,), where the distances of
             each token count so much, (B, N), or None. None where rows are made one by one.
     """
 
     row_of: RowOf
     norms: torch.Tensor
+    matrix: torch.Tensor | None
     isolated: Callable[[torch.Tensor | None], torch.Tensor] | None
 
 
@@ -144,6 +149,8 @@ def pick_by_cosine(
             rows = (_rows_of_gram if from_gram else _rows_one_by_one)(tokens[part])
             picks.append(follow(rows, part))
             usable.append(rows.norms.amax() < math.inf)  # false for NaN, too
+    if len(picks) == 1:  # by far the most often, and small images notice two operations
+        return picks[0], usable[0]
     return torch.cat(picks), torch.stack(usable).all()
 
 
@@ -177,30 +184,11 @@ def _check(tokens: torch.Tensor, num_keep: int) -> None:
         raise ValueError(f"num_keep must be in 1..{tokens.shape[1]} (the visual tokens), got {num_keep}")
 
 
-def _follow(row_of: RowOf, first: torch.Tensor, num_keep: int, score: str, scale: torch.Tensor | None) -> torch.Tensor:
-    """Pick greedily after `first`, (B,); `row_of` gives a token's cosines with its set, (B, N), +inf with itself."""
-    fold = torch.add if score == "sum" else torch.maximum
-    picks, total = [first.long()], None
-    while len(picks) < num_keep:
-        row = row_of(picks[-1])
-        # +inf stays +inf, so no token is picked twice.
-        total = row.clone() if total is None else fold(total, row, out=total)
-        nearness = total if scale is None else (total - (len(picks) if score == "sum" else 1)) * scale
-        picks.append(nearness.argmin(1))  # documented to return the first of equal values, on any device
-    return torch.stack(picks, 1)
-
-
 def _rows_of_gram(tokens: torch.Tensor) -> CosineRows:
     """Cosines from one product X X^T per image."""
-    batch, length, _ = tokens.shape
     cosine, norms = _cosines(tokens)
     diagonal = cosine.diagonal(dim1=1, dim2=2)
     diagonal.fill_(math.inf)
-    rows = cosine.view(-1, length)
-    offsets = torch.arange(batch, device=tokens.device) * length if batch > 1 else None
-
-    def row_of(index: torch.Tensor) -> torch.Tensor:
-        return rows.index_select(0, index if offsets is None else index + offsets)
 
     def isolated(scale: torch.Tensor | None) -> torch.Tensor:
         diagonal.fill_(-math.inf)
@@ -208,7 +196,7 @@ def _rows_of_gram(tokens: torch.Tensor) -> CosineRows:
         diagonal.fill_(math.inf)
         return (nearest if scale is None else (nearest - 1) * scale).argmin(1)
 
-    return CosineRows(row_of, norms, isolated)
+    return CosineRows(rows_of(cosine), norms, cosine, isolated)
 
 
 def _cosines(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -248,7 +236,7 @@ def _rows_one_by_one(tokens: torch.Tensor) -> CosineRows:
         flat_row.index_add_(0, index, infinity)
         return row
 
-    return CosineRows(row_of, norms, None)
+    return CosineRows(row_of, norms, None, None)
 
 
 def _inverse(norms: torch.Tensor) -> torch.Tensor:
