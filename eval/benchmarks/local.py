@@ -37,7 +37,7 @@ def build(
     for index in range(canvases):
         canvas = source.canvas(index)
         picture = Image.fromarray(canvas.image)
-        for question in source.questions(index, canvas):
+        for question in source.questions(index):
             task, row = ROWS[question.kind](question)
             rows[task].append({"question_id": str(len(rows[task])), "image": picture, **row})
         for row in boxes(canvas):

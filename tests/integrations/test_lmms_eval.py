@@ -154,7 +154,7 @@ def test_the_trained_model_answers_as_by_hand(method):
     asked = [
         {"question": question.text, "images": [Image.fromarray(canvas.image)], "answer": question.answer}
         for index, canvas in enumerate(drawn)
-        for question in source.questions(index, canvas)
+        for question in source.questions(index)
     ]
     lm = model(MODEL_DIR, method=method, batch_size=4)
     found = texts(lm, requests(lm, asked, max_new_tokens=2))

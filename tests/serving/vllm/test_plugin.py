@@ -32,7 +32,8 @@ def test_vllm_finds_the_plugin():
 
 
 def test_the_plugin_loads_nothing_but_what_vllm_and_vltok_load_anyway():
-    vllm, vltok = loaded_after(VLLM), loaded_after("import vltok")
+    names = "import vltok\nfor name in vltok.__all__:\n    getattr(vltok, name)"
+    vllm, vltok = loaded_after(VLLM), loaded_after(names)
     more = loaded_after(VLLM, PLUGIN, NAMES, ARE_KNOWN) - vllm - vltok - {"vllm.plugins"}
     assert {name for name in more if not name.startswith("vltok.serving")} == set()
     assert not any(name.startswith("vltok.serving.vllm.") and name != "vltok.serving.vllm.config" for name in more)
