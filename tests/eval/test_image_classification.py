@@ -1,7 +1,9 @@
 """`python -m eval.image_classification` as a command: tables, files, going on, starting from trained models."""
 
 import json
+from functools import partial
 
+import commands
 import numpy as np
 import pytest
 from safetensors.torch import load_file
@@ -28,14 +30,7 @@ def data(tmp_path_factory):
     return path
 
 
-def call(*arguments):
-    command.main([*map(str, arguments)])
-
-
-def refused(*arguments):
-    with pytest.raises(SystemExit) as stopped:
-        call(*arguments)
-    return str(stopped.value)
+call, refused = partial(commands.call, command), partial(commands.refused, command)
 
 
 ARMS = ["--arm", "softmax=", "--arm", "soft=soft,ratio=2", "--seeds", "0,1"]

@@ -2,7 +2,9 @@
 
 import csv
 import json
+from functools import partial
 
+import commands
 import cv2
 import imagecorruptions
 import numpy as np
@@ -65,14 +67,7 @@ def made(tmp_path_factory):
     return root
 
 
-def call(*arguments):
-    command.main([*map(str, arguments)])
-
-
-def refused(*arguments):
-    with pytest.raises(SystemExit) as stopped:
-        call(*arguments)
-    return str(stopped.value)
+call, refused = partial(commands.call, command), partial(commands.refused, command)
 
 
 def cells(out, name="plain", seed=0):

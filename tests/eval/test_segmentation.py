@@ -1,7 +1,9 @@
 """`python -m eval.segmentation`: mIoU against a loop over pixels, the layouts, corruptions, going on, faults."""
 
 import json
+from functools import partial
 
+import commands
 import imagecorruptions
 import numpy as np
 import pytest
@@ -76,14 +78,7 @@ def mean_iou(ious):
     return np.mean([each for each in ious if each is not None])
 
 
-def call(*arguments):
-    command.main([*map(str, arguments)])
-
-
-def refused(*arguments):
-    with pytest.raises(SystemExit) as stopped:
-        call(*arguments)
-    return str(stopped.value)
+call, refused = partial(commands.call, command), partial(commands.refused, command)
 
 
 def cells(out, name="m"):

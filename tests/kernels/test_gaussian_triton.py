@@ -6,14 +6,9 @@ it; there the tests of `TestKernels` run on the CPU.
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from interpreter import HAS_TRITON, IS_INTERPRETED, check_interpreted, needs_triton, outside
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -21,9 +16,6 @@ from vltok.kernels import gaussian_mix as module
 from vltok.kernels.gaussian import gaussian_kernel
 from vltok.kernels.gaussian_mix import gaussian_mix
 
-ROOT = Path(__file__).parents[2]
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if IS_INTERPRETED else "cuda"
 SIZES = [  # B, N, M, d, e
     (2, 37, 21, 5, 3),
@@ -34,25 +26,16 @@ SIZES = [  # B, N, M, d, e
     (3, 1, 1, 1, 1),
     (1, 1, 600, 2, 1),
 ]
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton isn't installed: pip install triton")
 
 
 @needs_triton
-@pytest.mark.skipif(IS_INTERPRETED, reason="this process is the interpreter's")
+@outside
 def test_the_kernels_agree_with_torch_in_the_interpreter():
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{__file__}::TestKernels"],
-        cwd=ROOT,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert "skipped" not in run.stdout
+    check_interpreted(f"{__file__}::TestKernels")
 
 
 @needs_triton
-@pytest.mark.skipif(IS_INTERPRETED, reason="this process is the interpreter's")
+@outside
 @pytest.mark.parametrize("precision", ["ieee", "tf32x3"])
 @pytest.mark.parametrize(
     "outputs", [{"out_ptr"}, {"pull_ptr", "x_weight_ptr"}, {"out_ptr", "pull_ptr", "x_weight_ptr"}]
@@ -73,7 +56,7 @@ def test_the_kernel_compiles_where_blocks_differ_in_size(outputs, precision):
 
 
 @needs_triton
-@pytest.mark.skipif(IS_INTERPRETED, reason="this process is the interpreter's")
+@outside
 def test_triton_on_cpu_tensors_is_an_error_without_the_interpreter():
     x = torch.ones(3, 2)
     with pytest.raises(ValueError, match="needs CUDA tensors, or TRITON_INTERPRET=1"):

@@ -6,9 +6,6 @@ it; there the tests of `TestKernel` run on the CPU.
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,34 +14,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreter import HAS_TRITON, IS_INTERPRETED, check_interpreted, needs_triton, outside
 from safetensors.torch import load_file
 
 from vltok.kernels import greedy as module
 from vltok.methods.pruning.divprune import max_min_order
 from vltok.methods.pruning.todre import diverse_order
 
-ROOT = Path(__file__).parents[2]
-DATA = ROOT / "tests" / "data"
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DATA = Path(__file__).parents[1] / "data"
 DEVICE = "cpu" if IS_INTERPRETED else "cuda"
 PIVOTS = {"todre_select_n48_d16": (0, 7, 47), "todre_select_n576_d64": (0, 226, 575)}
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton isn't installed: pip install triton")
-outside = pytest.mark.skipif(IS_INTERPRETED, reason="this process is the interpreter's")
 
 
 @needs_triton
 @outside
 def test_the_kernel_picks_what_torch_picks_in_the_interpreter():
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{__file__}::TestKernel"],
-        cwd=ROOT,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert "skipped" not in run.stdout
+    check_interpreted(f"{__file__}::TestKernel")
 
 
 @needs_triton

@@ -1,4 +1,4 @@
-"""Asking a model about images, with methods and without: what `vltok ask` and the demo page do."""
+"""Asking a model about images, with methods and without: what `vltok ask` does."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vltok.api import apply
 from vltok.files import find_model
@@ -55,6 +54,8 @@ class Asked:
             OSError: If it is not here.
             ValueError: If it takes no images.
         """
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
         name, here = find_model(model, download), {"local_files_only": not download}
         loaded = AutoModelForImageTextToText.from_pretrained(name, dtype="auto", **here)
         loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any
 
@@ -94,11 +95,8 @@ def _tried(model: Any, processor: Any) -> dict[str, str]:
     found = {}
     for name, cls in sorted(methods_by_name().items()):
         try:
-            apply(
-                model,
-                cls(**({"keep_ratio": 0.5} if "keep_ratio" in cls.__dataclass_fields__ else {})),
-                processor=processor,
-            ).remove()
+            takes_ratio = "keep_ratio" in {field.name for field in fields(cls)}
+            apply(model, cls(keep_ratio=0.5) if takes_ratio else cls(), processor=processor).remove()
             found[name] = ""
         except (VltokError, ValueError, TypeError) as error:
             found[name] = str(error)
