@@ -16,7 +16,7 @@ def render(records: Sequence[dict]) -> Table:
     """
     steps = sorted({"{steps} x {batch_size}".format(**r["run"]["budget"]) for r in records})
     table = Table(
-        ["part", "projector", "split", "tokens", "seeds", *heads()],
+        ["part", "projector", "split", "tokens", "seeds", *heads(SCORES)],
         title=f"Accuracy in %, mean (min-max) over seeds; steps x canvases: {', '.join(steps)}",
         left=3,
     )

@@ -12,8 +12,7 @@ import numpy as np
 from matplotlib.ticker import NullLocator
 
 from eval.canvas.data import GRID, PATCH
-from eval.canvas.runner import SCORES
-from eval.canvas.table import TITLES
+from eval.canvas.table import TITLES, scored
 
 STYLES = {
     "ToDRE, stage 1": ("#c1272d", "o", "-"),
@@ -41,7 +40,7 @@ def plot_accuracy(
         path: Where the PNG goes.
         along: What they stand over: visual tokens, or the time of the prefill as a ratio to the unpruned model's.
     """
-    shown = [score for score in SCORES if any(row[f"{score}_accuracy"] is not None for row in rows)]
+    shown = scored(rows)
     size = -(-len(shown) // 4), min(4, len(shown))
     figure, grid = plt.subplots(
         *size, figsize=(15, 1 + 3.6 * size[0]), sharey=True, squeeze=False, layout="constrained"
@@ -157,7 +156,7 @@ def plot_kept(images: Sequence[np.ndarray], kept: dict[str, list[list[int]]], pa
         path: Where the PNG goes.
         title: Above everything.
     """
-    columns = ["picture", *kept]
+    columns = ["image", *kept]
     figure, axes = plt.subplots(
         len(images),
         len(columns),
@@ -167,10 +166,10 @@ def plot_kept(images: Sequence[np.ndarray], kept: dict[str, list[list[int]]], pa
     )
     for row, image in enumerate(images):
         for axis, name in zip(axes[row], columns, strict=True):
-            axis.imshow(image if name == "picture" else _dim_dropped(image, kept[name][row]), interpolation="nearest")
+            axis.imshow(image if name == "image" else _dim_dropped(image, kept[name][row]), interpolation="nearest")
             axis.set_xticks([])
             axis.set_yticks([])
-            if name != "picture":
+            if name != "image":
                 _outline(axis, kept[name][row])
             if row == 0:
                 axis.set_title(name, fontsize=11)

@@ -11,7 +11,7 @@ import numpy as np
 
 import vltok
 from eval.canvas.runner import Case, Result
-from eval.canvas.table import asked, cells, figures, heads, number
+from eval.canvas.table import asked, cells, figures, heads, number, scored
 from eval.tables import Table
 from vltok.report import RelevanceRecord
 
@@ -72,8 +72,9 @@ def _looked_at(seen: Sequence[RelevanceRecord]) -> dict[str, object]:
 
 def render(rows: Sequence[dict[str, object]]) -> Table:
     """The table for people."""
+    scores = scored(rows)
     table = Table(
-        ["keep", "dropped\nafter", "text to visual, %", "fires", *heads(), "tokens\n/layer", "KV\nKiB"],
+        ["keep", "dropped\nafter", "text to visual, %", "fires", *heads(scores), "tokens\n/layer", "KV\nKiB"],
         title="All visual tokens dropped after a decoder layer: accuracy in % (95 % interval). "
         f"Questions: {asked(rows[0])}",
         notes=[
@@ -91,5 +92,5 @@ def render(rows: Sequence[dict[str, object]]) -> Table:
             fires = f"{100 * row['fires_by_default']:.1f} %"
             looked = [row["dropped_after"], f"{mean:.0f} ({low:.0f}-{high:.0f})", fires]
         costs = [f"{row['tokens_per_layer']:.0f}", f"{row['kv_bytes'] / 1024:.0f}"]
-        table.add(f"{100 * row['keep_ratio']:g} %", *looked, *cells(row), *costs)
+        table.add(f"{100 * row['keep_ratio']:g} %", *looked, *cells(row, scores), *costs)
     return table

@@ -64,32 +64,39 @@ def write(rows: Sequence[dict[str, object]], settings: dict[str, object], folder
         writer.writerows(rows)
 
 
-def heads() -> list[str]:
+def scored(rows: Sequence[Mapping[str, object]]) -> list[str]:
+    """The scores that a model got in any of the records: it is asked what it has words for."""
+    return [score for score in SCORES if any(row[f"{score}_accuracy"] is not None for row in rows)]
+
+
+def heads(scores: Sequence[str]) -> list[str]:
     """Heads of the columns that `cells` fills."""
-    return [*(TITLES.get(score, score) for score in SCORES), "all"]
+    return [*(TITLES.get(score, score) for score in scores), "all"]
 
 
-def cells(row: Mapping[str, object]) -> list[str | None]:
+def cells(row: Mapping[str, object], scores: Sequence[str]) -> list[str | None]:
     """Accuracies of a record in % with their 95 % intervals, and that over all questions."""
     shown = []
-    for score in SCORES:
+    for score in scores:
         share, low, high = (row[f"{score}_{what}"] for what in ("accuracy", "low", "high"))
         shown.append(None if share is None else f"{100 * share:.1f} ({100 * low:.0f}-{100 * high:.0f})")
     return [*shown, f"{100 * row['accuracy']:.1f}"]
 
 
 def asked(row: Mapping[str, object]) -> str:
-    """How many questions of each kind."""
-    return ", ".join(f"{row[f'{kind}_questions']} {kind}" for kind in KINDS)
+    """How many questions of each kind that was asked."""
+    return ", ".join(f"{count} {kind}" for kind in KINDS if (count := row[f"{kind}_questions"]))
 
 
 def render(rows: Sequence[dict[str, object]]) -> Table:
     """The table for people."""
+    scores = scored(rows)
+    overlap = "box, IoU: half of the union of both boxes or more is common to them; "
     table = Table(
-        ["keep", "method", *heads(), "visual\ntokens", "tokens\n/layer", "KV\nKiB", "prefill"],
+        ["keep", "method", *heads(scores), "visual\ntokens", "tokens\n/layer", "KV\nKiB", "prefill"],
         title=f"Canvas VQA, test split: accuracy in % (95 % interval). Questions: {asked(rows[0])}",
         notes=[
-            "box, IoU: half of the union of both boxes or more is common to them; all: right answers of all questions",
+            f"{overlap if 'box_iou' in scores else ''}all: right answers of all questions",
             "tokens, KV cache: mean per question; tokens/layer counts text, mean over layers",
             "prefill: time as a ratio to unpruned, picture encoding included",
             "Fewer pixels (vltok.resize) are no row, as this model's resolution is fixed",
@@ -102,7 +109,7 @@ def render(rows: Sequence[dict[str, object]]) -> Table:
             table.section()
         costs = [f"{row['visual_tokens']:.0f}", f"{row['tokens_per_layer']:.0f}", f"{row['kv_bytes'] / 1024:.0f}"]
         prefill = None if row["prefill_ratio"] is None else f"{row['prefill_ratio']:.2f}x"
-        table.add(f"{100 * row['keep_ratio']:g} %", row["method"], *cells(row), *costs, prefill)
+        table.add(f"{100 * row['keep_ratio']:g} %", row["method"], *cells(row, scores), *costs, prefill)
     return table
 
 
